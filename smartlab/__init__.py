@@ -1,0 +1,56 @@
+"""smartlab: attention-guided masked image modelling on medical images.
+
+`import smartlab as sl` is light (no torch); each public name loads its module on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_PUBLIC = {
+    "load_config": "smartlab.config",
+    "Config": "smartlab.config",
+    "read_volume": "smartlab.data.readers",
+    "Volume": "smartlab.data.readers",
+    "load_manifest": "smartlab.data.manifest",
+    "Manifest": "smartlab.data.manifest",
+    "verify_manifest": "smartlab.data.manifest",
+    "build_store": "smartlab.data.store",
+    "open_store": "smartlab.data.store",
+    "ViewDataset": "smartlab.data.crops",
+    "LesionDataset": "smartlab.data.crops",
+    "CropLoader": "smartlab.data.crops",
+    "make_phantom": "smartlab.data.phantom",
+    "fetch": "smartlab.data.sources",
+    "DataError": "smartlab.errors",
+    "UseError": "smartlab.errors",
+    "SmartlabError": "smartlab.errors",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:  # so that editors and type checkers see the real things
+    from smartlab.config import Config, load_config
+    from smartlab.data.crops import CropLoader, LesionDataset, ViewDataset
+    from smartlab.data.manifest import Manifest, load_manifest, verify_manifest
+    from smartlab.data.phantom import make_phantom
+    from smartlab.data.readers import Volume, read_volume
+    from smartlab.data.sources import fetch
+    from smartlab.data.store import build_store, open_store
+    from smartlab.errors import DataError, SmartlabError, UseError
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'smartlab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

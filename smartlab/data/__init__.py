@@ -1,0 +1,1 @@
+"""The data layer: manifest -> reader -> store -> crops, plus the phantoms and public sources."""

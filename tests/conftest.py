@@ -1,0 +1,26 @@
+"""Shared fixtures: where the real data are, and a salt so that stores built in tests are comparable."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real images, or skip. Set SMARTLAB_REAL_DATA to point at it."""
+    folder = Path(os.environ.get("SMARTLAB_REAL_DATA", REPO.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set SMARTLAB_REAL_DATA")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _isolated_home(tmp_path_factory, monkeypatch):
+    """Tests never read or write the user's own cache or salt."""
+    monkeypatch.setenv("SMARTLAB_SALT", "tests-only")
+    monkeypatch.setenv("SMARTLAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

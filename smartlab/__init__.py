@@ -18,7 +18,7 @@ _PUBLIC = {
     "Volume": "smartlab.data.readers",
     "load_manifest": "smartlab.data.manifest",
     "Manifest": "smartlab.data.manifest",
-    "verify_manifest": "smartlab.data.manifest",
+    "verify_manifest": "smartlab.data.verify",
     "build_store": "smartlab.data.store",
     "open_store": "smartlab.data.store",
     "ViewDataset": "smartlab.data.crops",
@@ -36,11 +36,12 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.config import Config, load_config
     from smartlab.data.crops import CropLoader, LesionDataset, ViewDataset
-    from smartlab.data.manifest import Manifest, load_manifest, verify_manifest
+    from smartlab.data.manifest import Manifest, load_manifest
     from smartlab.data.phantom import make_phantom
     from smartlab.data.readers import Volume, read_volume
     from smartlab.data.sources import fetch
     from smartlab.data.store import build_store, open_store
+    from smartlab.data.verify import verify_manifest
     from smartlab.errors import DataError, SmartlabError, UseError
 
 

@@ -38,7 +38,7 @@ class SmartlabError(Exception):
             text += " (" + "; ".join(facts) + ")"
         if fix:
             text += f". {fix[0].upper()}{fix[1:]}"
-        super().__init__(text.rstrip(".") + ".")
+        super().__init__(text if text.endswith(("?", ".")) else text + ".")
 
     def __reduce__(self):  # keyword-only arguments must survive the trip to and from a worker
         return _rebuild, (type(self), self.problem, self.path, self.found, self.expected, self.fix)

@@ -1,0 +1,39 @@
+# One-command set-up and proof. `make demo` and `make test` each do everything they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test test-fast check lab bench clean
+help:          ## list the commands
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+setup: $(READY) ## make .venv and install everything, pinned
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"smartlab needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}. Try: make setup PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY) ## run the notebooks on the built-in phantoms; pictures and results in runs/demo
+	$(BIN)/smartlab demo --out runs/demo
+
+test: $(READY) ## run every test, the slow ones too
+	$(BIN)/python -m pytest
+
+test-fast: $(READY) ## run the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(READY) ## formatting, lint, types
+	$(BIN)/ruff format --check smartlab tests benchmarks
+	$(BIN)/ruff check smartlab tests benchmarks notebooks
+	$(BIN)/mypy
+
+lab: $(READY)  ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=.
+
+bench: $(READY) ## time what we promise; results in benchmarks/results
+	$(BIN)/python -m benchmarks.loader
+
+clean:         ## remove what the commands above made
+	rm -rf $(VENV) runs data build dist

@@ -334,7 +334,7 @@ def load_config(
     for key in explicit:
         _check_key(key, name)
     stands_for = _preset_settings(explicit, ENCODERS, "encoder.preset", EncoderPreset, default="tiny")
-    stands_for |= _preset_settings(explicit, METHODS, "method.preset", MethodPreset, default="dagman")
+    stands_for = stands_for | _preset_settings(explicit, METHODS, "method.preset", MethodPreset, default="dagman")
     try:
         return Config.model_validate(_nest(stands_for | explicit))
     except ValidationError as error:

@@ -1,0 +1,117 @@
+"""The configuration refuses what cannot work, and says why in numbers."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smartlab import UseError, load_config
+from smartlab.config import ENCODERS, METHODS, PRESET_FOLDER, known_keys, parse_overrides, presets
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_resolves_and_survives_a_round_trip(name, tmp_path):
+    config = load_config(name)
+    saved = config.save(tmp_path / "config.yaml")
+    assert load_config(saved) == config
+
+
+def test_presets_have_the_published_sizes():
+    smit, smart, unetr = (load_config(name).encoder for name in ("smit", "smart", "swinunetr"))
+    assert (smit.embed_dim, smit.depths, smit.num_heads, smit.window_size) == (48, (2, 2, 4, 2), (4, 4, 4, 4), 4)
+    assert not smit.qkv_bias and smart.qkv_bias and smart.drop_path == 0.3
+    assert (smart.depths, smart.num_heads) == ((2, 2, 8, 2), (4, 4, 8, 16))
+    assert (unetr.depths, unetr.num_heads, unetr.window_size) == ((2, 2, 2, 2), (3, 6, 12, 24), 7)
+    assert load_config("smit").data.view == 96 and load_config("smart").data.view == 128
+
+
+@pytest.mark.parametrize("name", presets())
+def test_preset_files_say_where_their_numbers_come_from(name):
+    text = (PRESET_FOLDER / f"{name}.yaml").read_text()
+    assert "[ours]" in text and (name == "tiny" or "[smit]" in text)
+
+
+def test_methods_are_settings_and_single_factors_can_be_switched_alone():
+    simmim = load_config("tiny", {"method.preset": "simmim"})
+    assert not simmim.teacher.enabled and simmim.loss.patch == simmim.loss.image == 0
+    clean = load_config("tiny", {"teacher.patch_dropout": 0.0})
+    noisy = load_config("tiny")
+    assert clean.teacher.patch_dropout == 0.0 and noisy.teacher.patch_dropout == 0.3
+    assert clean.model_copy(update={"teacher": noisy.teacher}) == noisy
+
+
+def test_later_layers_win():
+    assert load_config("tiny", {"method.preset": "smit"}).mask.strategy == "random"
+    assert load_config("tiny", {"method.preset": "smit", "mask.strategy": "block"}).mask.strategy == "block"
+    assert load_config({"train": {"steps": 7}}, {"train.steps": 9}).train.steps == 9
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [("mask.ration", "mask.ratio"), ("steps", "train.steps"), ("teacher.drop", "teacher."), ("encoder.depth", "encoder.depths")],
+)
+def test_an_unknown_key_names_the_nearest_valid_one(wrong, hint):
+    with pytest.raises(UseError, match=hint):
+        load_config("tiny", {wrong: 1})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "arithmetic"),
+    [
+        ({"mask.unit": 16}, "mask.unit=16 but semantic.stride=8"),
+        ({"data.view": 70}, "70 = 2 × 32 + 6"),
+        ({"encoder.embed_dim": 10, "encoder.num_heads": [3, 3, 3, 3]}, "10 × 1 = 10"),
+        ({"data.view": 96}, "data.view=96 does not fit into data.region=80"),
+        ({"data.window": [100, -100]}, "lower bound"),
+        ({"semantic.enabled": False}, "semantic.enabled=false"),
+        ({"semantic.heads": 5}, "48 channels"),
+        ({"teacher.enabled": False, "mask.strategy": "random"}, "need a teacher"),
+        ({"mask.ratio": 1.5}, "mask.ratio=1.5"),
+        ({"train.precision": "bf32"}, "train.precision='bf32'"),
+        ({"train.steps": "many"}, "train.steps='many'"),
+        ({"encoder.preset": "huge"}, "huge"),
+        ({"encoder": 3}, "section"),
+        ({"encoder.patch": 4, "semantic.stride": 8, "mask.unit": 8, "data.view": 65}, "65"),
+    ],
+)
+def test_impossible_settings_are_refused_with_the_arithmetic(overrides, arithmetic):
+    with pytest.raises(UseError) as caught:
+        load_config("tiny", overrides)
+    assert arithmetic in str(caught.value)
+
+
+def test_an_unknown_preset_and_a_broken_file_are_named(tmp_path):
+    with pytest.raises(UseError, match="did you mean 'tiny'|Did you mean 'tiny'"):
+        load_config("tinny")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("train: [unclosed")
+    with pytest.raises(UseError, match=r"broken\.yaml"):
+        load_config(broken)
+
+
+def test_every_documented_setting_exists():
+    keys = known_keys()
+    for settings in (*ENCODERS.values(), *METHODS.values()):
+        assert set(settings) <= set(keys)
+
+
+@given(st.dictionaries(st.sampled_from(["train.steps", "train.batch", "seed"]), st.integers(1, 10**6)))
+def test_words_and_mappings_give_the_same_configuration(overrides):
+    words = [f"{key}={value}" for key, value in overrides.items()]
+    assert load_config("tiny", parse_overrides(words)) == load_config("tiny", overrides)
+
+
+def test_override_values_are_yaml():
+    assert parse_overrides(["data.window=[-1000, 400]", "train.compile=true"]) == {
+        "data.window": [-1000, 400],
+        "train.compile": True,
+    }
+    with pytest.raises(UseError, match="key=value"):
+        parse_overrides(["steps"])
+
+
+def test_presets_are_plain_yaml_mappings():
+    for name in presets():
+        assert isinstance(yaml.safe_load((PRESET_FOLDER / f"{name}.yaml").read_text()), dict)

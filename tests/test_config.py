@@ -20,7 +20,12 @@ def test_every_preset_resolves_and_survives_a_round_trip(name, tmp_path):
 
 def test_presets_have_the_published_sizes():
     smit, smart, unetr = (load_config(name).encoder for name in ("smit", "smart", "swinunetr"))
-    assert (smit.embed_dim, smit.depths, smit.num_heads, smit.window_size) == (48, (2, 2, 4, 2), (4, 4, 4, 4), 4)
+    assert (smit.embed_dim, smit.depths, smit.num_heads, smit.window_size) == (
+        48,
+        (2, 2, 4, 2),
+        (4, 4, 4, 4),
+        4,
+    )
     assert not smit.qkv_bias and smart.qkv_bias and smart.drop_path == 0.3
     assert (smart.depths, smart.num_heads) == ((2, 2, 8, 2), (4, 4, 8, 16))
     assert (unetr.depths, unetr.num_heads, unetr.window_size) == ((2, 2, 2, 2), (3, 6, 12, 24), 7)
@@ -50,7 +55,12 @@ def test_later_layers_win():
 
 @pytest.mark.parametrize(
     ("wrong", "hint"),
-    [("mask.ration", "mask.ratio"), ("steps", "train.steps"), ("teacher.drop", "teacher."), ("encoder.depth", "encoder.depths")],
+    [
+        ("mask.ration", "mask.ratio"),
+        ("steps", "train.steps"),
+        ("teacher.drop", "teacher."),
+        ("encoder.depth", "encoder.depths"),
+    ],
 )
 def test_an_unknown_key_names_the_nearest_valid_one(wrong, hint):
     with pytest.raises(UseError, match=hint):

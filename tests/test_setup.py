@@ -17,7 +17,9 @@ from tests.conftest import REPO
 
 
 def python(*args, cwd=REPO, env=None):
-    return subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, check=True)
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, check=True
+    )
 
 
 def best_of(n, *args):
@@ -37,7 +39,12 @@ def test_importing_is_light():
 
 def test_help_is_quick_and_every_command_shows_an_example():
     assert best_of(3, "-m", "smartlab.cli", "--help") < 0.5
-    for words in (["doctor"], ["demo"], ["config"], *(["data", c] for c in "list show fetch verify build phantom compose".split())):
+    for words in (
+        ["doctor"],
+        ["demo"],
+        ["config"],
+        *(["data", c] for c in "list show fetch verify build phantom compose".split()),
+    ):
         assert "Example: smartlab" in python("-m", "smartlab.cli", *words, "--help").stdout
 
 
@@ -90,7 +97,16 @@ def test_doctor_reports_every_point_and_what_to_do():
         [sys.executable, "-m", "smartlab.cli", "doctor", "--json"], cwd=REPO, capture_output=True, text=True
     )
     report = json.loads(result.stdout)
-    assert {c["name"] for c in report["checks"]} == {"Python", "packages", "torch", "GPU", "memory", "disk", "/dev/shm", "Chromium"}
+    assert {c["name"] for c in report["checks"]} == {
+        "Python",
+        "packages",
+        "torch",
+        "GPU",
+        "memory",
+        "disk",
+        "/dev/shm",
+        "Chromium",
+    }
     assert all(c["advice"] for c in report["checks"] if c["status"] != "ok")
     assert result.returncode == (0 if report["ready"] else 1)
 
@@ -116,7 +132,9 @@ def test_doctor_survives_a_broken_package(monkeypatch):
     ],
 )
 def test_bad_use_gives_one_line_and_its_exit_code(words, code, says):
-    result = subprocess.run([sys.executable, "-m", "smartlab.cli", *words], cwd=REPO, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "smartlab.cli", *words], cwd=REPO, capture_output=True, text=True
+    )
     assert result.returncode == code
     assert says in result.stderr and "Traceback" not in result.stderr
 
@@ -143,9 +161,14 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
 
 
 def test_nothing_of_this_machine_is_in_the_repository():
-    tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split("\n")
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True
+    ).stdout.split("\n")
     pattern = re.compile(r"(?<![\w.])/(work|home|root|farm)/\w")
     for name in filter(None, tracked):
         path = Path(REPO / name)
-        if path.suffix in {".py", ".md", ".yaml", ".yml", ".toml", ".json", ".ipynb", ".txt"} and path.is_file():
+        if (
+            path.suffix in {".py", ".md", ".yaml", ".yml", ".toml", ".json", ".ipynb", ".txt"}
+            and path.is_file()
+        ):
             assert not pattern.search(path.read_text(encoding="utf-8")), name

@@ -13,7 +13,14 @@ from smartlab.data.manifest import Case, LabelSpec, Lesion, Manifest, Source, ma
 
 
 def make(cases, **fields):
-    facts = {"name": "toy", "title": "Toy", "modality": "CT", "licence": "CC BY 4.0", "citation": "-", "homepage": "-"}
+    facts = {
+        "name": "toy",
+        "title": "Toy",
+        "modality": "CT",
+        "licence": "CC BY 4.0",
+        "citation": "-",
+        "homepage": "-",
+    }
     labels = {"pathology": LabelSpec(kind="binary", classes=["benign", "malignant"])}
     return Manifest(**(facts | {"source": Source(kind="local"), "labels": labels, "cases": cases} | fields))
 
@@ -51,7 +58,9 @@ def test_folds_that_share_a_patient_are_refused_and_only_those(rows):
         make(cases)
 
 
-@pytest.mark.parametrize("path", ["../secret.nii", "/etc/passwd", "a/../../b.nii", "C:\\scan.nii", "a\\b.nii", ""])
+@pytest.mark.parametrize(
+    "path", ["../secret.nii", "/etc/passwd", "a/../../b.nii", "C:\\scan.nii", "a\\b.nii", ""]
+)
 def test_paths_cannot_leave_the_root(path):
     with pytest.raises(ValueError, match="below the data root"):
         Case(id="a", patient="p", image=path)
@@ -85,7 +94,9 @@ cases = st.builds(
         {},
         optional={
             "pathology": st.sampled_from(["benign", "malignant"]),
-            "margins": st.lists(st.sampled_from(["spiculated", "obscured"]), min_size=1, max_size=2, unique=True),
+            "margins": st.lists(
+                st.sampled_from(["spiculated", "obscured"]), min_size=1, max_size=2, unique=True
+            ),
             "age": numbers,
             "ratings": st.lists(numbers, min_size=1, max_size=4),
         },
@@ -142,7 +153,10 @@ def test_excluded_cases_are_kept_but_not_used():
 
 
 def test_cases_on_one_image_share_it():
-    man = make([Case(id=str(i), patient="p", image="scan.nii") for i in range(3)] + [Case(id="x", patient="q", image="y.nii")])
+    man = make(
+        [Case(id=str(i), patient="p", image="scan.nii") for i in range(3)]
+        + [Case(id="x", patient="q", image="y.nii")]
+    )
     assert [(g.key, len(g.cases)) for g in man.images()] == [("scan.nii", 3), ("y.nii", 1)]
 
 

@@ -1,0 +1,184 @@
+"""Which mask units to hide from the student.
+
+Every strategy turns an importance per unit into exactly k = ⌈r·N⌉ hidden units per sample, as
+batched tensor code on the device, with randomness from a passed `torch.Generator` only.
+
+- `random`: k units uniformly.
+- `block`: boxes of 2×2×2 to 4×4×4 units until k are covered.
+- `attention_high`: the k most important.
+- `attention_hint`: the k most important, then a share of them revealed and replaced by others.
+- `attention_low`: the k least important.
+- `attention_sample`: k without replacement, with probability ∝ a^(1/temperature).
+
+Kakogeorgiou et al., "What to hide from your students: attention-guided masked image modeling" (2022).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smartlab.errors import UseError
+
+STRATEGIES = ("random", "block", "attention_high", "attention_hint", "attention_low", "attention_sample")
+
+
+def make_mask(
+    strategy: str,
+    attention: Tensor | None,
+    ratio: float,
+    grid: tuple[int, int, int],
+    *,
+    generator: torch.Generator | None = None,
+    batch: int | None = None,
+    device: torch.device | str = "cpu",
+    hint: float = 0.1,
+    temperature: float = 1.0,
+    p_attention: float = 1.0,
+) -> Tensor:
+    """(B, N) bool, True = hidden, exactly ⌈ratio·N⌉ per row.
+
+    attention:   (B, N) importance, or (B, heads, N) whose mean over heads is the importance;
+                 None for `random` and `block`, which then need `batch` (and `device`).
+    p_attention: share of the samples (in expectation) that follow the strategy; others are random.
+
+    >>> mask = make_mask("attention_high", attention, 0.7, (6, 6, 6), generator=generator)
+    """
+    n = math.prod(grid)
+    importance, rows = _importance(strategy, attention, batch, n)
+    device = torch.device(device) if attention is None else importance.device
+    if not 0 < ratio < 1:
+        raise UseError(f"mask ratio {ratio} hides nothing or everything", expected="a number between 0 and 1")
+    k = math.ceil(ratio * n - 1e-9)  # 0.7 · 10 is 7, not 8
+    noise = _uniform((rows, n), device, generator)
+    if strategy == "random":
+        score = noise
+    elif strategy == "block":
+        score = _blocks(rows, grid, k, device, generator) + noise
+    elif strategy == "attention_low":
+        score = _rank(-importance, noise)
+    elif strategy == "attention_sample":
+        # Gumbel top-k: drawing without replacement with probability ∝ a^(1/temperature)
+        logits = importance.clamp_min(1e-12).log() / temperature
+        score = logits - (-noise.clamp_min(1e-12).log()).clamp_min(1e-12).log()
+    else:
+        score = _rank(importance, noise)
+    mask = _top(score, k)
+    if strategy == "attention_hint":
+        mask = _reveal(mask, round(hint * k), device, generator)
+    if strategy.startswith("attention") and p_attention < 1:
+        guided = _uniform((rows, 1), device, generator) < p_attention
+        mask = torch.where(guided, mask, _top(noise, k))
+    return mask
+
+
+def upsample(mask: Tensor, grid: tuple[int, int, int], factor: int) -> Tensor:
+    """(B, N) units -> (B, D·f, H·f, W·f), each unit repeated over its f³ cells."""
+    x = mask.view(-1, *grid)
+    for axis in (1, 2, 3):
+        x = x.repeat_interleave(factor, axis)
+    return x
+
+
+def _importance(strategy: str, attention: Tensor | None, batch: int | None, n: int) -> tuple[Tensor, int]:
+    if strategy not in STRATEGIES:
+        raise UseError(f"unknown mask strategy {strategy!r}", expected=f"one of {', '.join(STRATEGIES)}")
+    if attention is None:
+        if strategy.startswith("attention"):
+            raise UseError(f"mask strategy {strategy!r} needs the attention to be guided by")
+        if batch is None:
+            raise UseError(f"mask strategy {strategy!r} without attention needs `batch`")
+        return torch.empty(0), batch
+    importance = attention.float().mean(1) if attention.dim() == 3 else attention.float()
+    if importance.shape[-1] != n:
+        raise UseError(
+            "attention does not fit the grid", found=f"{importance.shape[-1]} units", expected=f"{n}"
+        )
+    return importance, importance.shape[0]
+
+
+def _uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Uniform numbers; drawn where the generator lives, so that a CPU generator serves any device."""
+    source = generator.device if generator is not None else device
+    return torch.rand(shape, generator=generator, device=source).to(device)
+
+
+def _rank(score: Tensor, noise: Tensor) -> Tensor:
+    """Ranks 0 … N−1 of the scores, equal scores in random order."""
+    shuffled = noise.argsort(-1)
+    order = shuffled.gather(-1, score.gather(-1, shuffled).argsort(dim=-1, stable=True))
+    ranks = torch.arange(score.shape[-1], device=score.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, ranks)
+
+
+def _top(score: Tensor, k: int) -> Tensor:
+    """The k highest per row, as a bool mask."""
+    mask = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+    return mask.scatter_(-1, score.topk(k, -1).indices, True)
+
+
+def _reveal(mask: Tensor, swaps: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Show `swaps` of the hidden units and hide as many of the visible ones instead."""
+    visible = int((~mask[0]).sum())
+    swaps = min(swaps, visible)
+    if swaps == 0:
+        return mask
+    noise = _uniform(tuple(mask.shape), device, generator)
+    shown = _top(noise.masked_fill(~mask, -1), swaps)
+    hidden = _top(noise.masked_fill(mask, -1), swaps)
+    return (mask & ~shown) | hidden
+
+
+def _blocks(
+    rows: int, grid: tuple[int, int, int], k: int, device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """Score ≥ 1 inside boxes: earlier boxes score higher, so that the top k fill box after box."""
+    n = math.prod(grid)
+    boxes = max(4, math.ceil(4 * k / 8))  # enough of the smallest boxes, overlaps included
+    places = torch.stack(
+        torch.meshgrid(*(torch.arange(g, device=device) for g in grid), indexing="ij")
+    ).flatten(1)
+    centre = _uniform((rows, boxes, 3, 1), device, generator) * torch.tensor(grid, device=device).view(
+        1, 1, 3, 1
+    )
+    half = 1 + _uniform((rows, boxes, 3, 1), device, generator)  # boxes of 2 to 4 units a side
+    inside = ((places + 0.5 - centre).abs() <= half).all(2)  # (rows, boxes, N)
+    order = torch.arange(boxes, 0, -1, device=device).view(1, boxes, 1)
+    return (inside * order).amax(1).view(rows, n).to(torch.float32)
+
+
+def informativeness(attention: Tensor) -> Tensor:
+    """1 − entropy / ln N of the importance map, per sample: 0 = uniform, 1 = a single unit.
+
+    attention: (B, heads, N) or (B, N).
+    """
+    a = attention.float()
+    a = a.mean(1) if a.dim() == 3 else a
+    a = a / a.sum(-1, keepdim=True).clamp_min(1e-12)
+    entropy = -torch.special.xlogy(a, a).sum(-1)
+    return 1 - entropy / math.log(a.shape[-1])
+
+
+def head_diversity(attention: Tensor) -> dict[str, Tensor]:
+    """How differently the heads look, per sample: (B, heads, N) -> cosine and Jensen–Shannon, (B,).
+
+    cosine: mean pairwise 1 − cos of the heads' maps, 0 when all heads are equal.
+    jensen_shannon: generalised Jensen–Shannon divergence over the heads, divided by ln(heads), in [0, 1].
+    """
+    a = attention.float()
+    heads = a.shape[1]
+    if heads < 2:
+        zero = a.new_zeros(a.shape[0])
+        return {"cosine": zero, "jensen_shannon": zero}
+    unit = F.normalize(a, dim=-1)
+    similarity = (unit @ unit.transpose(1, 2)).sum((1, 2)) - heads
+    mean = a.mean(1)
+    entropy_mean = -torch.special.xlogy(mean, mean).sum(-1)
+    mean_entropy = -torch.special.xlogy(a, a).sum(-1).mean(-1)
+    return {
+        "cosine": 1 - similarity / (heads * (heads - 1)),
+        "jensen_shannon": ((entropy_mean - mean_entropy) / math.log(heads)).clamp_min(0),
+    }

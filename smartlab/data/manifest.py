@@ -15,7 +15,6 @@ All positions are millimetres. `Lesion.frame` says in which frame:
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from smartlab.data.case_table import cases_from_csv, cases_to_csv
 from smartlab.errors import DataError, UseError
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ class Manifest(_Strict):
         content = {"schema_version": 1, **content}
         if self.cases_file:
             content.pop("cases", None)
-            _replace(path.parent / _safe(self.cases_file), _cases_to_csv(self.all_cases))
+            _replace(path.parent / _safe(self.cases_file), cases_to_csv(self.all_cases))
         _replace(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         return path
 
@@ -270,7 +270,7 @@ def load_manifest(name: str | Path | Manifest) -> Manifest:
             raise ValueError("the file holds no JSON object")
         if content.get("cases_file"):
             beside = path.parent / _safe(content["cases_file"])
-            content["cases"] = _cases_from_csv(beside, content.get("labels", {}))
+            content["cases"] = cases_from_csv(beside, content.get("labels", {}))
         return Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
@@ -330,75 +330,3 @@ def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-# ---- cases as CSV: nested fields become columns such as label.malignancy and mask.tumour ----
-
-_LESION = ("center_mm", "box_mm", "diameter_mm", "frame")
-
-
-def _cases_to_csv(cases: list[Case]) -> str:
-    import io
-
-    rows = [_flat(case) for case in cases]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def _flat(case: Case) -> dict[str, str]:
-    row: dict[str, str] = {}
-    for name, value in case.model_dump(mode="json", exclude_none=True).items():
-        if name == "labels":
-            row |= {f"label.{k}": _text(v) for k, v in value.items() if v is not None}
-        elif name == "masks":
-            row |= {f"mask.{k}": v for k, v in value.items()}
-        elif name == "lesion":
-            row |= {k: _text(v) for k, v in value.items()}
-        else:
-            row[name] = _text(value)
-    return row
-
-
-def _text(value: Any) -> str:
-    return "|".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _cases_from_csv(path: Path, labels: dict[str, Any]) -> list[dict[str, Any]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            _nested({k: v for k, v in row.items() if v not in ("", None)}, labels)
-            for row in csv.DictReader(file)
-        ]
-
-
-def _nested(row: dict[str, str], labels: dict[str, Any]) -> dict[str, Any]:
-    case: dict[str, Any] = {}
-    for name, text in row.items():
-        if name.startswith("label."):
-            label = name.removeprefix("label.")
-            case.setdefault("labels", {})[label] = _label(text, labels.get(label, {}).get("kind", "text"))
-        elif name.startswith("mask."):
-            case.setdefault("masks", {})[name.removeprefix("mask.")] = text
-        elif name in _LESION:
-            value = text.split("|") if name in ("center_mm", "box_mm") else text
-            case.setdefault("lesion", {})[name] = value
-        else:
-            case[name] = text
-    return case
-
-
-def _label(text: str, kind: str) -> LabelValue:
-    if kind == "multilabel":
-        return text.split("|")
-    if kind == "numbers":
-        return [float(part) for part in text.split("|")]
-    if kind in ("number", "time", "event"):
-        try:
-            return float(text)
-        except ValueError:
-            return text  # refused later, with the case named
-    return text

@@ -9,7 +9,7 @@ patches stay as they are (class attention: Touvron et al., "Going deeper with im
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ class SemanticAttention(nn.Module):
 
     def positions(self, grid: Grid) -> Tensor:
         """Position embedding on this grid, (1, N, C)."""
-        table = self.position
+        table: Tensor = self.position
         if tuple(table.shape[2:]) != grid:
             table = F.interpolate(table, size=grid, mode="trilinear", align_corners=False)
         return table.flatten(2).transpose(1, 2)
@@ -55,7 +55,7 @@ class SemanticAttention(nn.Module):
         x = torch.cat([self.cls.expand(batch, -1, -1).to(x.dtype), x], 1)
         for block in self.blocks[:-1]:
             x = block(x)
-        attention, incoming = self.blocks[-1].look(x, received)
+        attention, incoming = cast(SemanticBlock, self.blocks[-1]).look(x, received)
         x = self.norm(self.blocks[-1](x))
         return Semantic(x[:, 0], x[:, 1:], attention, incoming)
 

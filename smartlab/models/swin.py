@@ -17,6 +17,7 @@ Liu et al., "Swin Transformer" (2021); Hatamizadeh et al., "Swin UNETR" (2022).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -77,9 +78,12 @@ class Swin(nn.Module):
     def stages(self, tokens: Tensor) -> list[Tensor]:
         """Tokens (B, D, H, W, C) -> the five token grids, channels last, not normalised."""
         outputs = [tokens]
-        for layers in (self.layers1, self.layers2, self.layers3, self.layers4):
-            outputs.append(layers[0](outputs[-1]))
+        for layer in self._layers():
+            outputs.append(layer(outputs[-1]))
         return outputs
+
+    def _layers(self) -> list[nn.Module]:
+        return [cast(nn.ModuleList, getattr(self, f"layers{stage}"))[0] for stage in range(1, 5)]
 
     def forward(self, x: Tensor, normalize: bool = True) -> list[Tensor]:
         """Image (B, C_in, D, H, W) -> five feature maps (B, C_i, D_i, H_i, W_i), as MONAI gives."""

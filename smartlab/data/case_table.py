@@ -1,0 +1,83 @@
+"""Cases as CSV: nested fields become columns such as `label.malignancy` and `mask.tumour`.
+
+Lists (positions, multi-label values) are joined by "|"; an empty cell means that the field is absent.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smartlab.data.manifest import Case, LabelValue
+
+_LESION = ("center_mm", "box_mm", "diameter_mm", "frame")
+
+
+def cases_to_csv(cases: list[Case]) -> str:
+    """The table of these cases, one row each."""
+    rows = [_flat(case) for case in cases]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _flat(case: Case) -> dict[str, str]:
+    row: dict[str, str] = {}
+    for name, value in case.model_dump(mode="json", exclude_none=True).items():
+        if name == "labels":
+            row |= {f"label.{k}": _text(v) for k, v in value.items() if v is not None}
+        elif name == "masks":
+            row |= {f"mask.{k}": v for k, v in value.items()}
+        elif name == "lesion":
+            row |= {k: _text(v) for k, v in value.items()}
+        else:
+            row[name] = _text(value)
+    return row
+
+
+def _text(value: Any) -> str:
+    return "|".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def cases_from_csv(path: Path, labels: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table as nested fields; `labels` (name -> spec) says how to read label values."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            _nested({k: v for k, v in row.items() if v not in ("", None)}, labels)
+            for row in csv.DictReader(file)
+        ]
+
+
+def _nested(row: dict[str, str], labels: dict[str, Any]) -> dict[str, Any]:
+    case: dict[str, Any] = {}
+    for name, text in row.items():
+        if name.startswith("label."):
+            label = name.removeprefix("label.")
+            case.setdefault("labels", {})[label] = _label(text, labels.get(label, {}).get("kind", "text"))
+        elif name.startswith("mask."):
+            case.setdefault("masks", {})[name.removeprefix("mask.")] = text
+        elif name in _LESION:
+            value = text.split("|") if name in ("center_mm", "box_mm") else text
+            case.setdefault("lesion", {})[name] = value
+        else:
+            case[name] = text
+    return case
+
+
+def _label(text: str, kind: str) -> LabelValue:
+    if kind == "multilabel":
+        return text.split("|")
+    if kind == "numbers":
+        return [float(part) for part in text.split("|")]
+    if kind in ("number", "time", "event"):
+        try:
+            return float(text)
+        except ValueError:
+            return text  # refused later, with the case named
+    return text

@@ -1,15 +1,29 @@
 """Read any volumetric CT file into one form: int16 HU on a RAS+ grid.
 
-Contract (see `Volume` and `read_volume`); DICOM lives in `dicom.py`, this module holds the other
-formats and the checks that all of them pass.
+- One function for every format; DICOM lives in `dicom.py`, NIfTI, NRRD and MetaImage here. All
+  pass the same checks (`grid.py`), so a volume that is returned can be trusted downstream.
+- World positions are those of SimpleITK for the same file, LPS turned to RAS. Axes are flipped and
+  permuted, never resampled; an oblique scan keeps its oblique affine.
+- Values are HU. Below −1024 there is only padding, which becomes −1024. What was changed or set
+  aside is told in `Volume.notes`; what cannot be trusted is a `DataError`.
 """
 
 from __future__ import annotations
 
+import gzip
+import re
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from smartlab.data.grid import AIR, LPS_TO_RAS, check_affine, clip_notes, to_int16, to_ras
+from smartlab.errors import DataError, UseError
+
+NIFTI, ITK = (".nii", ".nii.gz"), (".nrrd", ".nhdr", ".mhd", ".mha")
+_UNIT_MM = {1: 1000.0, 3: 0.001}  # NIfTI codes for metre and micron; 2 is mm, 0 unknown and taken as mm
 
 
 @dataclass(frozen=True)
@@ -52,13 +66,271 @@ class Volume:
 def read_volume(
     path: str | Path, *, series: str | None = None, tilt: str = "refuse", modality: str = "CT"
 ) -> Volume:
-    """Read NIfTI, NRRD, MetaImage, a DICOM folder or an enhanced multi-frame DICOM file."""
-    raise DataErrorPlaceholder
+    """Read NIfTI, NRRD, MetaImage, a DICOM folder or an enhanced multi-frame DICOM file.
+
+    series:    which SeriesInstanceUID to take where a DICOM folder holds several; no effect elsewhere.
+    tilt:      "refuse" a gantry-tilted DICOM series, or "correct" it by shifting slices in-plane.
+    modality:  what the file must hold. Only "CT" is clipped at −1024 and must have a rescale.
+
+    >>> read_volume("scan.nii.gz").spacing                                  # doctest: +SKIP
+    (0.977, 0.977, 3.27)
+    """
+    path = Path(path)
+    if tilt not in ("refuse", "correct"):
+        raise UseError("unknown tilt setting", found=tilt, expected="'refuse' or 'correct'")
+    if _format(path) == "dicom":
+        from smartlab.data.dicom import read_dicom
+
+        array, affine, notes = read_dicom(path, series, tilt, modality)
+        return _finish(array, affine, path, modality, notes)
+    values, affine, notes = _read_file(path)
+    floor = AIR if modality == "CT" else -32768
+    if modality == "CT":
+        notes += _check_hounsfield(values, path)
+    array, below, above = to_int16(values, path, floor)
+    return _finish(array, affine, path, modality, notes + clip_notes(below, above, floor))
 
 
 def read_labels(path: str | Path) -> Volume:
-    """Read an integer label image (any of the non-DICOM formats) on the same RAS+ convention."""
-    raise DataErrorPlaceholder
+    """Read a label image (any of the non-DICOM formats) on the same RAS+ convention.
+
+    Values are kept: uint8 where they fit, else int16. Whole numbers stored as floats are accepted.
+    """
+    path = Path(path)
+    if _format(path) == "dicom":
+        raise DataError(
+            "label images are NIfTI, NRRD or MetaImage",
+            path=path,
+            fix="for DICOM SEG or RTSTRUCT use smartlab.data.dicom_masks.read_mask",
+        )
+    values, affine, notes = _read_file(path)
+    if values.dtype.kind == "f" and np.isfinite(values).all() and (values != np.rint(values)).any():
+        raise DataError(
+            "label values are not whole numbers",
+            path=path,
+            found=f"{values[values != np.rint(values)][0]:g} among others",
+            expected="0, 1, 2 …",
+            fix="resample label images with nearest-neighbour interpolation",
+        )
+    array, below, above = to_int16(values, path, floor=-32768)
+    if below or above:
+        raise DataError("label values do not fit 16 bits", path=path, expected="at most 32767 labels")
+    if array.min() >= 0 and array.max() <= 255:
+        array = array.astype(np.uint8)
+    return _finish(array, affine, path, "SEG", notes)
 
 
-DataErrorPlaceholder = RuntimeError("contract only")
+def _format(path: Path) -> str:
+    """ "dicom" for folders and DICOM files, "file" for the other formats; refuses the rest."""
+    if path.is_dir():
+        return "dicom"
+    if not path.exists():
+        raise DataError("no such file or folder", path=path, fix="check the path, or fetch the data first")
+    if path.stat().st_size == 0:
+        raise DataError("the file is empty", path=path, found="0 bytes", fix="fetch it again")
+    name = path.name.lower()
+    if name.endswith(NIFTI + ITK):
+        return "file"
+    with path.open("rb") as stream:
+        if stream.read(132)[128:] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom", ".ima"):
+            return "dicom"
+    header = name.endswith((".raw", ".zraw"))
+    raise DataError(
+        "this is only the voxel data of a MetaImage" if header else "unknown file type",
+        path=path,
+        found=f"extension {path.suffix!r}",
+        expected=", ".join(NIFTI + ITK) + ", a DICOM folder or a multi-frame DICOM file",
+        fix="give its .mhd header instead" if header else "convert it to one of these",
+    )
+
+
+def _finish(array: np.ndarray, affine: np.ndarray, path: Path, modality: str, notes: list[str]) -> Volume:
+    if min(array.shape) < 2:
+        raise DataError(
+            "a single slice is not a volume",
+            path=path,
+            found=" × ".join(map(str, array.shape)) + " voxels",
+            expected="at least 2 along every axis",
+            fix="give the whole scan",
+        )
+    check_affine(affine, path)
+    array, affine = to_ras(array, affine)
+    return Volume(array, affine, modality, str(path), tuple(notes))
+
+
+def _check_hounsfield(values: np.ndarray, path: Path) -> list[str]:
+    """Refuse images scaled to about 0–1; note those without any negative value."""
+    if values.dtype.kind not in "fiu":
+        return []
+    low, high = values.min(), values.max()
+    if values.dtype.kind == "f" and -1.5 <= low < high <= 1.5 and (values != np.rint(values)).any():
+        raise DataError(
+            "values are not Hounsfield units",
+            path=path,
+            found=f"fractions between {low:g} and {high:g}: a normalised image",
+            expected="HU, about −1000 for air and 0 for water",
+            fix="give the scan before intensity normalisation",
+        )
+    return ["no value below 0: these may not be Hounsfield units"] if low >= 0 else []
+
+
+def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(values in the file's own order and type, RAS affine in mm, notes)."""
+    values, affine, notes = (_read_nifti if path.name.lower().endswith(NIFTI) else _read_itk)(path)
+    while values.ndim > 3 and values.shape[-1] == 1:
+        values = values[..., 0]
+    if values.ndim != 3:
+        raise DataError(
+            f"a {values.ndim}D image, not a volume",
+            path=path,
+            found=" × ".join(map(str, values.shape)),
+            expected="three axes",
+            fix="split a 4D image into one file per time point or phase",
+        )
+    return values, affine, notes
+
+
+def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """sform, else qform, as nibabel does; units as SimpleITK does."""
+    import nibabel as nib
+
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        try:  # in one go: also verifies the checksum at the end, which a lazy reader never reaches
+            raw = gzip.decompress(raw)
+        except (EOFError, OSError, zlib.error) as error:
+            raise _cut(path, f"gzip data that do not unpack ({error})") from error
+    kind = nib.Nifti2Image if raw[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nib.Nifti1Image
+    size = kind.header_class.sizeof_hdr
+    if len(raw) < size:
+        raise _cut(path, f"{len(raw)} bytes, less than a header")
+    try:
+        header = kind.header_class(raw[:size], check=False)  # before nibabel repairs it
+        pixdim = np.array(header["pixdim"][1:4], float)
+        codes = int(header["sform_code"]), int(header["qform_code"])
+        image = kind.from_bytes(raw)
+        affine = np.array(image.affine, float)
+    except Exception as error:
+        raise DataError("not a valid NIfTI file", path=path, found=error, fix="fetch it again") from error
+    dtype, shape = image.get_data_dtype(), image.shape
+    needed = int(header["vox_offset"]) + int(np.prod(shape)) * dtype.itemsize
+    if len(raw) < needed:
+        raise _cut(path, f"{len(raw)} bytes where the header promises {needed}")
+    notes = _check_nifti_header(path, image, pixdim, codes)
+    scale = _UNIT_MM.get(int(header["xyzt_units"]) & 7, 1.0)
+    affine[:3] *= scale
+    notes += [f"header unit converted to mm (× {scale:g})"] if scale != 1 else []
+    if dtype.kind not in "iuf":  # RGB is a structured type, complex is complex: to_int16 says so
+        return np.zeros((2, 2, 2), dtype), affine, notes
+    proxy: Any = image.dataobj
+    plain = (proxy.slope, proxy.inter) == (1.0, 0.0)
+    return (np.asanyarray(proxy) if plain else image.get_fdata(dtype=np.float32)), affine, notes
+
+
+def _check_nifti_header(path: Path, image: Any, pixdim: np.ndarray, codes: tuple[int, int]) -> list[str]:
+    """Refuse zero sizes and unknown orientation; note forms that contradict each other."""
+    if not np.isfinite(pixdim).all() or (pixdim == 0).any():
+        raise DataError(
+            "zero or NaN voxel spacing",
+            path=path,
+            found="pixdim " + ", ".join(f"{v:g}" for v in pixdim),
+            expected="three positive sizes",
+            fix="correct the header (pixdim) from the original scan",
+        )
+    if codes == (0, 0):
+        raise DataError(
+            "the file stores no orientation, so left and right are unknown",
+            path=path,
+            found="sform_code and qform_code both 0",
+            expected="at least one above 0",
+            fix="once you know the orientation, store it: image.set_sform(affine, code=1)",
+        )
+    if not all(codes):
+        return []
+    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], float)
+    corners[:, :3] *= np.array(image.shape[:3]) - 1 if len(image.shape) >= 3 else 1
+    apart = np.linalg.norm((corners @ (image.get_sform() - image.get_qform()).T)[:, :3], axis=1).max()
+    if apart > 0.5 * np.abs(pixdim).min():
+        return [f"sform and qform place the image up to {apart:.1f} mm apart; sform used"]
+    return []
+
+
+def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """NRRD and MetaImage, by SimpleITK."""
+    import SimpleITK as sitk
+
+    _check_text_header(path)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.SetImageIO("NrrdImageIO" if path.suffix.lower() in (".nrrd", ".nhdr") else "MetaImageIO")
+    try:
+        reader.ReadImageInformation()
+        components, dimension = reader.GetNumberOfComponents(), reader.GetDimension()
+        if components != 1 or dimension != 3:
+            raise DataError(
+                "a colour (RGB) or vector image"
+                if components != 1
+                else f"a {dimension}D image, not a volume",
+                path=path,
+                found=" × ".join(map(str, reader.GetSize())) + f" voxels of {components} values",
+                expected="three axes, one value per voxel",
+                fix="give the original scan; split a 4D image into one file per time point",
+            )
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise _itk_error(path, str(error)) from error
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    return sitk.GetArrayFromImage(image).T, LPS_TO_RAS @ affine, []
+
+
+def _check_text_header(path: Path) -> None:
+    """What SimpleITK would silently default or report obscurely: orientation, spacing, data file."""
+    with path.open("rb") as stream:
+        text = stream.read(1 << 16).decode("latin-1")
+    meta = path.suffix.lower() in (".mhd", ".mha")
+    text = text.split("\n\n")[0] if not meta else text
+    needed = r"Element(Spacing|Size)\s*=" if meta else r"space directions:"
+    line = re.search(rf"^\s*{needed}(.*)$", text, re.MULTILINE)
+    if line is None:
+        raise DataError(
+            "the header stores no voxel spacing" if meta else "the header stores no orientation",
+            path=path,
+            expected="ElementSpacing" if meta else "space directions",
+            fix="write it again from the original scan; defaults are not guessed",
+        )
+    if re.search(r"\bnan\b", line.group(), re.IGNORECASE):
+        raise DataError(
+            "zero or NaN voxel spacing", path=path, found=line.group().strip(), fix="correct the header"
+        )
+    data = re.search(r"^\s*(?:ElementDataFile\s*=|data ?file:)\s*(\S.*?)\s*$", text, re.MULTILINE)
+    name = data.group(1) if data else "LOCAL"
+    if not re.match(r"LOCAL$|LIST|.*%", name) and not (path.parent / name).is_file():
+        raise DataError(
+            "the data file of this header is missing",
+            path=path,
+            expected=str(path.parent / name),
+            fix="put it beside the header; header and data are moved together",
+        )
+
+
+def _itk_error(path: Path, message: str) -> DataError:
+    if "Zero-valued spacing" in message:
+        return DataError("zero or NaN voxel spacing", path=path, fix="correct the header")
+    if "determinant is 0" in message:
+        return DataError("the direction matrix is singular", path=path, fix="correct the header")
+    reason = message.strip().splitlines()[-1].split(str(path))[-1].strip(" :")
+    if reason.startswith("Reason:"):  # MetaIO gives the last system error, whatever that was
+        reason = "header and voxel data do not fit together"
+    return _cut(path, f"SimpleITK: {reason}")
+
+
+def _cut(path: Path, found: str) -> DataError:
+    return DataError(
+        "the file is cut short or damaged",
+        path=path,
+        found=found,
+        expected="a complete file",
+        fix="fetch it again",
+    )

@@ -1,0 +1,120 @@
+"""The voxel conventions every reader ends in: RAS+ order, sane affines, int16 values.
+
+Only axis flips and permutations happen here; nothing is resampled. A voxel keeps the world
+position its file gave it.
+"""
+
+from __future__ import annotations
+
+from itertools import permutations, product
+from pathlib import Path
+
+import numpy as np
+
+from smartlab.errors import DataError
+
+AIR = -1024  # HU; the lowest value a CT keeps, and what padding outside the field of view becomes
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM and ITK count x to the Left and y to the back
+SPACING_MM = (0.01, 100.0)  # outside this the unit is wrong, not the scanner
+SHEAR = 1e-3  # cosine between two axes: half a voxel over 500 of them
+
+
+def check_affine(affine: np.ndarray, path: str | Path) -> None:
+    """Refuse an affine that cannot place voxels: NaN, zero or absurd spacing, flat or sheared axes."""
+    columns = affine[:3, :3]
+    spacing = np.linalg.norm(columns, axis=0)
+    if not np.isfinite(affine).all() or (spacing == 0).any():
+        raise DataError(
+            "zero or NaN voxel spacing",
+            path=path,
+            found=" × ".join(f"{s:g}" for s in spacing) + " mm",
+            expected="three positive sizes and a finite origin",
+            fix="export the image again from its source; the header is damaged",
+        )
+    if spacing.min() < SPACING_MM[0] or spacing.max() > SPACING_MM[1]:
+        raise DataError(
+            "the voxel spacing is absurd",
+            path=path,
+            found=" × ".join(f"{s:g}" for s in spacing) + " mm",
+            expected=f"{SPACING_MM[0]:g} to {SPACING_MM[1]:g} mm",
+            fix="check the unit in the header (mm, micron, metre)",
+        )
+    directions = columns / spacing
+    if abs(np.linalg.det(directions)) < 0.1:
+        raise DataError(
+            "the affine is singular: two of its axes point the same way",
+            path=path,
+            found=np.round(directions, 3).tolist(),
+            fix="export the image again from its source; the header is damaged",
+        )
+    cosines = np.abs(directions.T @ directions - np.eye(3))
+    if cosines.max() > SHEAR:
+        raise DataError(
+            "the affine is sheared: its axes are not perpendicular",
+            path=path,
+            found=f"{np.degrees(np.arcsin(min(cosines.max(), 1.0))):.2f}° off a right angle",
+            expected="perpendicular axes",
+            fix="if this is a gantry tilt, read the DICOM series with tilt='correct'; else resample it",
+        )
+
+
+def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reorder axes so that i, j, k grow closest to Right, Anterior, Superior, right-handed.
+
+    array (a, b, c) with its RAS affine -> C-contiguous (X, Y, Z) and its affine. Of the 24
+    right-handed signed permutations, the one whose axes align best in sum; for a grid less than
+    45° oblique that is the usual "closest canonical" orientation.
+    """
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+
+    def alignment(choice):
+        order, signs = choice
+        turned = directions[:, order] * signs
+        return np.trace(turned) if np.linalg.det(turned) > 0 else -np.inf
+
+    order, signs = max(product(permutations(range(3)), product((1, -1), repeat=3)), key=alignment)
+    array = array.transpose(order)
+    result = affine.astype(float).copy()
+    result[:3, :3] = affine[:3, order]
+    for axis, sign in enumerate(signs):
+        if sign < 0:
+            array = np.flip(array, axis)
+            result[:3, 3] += result[:3, axis] * (array.shape[axis] - 1)
+            result[:3, axis] *= -1
+    return np.ascontiguousarray(array), result
+
+
+def to_int16(values: np.ndarray, path: str | Path, floor: int = AIR) -> tuple[np.ndarray, int, int]:
+    """Round and clip to int16. Returns the array and how many voxels lay below `floor` and above int16."""
+    if values.dtype.kind == "f":
+        bad = np.size(values) - int(np.isfinite(values).sum())
+        if bad:
+            first = np.argwhere(~np.isfinite(values))[0].tolist()
+            raise DataError(
+                "NaN or infinite voxels",
+                path=path,
+                found=f"{bad} of {values.size}, the first at index {first}",
+                expected="a number in every voxel",
+                fix=f"write {AIR} where there is no data, or fetch the file again",
+            )
+        values = np.rint(values)
+    elif values.dtype.kind not in "iub":
+        raise DataError(
+            "voxels are not plain numbers",
+            path=path,
+            found=str(values.dtype),
+            expected="one integer or real value per voxel",
+            fix="give the original scan, not a colour or complex rendering",
+        )
+    low, high = int(values.min()), int(values.max())
+    below = int((values < floor).sum()) if low < floor else 0
+    above = int((values > 32767).sum()) if high > 32767 else 0
+    if below or above:
+        values = np.clip(values, floor, 32767)
+    return values.astype(np.int16), below, above
+
+
+def clip_notes(below: int, above: int, floor: int = AIR) -> list[str]:
+    """What `to_int16` changed, in words."""
+    notes = [f"{below} padding voxels set to {floor}"] if below else []
+    return notes + ([f"{above} voxels above 32767 clipped"] if above else [])

@@ -38,12 +38,15 @@ def make_mask(
     hint: float = 0.1,
     temperature: float = 1.0,
     p_attention: float = 1.0,
+    shard: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """(B, N) bool, True = hidden, exactly ⌈ratio·N⌉ per row.
 
     attention:   (B, N) importance, or (B, heads, N) whose mean over heads is the importance;
                  None for `random` and `block`, which then need `batch` (and `device`).
     p_attention: share of the samples (in expectation) that follow the strategy; others are random.
+    shard:       (rank, world): draw for the batches of all ranks and keep this rank's rows, so that
+                 several processes hide what one process with the whole batch would.
 
     >>> mask = make_mask("attention_high", attention, 0.7, (6, 6, 6), generator=generator)
     """
@@ -53,11 +56,11 @@ def make_mask(
     if not 0 < ratio < 1:
         raise UseError(f"mask ratio {ratio} hides nothing or everything", expected="a number between 0 and 1")
     k = math.ceil(ratio * n - 1e-9)  # 0.7 · 10 is 7, not 8
-    noise = _uniform((rows, n), device, generator)
+    noise = uniform((rows, n), device, generator, shard)
     if strategy == "random":
         score = noise
     elif strategy == "block":
-        score = _blocks(rows, grid, k, device, generator) + noise
+        score = _blocks(rows, grid, k, device, generator, shard) + noise
     elif strategy == "attention_low":
         score = _rank(-importance, noise)
     elif strategy == "attention_sample":
@@ -68,9 +71,9 @@ def make_mask(
         score = _rank(importance, noise)
     mask = _top(score, k)
     if strategy == "attention_hint":
-        mask = _reveal(mask, round(hint * k), device, generator)
+        mask = _reveal(mask, round(hint * k), device, generator, shard)
     if strategy.startswith("attention") and p_attention < 1:
-        guided = _uniform((rows, 1), device, generator) < p_attention
+        guided = uniform((rows, 1), device, generator, shard) < p_attention
         mask = torch.where(guided, mask, _top(noise, k))
     return mask
 
@@ -100,10 +103,21 @@ def _importance(strategy: str, attention: Tensor | None, batch: int | None, n: i
     return importance, importance.shape[0]
 
 
-def _uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Uniform numbers; drawn where the generator lives, so that a CPU generator serves any device."""
+def uniform(
+    shape: tuple[int, ...],
+    device: torch.device,
+    generator: torch.Generator | None,
+    shard: tuple[int, int] = (0, 1),
+) -> Tensor:
+    """Uniform numbers for this rank's rows.
+
+    Drawn where the generator lives, so that a CPU generator serves any device, and for the rows of
+    all ranks, so that the numbers do not depend on how a batch is spread over processes.
+    """
+    rank, world = shard
     source = generator.device if generator is not None else device
-    return torch.rand(shape, generator=generator, device=source).to(device)
+    every = torch.rand((shape[0] * world, *shape[1:]), generator=generator, device=source)
+    return every[rank * shape[0] : (rank + 1) * shape[0]].to(device)
 
 
 def _rank(score: Tensor, noise: Tensor) -> Tensor:
@@ -120,20 +134,27 @@ def _top(score: Tensor, k: int) -> Tensor:
     return mask.scatter_(-1, score.topk(k, -1).indices, True)
 
 
-def _reveal(mask: Tensor, swaps: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+def _reveal(
+    mask: Tensor, swaps: int, device: torch.device, generator: torch.Generator | None, shard: tuple[int, int]
+) -> Tensor:
     """Show `swaps` of the hidden units and hide as many of the visible ones instead."""
     visible = int((~mask[0]).sum())
     swaps = min(swaps, visible)
     if swaps == 0:
         return mask
-    noise = _uniform(tuple(mask.shape), device, generator)
+    noise = uniform(tuple(mask.shape), device, generator, shard)
     shown = _top(noise.masked_fill(~mask, -1), swaps)
     hidden = _top(noise.masked_fill(mask, -1), swaps)
     return (mask & ~shown) | hidden
 
 
 def _blocks(
-    rows: int, grid: tuple[int, int, int], k: int, device: torch.device, generator: torch.Generator | None
+    rows: int,
+    grid: tuple[int, int, int],
+    k: int,
+    device: torch.device,
+    generator: torch.Generator | None,
+    shard: tuple[int, int],
 ) -> Tensor:
     """Score ≥ 1 inside boxes: earlier boxes score higher, so that the top k fill box after box."""
     n = math.prod(grid)
@@ -141,10 +162,10 @@ def _blocks(
     places = torch.stack(
         torch.meshgrid(*(torch.arange(g, device=device) for g in grid), indexing="ij")
     ).flatten(1)
-    centre = _uniform((rows, boxes, 3, 1), device, generator) * torch.tensor(grid, device=device).view(
+    centre = uniform((rows, boxes, 3, 1), device, generator, shard) * torch.tensor(grid, device=device).view(
         1, 1, 3, 1
     )
-    half = 1 + _uniform((rows, boxes, 3, 1), device, generator)  # boxes of 2 to 4 units a side
+    half = 1 + uniform((rows, boxes, 3, 1), device, generator, shard)  # boxes of 2 to 4 units a side
     inside = ((places + 0.5 - centre).abs() <= half).all(2)  # (rows, boxes, N)
     order = torch.arange(boxes, 0, -1, device=device).view(1, boxes, 1)
     return (inside * order).amax(1).view(rows, n).to(torch.float32)

@@ -43,7 +43,7 @@ def test_help_is_quick_and_every_command_shows_an_example():
         ["doctor"],
         ["demo"],
         ["config"],
-        *(["data", c] for c in "list show fetch verify build phantom compose".split()),
+        *(["data", c] for c in ["list", "show", "fetch", "verify", "build", "phantom", "compose"]),
     ):
         assert "Example: smartlab" in python("-m", "smartlab.cli", *words, "--help").stdout
 

@@ -1,0 +1,118 @@
+"""How student tokens learn from teacher tokens: prototypes or regression.
+
+- `prototype`: both sides give a distribution over K prototypes; cross-entropy. The teacher's side is
+  kept from collapsing by `centre` (subtract a running mean, sharpen) or by `sinkhorn` (equal use of
+  the prototypes within the batch). The published form; wants large batches.
+- `regression`: a predictor on the student's side meets the teacher's tokens directly, cosine to the
+  centred image token and smooth L1 to the layer-normed patch tokens. For small batches.
+
+Centres and Sinkhorn sums are taken over all ranks. Softmax, centres and losses are in fp32.
+
+Caron et al., DINO (2021); Zhou et al., iBOT (2022); Caron et al., SwAV (2020); Baevski et al., data2vec (2022).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smartlab.config import DistillConfig
+from smartlab.models.heads import Predictor, PrototypeHead
+
+
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The average of x over all processes; x itself when there is one."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+class TokenHead(nn.Module):
+    """The trained part of one side's comparison: a prototype head, or a predictor (student only)."""
+
+    def __init__(self, dim: int, settings: DistillConfig) -> None:
+        super().__init__()
+        if settings.kind == "prototype":
+            self.net: nn.Module = PrototypeHead(
+                dim, settings.hidden, settings.bottleneck, settings.prototypes
+            )
+        else:
+            self.net = Predictor(dim, settings.hidden)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.net(tokens)
+
+
+class Centre(nn.Module):
+    """Running mean over batches and ranks of what the teacher says, (dim,)."""
+
+    value: Tensor
+
+    def __init__(self, dim: int, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("value", torch.zeros(dim))
+
+    @torch.no_grad()
+    def update(self, said: Tensor) -> None:
+        mean = mean_over_ranks(said.float().flatten(0, -2).mean(0))
+        self.value.lerp_(mean, 1 - self.momentum)
+
+
+def prototype_loss(student: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy H(target, softmax(student / temperature)), averaged over tokens; (…, K) each."""
+    return -(target * F.log_softmax(student.float() / temperature, -1)).sum(-1).mean()
+
+
+@torch.no_grad()
+def centred(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
+    """Teacher distribution: softmax((logits − centre) / temperature)."""
+    return F.softmax((logits.float() - centre) / temperature, -1)
+
+
+@torch.no_grad()
+def sinkhorn(logits: Tensor, temperature: float, rounds: int = 3) -> Tensor:
+    """Teacher distribution that uses every prototype equally often within the (global) batch."""
+    flat = (logits.float() / temperature).flatten(0, -2)
+    q = (flat - flat.amax(-1, keepdim=True)).exp()  # (tokens, K); a factor per token cancels below
+    k = q.shape[-1]
+    for _ in range(rounds):
+        q = q / (mean_over_ranks(q.mean(0)) * k).clamp_min(1e-12)  # every prototype: total 1/K
+        q = q / q.sum(-1, keepdim=True).clamp_min(1e-12)  # every token: a distribution
+    return q.view_as(logits)
+
+
+def regress_image(student: Tensor, teacher: Tensor, centre: Tensor) -> Tensor:
+    """2 − 2 cos between the predicted and the centred teacher image token, averaged; (…, C) each."""
+    target = F.normalize(teacher.float() - centre, dim=-1)
+    return (2 - 2 * (F.normalize(student.float(), dim=-1) * target).sum(-1)).mean()
+
+
+def regress_patches(student: Tensor, teacher: Tensor) -> Tensor:
+    """Smooth L1 to the layer-normed teacher tokens, averaged; (…, C) each."""
+    teacher = teacher.float()
+    return F.smooth_l1_loss(student.float(), F.layer_norm(teacher, teacher.shape[-1:]))
+
+
+@torch.no_grad()
+def collapse_signs(target: Tensor | None, features: Tensor) -> dict[str, Tensor]:
+    """Numbers that show a collapse: teacher entropy and KL to uniform, feature spread, effective rank.
+
+    target: (…, K) teacher distributions, or None for regression. features: (B, C) image tokens.
+    """
+    x = features.float()
+    signs = {"feature_std": F.normalize(x, dim=-1).std(0, correction=0).mean() * math.sqrt(x.shape[-1])}
+    spectrum = torch.linalg.svdvals(x - x.mean(0))
+    share = spectrum / spectrum.sum().clamp_min(1e-12)
+    signs["effective_rank"] = torch.special.entr(share).sum().exp()
+    if target is not None:
+        entropy = torch.special.entr(target.float()).sum(-1).mean()
+        signs["teacher_entropy"] = entropy
+        signs["teacher_kl_uniform"] = math.log(target.shape[-1]) - entropy
+    return signs

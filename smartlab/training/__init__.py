@@ -1,0 +1,1 @@
+"""The optimisation around a method: loop, schedules, teacher, checkpoints, monitoring."""

@@ -7,15 +7,16 @@
   volume. Classic and enhanced multi-frame CT become the same planes (dicom_planes.py), and these
   one regular grid (dicom_geometry.py).
 - SeriesDescription is free text and may name the patient: it appears only in `SeriesInfo` and in the
-  `SeveralSeries` message a person reads, never in notes; `SeveralSeries.public` leaves it out.
+  `HeaderTextError` message a person reads, never in notes; its `.public` leaves it out.
 """
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -65,31 +66,28 @@ class SeriesInfo:
     description: str = field(default="", repr=False)
 
 
-class SeveralSeries(DataError):
-    """More than one series could be meant. Log `public`: it has no free text from the headers."""
+class HeaderTextError(DataError):
+    """An error that quotes free text of headers, for a person to read. Log `public`, which does not."""
 
-    def __init__(self, path: str | Path, series: Sequence[SeriesInfo]) -> None:
-        self.series = tuple(series)
-
-        def message(free_text: bool) -> dict:
-            rows = [
-                f"\n  {s.uid}  {s.slices} slices  {s.image_type}"
-                + (f"  {s.description!r}" if free_text else "")
-                for s in self.series
-            ]
-            fix = "pass series=UID to choose one"
-            return {"path": path, "found": "".join(rows), "expected": "one series", "fix": fix}
-
-        problem = f"{len(self.series)} series in one folder"
-        self.public = str(DataError(problem, **message(free_text=False)))
-        super().__init__(problem, **message(free_text=True))
+    def __init__(self, problem: str, path: str | Path, found: str, quoted: str, fix: str) -> None:
+        self.parts = (problem, path, found, quoted, fix)
+        self.public = str(DataError(problem, path=path, found=found, fix=fix))
+        super().__init__(problem, path=path, found=quoted, fix=fix)
 
     def __reduce__(self):
-        return SeveralSeries, (self.path, self.series)
+        return HeaderTextError, self.parts
+
+
+def several_series(path: Path, series: Sequence[SeriesInfo]) -> HeaderTextError:
+    """More than one series could be meant: their UIDs, sizes and, for the reader, descriptions."""
+    facts = [f"\n  {s.uid}  {s.slices} slices  {s.image_type}" for s in series]
+    quoted = [f"{fact}  {s.description!r}" for fact, s in zip(facts, series, strict=True)]
+    problem, fix = f"{len(series)} series in one folder", "pass series=UID to choose one"
+    return HeaderTextError(problem, path, "".join(facts), "".join(quoted), fix)
 
 
 @dataclass
-class _Scan:
+class Scan:
     """The headers below a path, by what they are."""
 
     volumes: dict[str, list[Dataset]]  # series UID -> its image headers
@@ -102,7 +100,7 @@ def read_dicom(
     path: Path, series: str | None = None, tilt: str = "refuse", modality: str = "CT"
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """One DICOM series -> int16 array (columns, rows, slices), its RAS affine, and notes."""
-    scan = _scan(path, modality)
+    scan = scan_headers(path, modality)
     headers = _choose(scan, path, series, modality)
     planes = [plane for header in headers for plane in planes_of(header, modality)]
     if path.is_file() and len(planes) == 1:
@@ -125,54 +123,50 @@ def read_dicom(
 @disable_value_validation()
 def series_in(folder: str | Path) -> list[SeriesInfo]:
     """Every series below a folder (or in a file), volumes with the most slices first."""
-    scan = _scan(Path(folder), None)
+    scan = scan_headers(Path(folder), None)
     found = [_info(headers, "volume") for headers in scan.volumes.values()]
     for kind, headers in scan.aside.items():
-        by_uid = groupby(sorted(headers, key=_uid), key=_uid)
+        by_uid = groupby(sorted(headers, key=series_uid), key=series_uid)
         found += [_info(list(group), kind) for _, group in by_uid]
     return sorted(found, key=lambda s: (s.kind != "volume", -s.slices, s.uid))
 
 
-def index_series(root: str | Path) -> dict[str, Path]:
-    """Series UID -> folder, from the first DICOM header of every folder below `root`.
+def index_series(root: str | Path, thorough: bool = False) -> dict[str, Path]:
+    """Series UID -> the folder below `root` that holds it, whatever the folders are called.
 
-    One header per folder: a cohort of thousands is indexed in seconds. Folders that mix series are
-    listed under the series of their first file only; `find_series` looks further.
+    From the first DICOM header of every folder (thousands in seconds), or of every file if
+    `thorough`, for folders that mix series. A series spread over several folders gets their common
+    parent. Folders that have not changed since the last call are not opened again.
     """
     index: dict[str, Path] = {}
-    for folder, files in _folders(Path(root)):
-        if (header := _first_header(folder, files)) is not None:
-            index.setdefault(_uid(header), folder)
+    for folder, _ in _folders(Path(root)):
+        for uid in _uids_in(folder, folder.stat().st_mtime_ns, thorough):
+            index[uid] = Path(os.path.commonpath([index.get(uid, folder), folder]))
     return index
 
 
-def find_series(root: str | Path, uid: str, index: Mapping[str, Path] | None = None) -> Path:
-    """The folder below `root` that holds a series, whatever the folders are called.
+def find_series(root: str | Path, uid: str) -> Path:
+    """The folder below `root` that holds a series; read it with `read_volume(folder, series=uid)`.
 
-    Read it with `read_volume(folder, series=uid)`. Looks in `index` (see `index_series`), then at one
-    header per folder, folders named after the UID first, and only then at every file.
+    The first call indexes the root, later ones look the series up; a series that is not in the index
+    makes it anew, first from one header per folder, then from every file.
     """
-    if index and uid in index:
-        return index[uid]
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError("no such folder", path=root, fix="check the data root")
-    folders = sorted(_folders(root), key=lambda item: uid not in item[0].name)
-    for folder, files in folders:
-        header = _first_header(folder, files)
-        if header is not None and _uid(header) == uid:
+    root = Path(root).absolute()
+    for thorough in (None, False, True):
+        if thorough is not None:
+            _indexes[root] = index_series(root, thorough)
+        folder = _indexes.get(root, {}).get(uid)
+        if folder is not None and folder.is_dir():
             return folder
-    for folder, files in folders:
-        for name in files:
-            header = _header(folder / name, ["SeriesInstanceUID"])
-            if header is not None and _uid(header) == uid:
-                return folder
     raise DataError(
         f"series {uid} is not below this folder",
         path=root,
-        found=f"{len(folders)} folders with files",
+        found=f"{len(_indexes[root])} other series",
         fix="fetch it, or check the data root",
     )
+
+
+_indexes: dict[Path, dict[str, Path]] = {}
 
 
 # ---- headers -------------------------------------------------------------------------------------
@@ -180,6 +174,8 @@ def find_series(root: str | Path, uid: str, index: Mapping[str, Path] | None = N
 
 def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """(folder, names of its files) for every folder with files, hidden ones left out, in order."""
+    if not root.is_dir():
+        raise DataError("no such folder", path=root, fix="check the path, or fetch the data first")
     for folder, inside, names in os.walk(root):
         inside[:] = sorted(name for name in inside if not name.startswith("."))
         names = sorted(name for name in names if not name.startswith("."))
@@ -187,12 +183,25 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
             yield Path(folder), names
 
 
-def _first_header(folder: Path, names: list[str]) -> Dataset | None:
-    headers = (_header(folder / name, ["SeriesInstanceUID"]) for name in names)
-    return next((header for header in headers if header is not None and _uid(header)), None)
+@cache
+def _uids_in(folder: Path, modified_ns: int, thorough: bool) -> tuple[str, ...]:
+    """Series UIDs of the files directly in a folder; of its first DICOM file only, unless `thorough`."""
+    uids: dict[str, None] = {}
+    for file in sorted(folder.iterdir()):
+        if not file.is_file() or file.name.startswith("."):
+            continue
+        try:
+            header = header_of(file, ["SeriesInstanceUID"])
+        except (DataError, OSError):  # reading that series will say so; finding the others must go on
+            continue
+        if header is not None and series_uid(header):
+            uids[series_uid(header)] = None
+            if not thorough:
+                break
+    return tuple(uids)
 
 
-def _header(file: Path, tags: list[str]) -> Dataset | None:
+def header_of(file: Path, tags: list[str]) -> Dataset | None:
     """The named tags of a DICOM file; None if its content is not DICOM."""
     with file.open("rb") as stream:
         start = stream.read(132)
@@ -207,24 +216,24 @@ def _header(file: Path, tags: list[str]) -> Dataset | None:
     return None if header.file_meta.get("MediaStorageSOPClassUID", "") == DICOMDIR else header
 
 
-def _scan(path: Path, modality: str | None) -> _Scan:
+def scan_headers(path: Path, modality: str | None) -> Scan:
     """Read every header below a folder (or of one file) and sort them by what they are."""
     files = (
         [path] if path.is_file() else [folder / name for folder, names in _folders(path) for name in names]
     )
-    scan = _Scan(defaultdict(list), defaultdict(list), 0)
+    scan = Scan(defaultdict(list), defaultdict(list), 0)
     others: list[Path] = []
     suffixes = set(SLICE_SUFFIXES)
     for file in files:
-        header = _header(file, _TAGS + PLANE_TAGS)
+        header = header_of(file, _TAGS + PLANE_TAGS)
         if header is None:
             others.append(file)
             continue
-        if not (header.get("SOPClassUID") and _uid(header)):
+        if not (header.get("SOPClassUID") and series_uid(header)):
             raise _damaged(file, "its header has no SOPClassUID or SeriesInstanceUID")
         suffixes.add(file.suffix.lower())
         kind = _kind(header, modality)
-        (scan.volumes[_uid(header)] if kind == "volume" else scan.aside[kind]).append(header)
+        (scan.volumes[series_uid(header)] if kind == "volume" else scan.aside[kind]).append(header)
     for file in others:
         suffix, empty = file.suffix.lower(), file.stat().st_size == 0
         if suffix in SLICE_SUFFIXES or (empty and suffix in suffixes):
@@ -262,14 +271,14 @@ def _values(header: Dataset, keyword: str) -> list:
     return [] if value is None else [value] if isinstance(value, str | bytes) else list(value)
 
 
-def _uid(header: Dataset) -> str:
+def series_uid(header: Dataset) -> str:
     return str(header.get("SeriesInstanceUID", "") or "")
 
 
 def _info(headers: list[Dataset], kind: str) -> SeriesInfo:
     first = headers[0]
     return SeriesInfo(
-        uid=_uid(first),
+        uid=series_uid(first),
         modality=coded(first.get("Modality")),
         kind=kind,
         slices=sum(map(frame_count, headers)),
@@ -278,7 +287,7 @@ def _info(headers: list[Dataset], kind: str) -> SeriesInfo:
     )
 
 
-def _choose(scan: _Scan, path: Path, series: str | None, modality: str) -> list[Dataset]:
+def _choose(scan: Scan, path: Path, series: str | None, modality: str) -> list[Dataset]:
     """The headers of the one series meant, or an error that lists what there is."""
     if not scan.volumes and not scan.aside:
         raise DataError(
@@ -307,11 +316,11 @@ def _choose(scan: _Scan, path: Path, series: str | None, modality: str) -> list[
             fix="choose one of these with series=",
         )
     if len(scan.volumes) > 1:
-        raise SeveralSeries(path, [_info(headers, "volume") for headers in scan.volumes.values()])
+        raise several_series(path, [_info(headers, "volume") for headers in scan.volumes.values()])
     return next(iter(scan.volumes.values()))
 
 
-def _notes(scan: _Scan, headers: list[Dataset], tilt_degrees: float) -> list[str]:
+def _notes(scan: Scan, headers: list[Dataset], tilt_degrees: float) -> list[str]:
     counted = {kind: len(aside) for kind, aside in scan.aside.items()}
     notes = [f"{n} {kind}{'s' if n > 1 else ''} set aside" for kind, n in counted.items()]
     if len(scan.volumes) > 1:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import gzip
 import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,15 +77,16 @@ def read_volume(
     >>> read_volume("scan.nii.gz").spacing                                  # doctest: +SKIP
     (0.977, 0.977, 3.27)
     """
-    path = Path(path)
     if tilt not in ("refuse", "correct"):
         raise UseError("unknown tilt setting", found=tilt, expected="'refuse' or 'correct'")
-    if _format(path) == "dicom":
-        from smartlab.data.dicom import read_dicom
+    path = Path(path)
+    with _opening(path):
+        if _format(path) == "dicom":
+            from smartlab.data.dicom import read_dicom
 
-        array, affine, notes = read_dicom(path, series, tilt, modality)
-        return _finish(array, affine, path, modality, notes)
-    values, affine, notes = _read_file(path)
+            array, affine, notes = read_dicom(path, series, tilt, modality)
+            return _finish(array, affine, path, modality, notes)
+        values, affine, notes = _read_file(path)
     floor = AIR if modality == "CT" else -32768
     if modality == "CT":
         notes += _check_hounsfield(values, path)
@@ -97,13 +100,14 @@ def read_labels(path: str | Path) -> Volume:
     Values are kept: uint8 where they fit, else int16. Whole numbers stored as floats are accepted.
     """
     path = Path(path)
-    if _format(path) == "dicom":
-        raise DataError(
-            "label images are NIfTI, NRRD or MetaImage",
-            path=path,
-            fix="for DICOM SEG or RTSTRUCT use smartlab.data.dicom_masks.read_mask",
-        )
-    values, affine, notes = _read_file(path)
+    with _opening(path):
+        if _format(path) == "dicom":
+            raise DataError(
+                "label images are NIfTI, NRRD or MetaImage",
+                path=path,
+                fix="for DICOM SEG or RTSTRUCT use smartlab.data.dicom_masks.read_mask",
+            )
+        values, affine, notes = _read_file(path)
     if values.dtype.kind == "f" and np.isfinite(values).all() and (values != np.rint(values)).any():
         raise DataError(
             "label values are not whole numbers",
@@ -118,6 +122,20 @@ def read_labels(path: str | Path) -> Volume:
     if array.min() >= 0 and array.max() <= 255:
         array = array.astype(np.uint8)
     return _finish(array, affine, path, "SEG", notes)
+
+
+@contextmanager
+def _opening(path: Path) -> Iterator[None]:
+    """Permissions, broken disks and vanished mounts, as errors that name the path."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            "cannot be opened",
+            path=path,
+            found=error.strerror or type(error).__name__,
+            fix="check its permissions and the disk it is on",
+        ) from error
 
 
 def _format(path: Path) -> str:

@@ -12,12 +12,16 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
 CT, ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1"
 SECONDARY = "1.2.840.10008.5.1.4.1.1.7"
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+ANGLES = st.tuples(*[st.floats(-180, 180)] * 3)  # degrees about x, y, z
+tmp_ok = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 

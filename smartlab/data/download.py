@@ -184,6 +184,7 @@ def unpack(archive: str | Path, root: str | Path) -> int:
     try:
         with zipfile.ZipFile(archive) if archive.suffix == ".zip" else tarfile.open(archive) as opened:  # type: ignore[attr-defined]
             members = list(_members(opened, archive))
+            root.mkdir(parents=True, exist_ok=True)
             needed = sum(size for _, size, _ in members)
             if needed > (free := shutil.disk_usage(root).free):
                 raise DataError(

@@ -91,8 +91,8 @@ def series_of(cases: Iterable[Case]) -> list[str]:
 
 
 def gigabytes(cases: Iterable[Case]) -> float:
-    """Size of all series of these cases, as DICOM files."""
-    rows = lookup(series_of(cases), ["series_size_MB"]).values()
+    """Size, as DICOM files, of what is fetched by default: all series of the cases not left out."""
+    rows = lookup(series_of(c for c in cases if not c.excluded), ["series_size_MB"]).values()
     return round(sum(row["series_size_MB"] for row in rows) / 1000, 1)
 
 

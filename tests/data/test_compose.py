@@ -254,7 +254,9 @@ def test_msd_cases_are_the_labelled_images_with_their_masks(tmp_path):
 def test_totalsegmentator_cases_have_every_mask_and_the_authors_split(tmp_path):
     place(tmp_path, "s0001/ct.nii.gz", "s0001/segmentations/liver.nii.gz", "s0001/segmentations/heart.nii.gz",
           "s0002/ct.nii.gz", "s0002/segmentations/liver.nii.gz")  # fmt: skip
-    (tmp_path / "meta.csv").write_text("\ufeffimage_id;age;split\ns0001;60;train\ns0002;61;test\n", encoding="utf-8")
+    (tmp_path / "meta.csv").write_text(
+        "\ufeffimage_id;age;split\ns0001;60;train\ns0002;61;test\n", encoding="utf-8"
+    )
     first, second = cases_from_folder(load_manifest("totalsegmentator"), tmp_path).cases
     assert first.masks == {k: f"s0001/segmentations/{k}.nii.gz" for k in ("heart", "liver")}
     assert (first.split, second.split) == ("train", "test")
@@ -306,7 +308,9 @@ def test_a_manifest_that_lists_its_cases_has_no_folder_rule(tmp_path):
 
 @pytest.fixture
 def small():
-    cases = [Case(id=f"{p}-{k}", patient=p, image=f"{p}{k}.nii.gz") for p in ("A", "B", "C") for k in range(2)]
+    cases = [
+        Case(id=f"{p}-{k}", patient=p, image=f"{p}{k}.nii.gz") for p in ("A", "B", "C") for k in range(2)
+    ]
     return Manifest(
         name="small", title="t", modality="CT", licence="-", citation="-", homepage="-",
         source=Source(kind="local"), all_cases=cases,

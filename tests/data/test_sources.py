@@ -41,7 +41,11 @@ class Server(BaseHTTPRequestHandler):
         if content is None or self.path in state["broken"]:
             return self.send_error(503 if content is not None else 404)
         etag, start = f'"{hashlib.md5(content).hexdigest()}"', 0
-        if (asked := self.headers.get("Range")) and self.headers.get("If-Range", etag) == etag and state["ranges"]:
+        if (
+            (asked := self.headers.get("Range"))
+            and self.headers.get("If-Range", etag) == etag
+            and state["ranges"]
+        ):
             start = int(asked.removeprefix("bytes=").rstrip("-"))
         if start > 0 and start >= len(content):
             self.send_response(416)
@@ -212,7 +216,9 @@ def test_an_archive_that_climbs_out_is_refused_before_anything_is_written(tmp_pa
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
 def test_links_and_devices_in_a_tar_are_refused(tmp_path, kind):
-    path = tarred(tmp_path / "a.tar", (tar_member("good"), b"1"), (tar_member("bad", kind, "/etc/hostname"), b""))
+    path = tarred(
+        tmp_path / "a.tar", (tar_member("good"), b"1"), (tar_member("bad", kind, "/etc/hostname"), b"")
+    )
     with pytest.raises(DataError, match="a link or device"):
         download.unpack(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -304,7 +310,9 @@ def test_medmnist_samples_become_images_that_can_be_read(web, tmp_path):
     rng = np.random.default_rng(0)
     buffer = io.BytesIO()
     images = {f"{s}_images": rng.integers(0, 256, (2, 8, 8, 8), np.uint8) for s in ("train", "val", "test")}
-    np.savez_compressed(buffer, **images, **{k.replace("images", "labels"): np.array([[0], [1]]) for k in images})
+    np.savez_compressed(
+        buffer, **images, **{k.replace("images", "labels"): np.array([[0], [1]]) for k in images}
+    )
     layout = {"npz": "toy.npz", "label": "malignancy", "classes": ["benign", "malignant"]}
     man = web_manifest(web, layout, **{"toy.npz": buffer.getvalue()})
     man = man.model_copy(update={"labels": load_manifest("medmnist-nodule3d").labels})
@@ -327,7 +335,8 @@ def offline(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("pancreas-ct", "10.2 GB"), ("msd-lung", "9.2 GB"), ("ct-open", "GB"), ("amos22", "24.0 GB")]
+    ("name", "size"),
+    [("pancreas-ct", "10.2 GB"), ("msd-lung", "9.2 GB"), ("ct-open", "GB"), ("amos22", "24.0 GB")],
 )
 def test_without_network_it_fails_in_seconds_saying_what_and_how_large(offline, tmp_path, name, size):
     begin = time.perf_counter()
@@ -346,7 +355,9 @@ def test_a_name_server_that_never_answers_does_not_hold_us_up(monkeypatch):
 def test_a_dry_run_lists_and_sizes_without_any_request(offline, tmp_path):
     report = fetch("lidc-nodules", tmp_path / "root", dry_run=True)
     assert len(report.items) == 638 and not (tmp_path / "root").exists()
-    assert f"638 item(s), {load_manifest('lidc-nodules').source.size_gb} GB" in str(report) and "CC BY 3.0" in str(report)
+    assert f"638 item(s), {load_manifest('lidc-nodules').source.size_gb} GB" in str(
+        report
+    ) and "CC BY 3.0" in str(report)
     assert json.dumps(report.as_json())
 
 
@@ -365,7 +376,7 @@ def test_unknown_cases_and_cases_of_archives_are_refused(tmp_path):
 def test_a_local_dataset_says_that_there_is_nothing_to_fetch(tmp_path):
     man = Manifest(name="mine", title="t", modality="CT", licence="-", citation="-", homepage="-",
                    source=Source(kind="local", notes="ask the data office"))  # fmt: skip
-    with pytest.raises(UseError, match="no public source.*Ask the data office"):
+    with pytest.raises(UseError, match=r"no public source.*Ask the data office"):
         fetch(man, tmp_path)
 
 
@@ -445,7 +456,14 @@ def test_the_real_client_takes_what_we_give_it():
 
     known = inspect.signature(IDCClient.download_from_selection).parameters
     source = inspect.getsource(sources._fetch_series)
-    for name in ("downloadDir", "seriesInstanceUID", "dirTemplate", "use_s5cmd_sync", "quiet", "show_progress_bar"):
+    for name in (
+        "downloadDir",
+        "seriesInstanceUID",
+        "dirTemplate",
+        "use_s5cmd_sync",
+        "quiet",
+        "show_progress_bar",
+    ):
         assert name in known and f"{name}=" in source
 
 

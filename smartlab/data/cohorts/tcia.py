@@ -3,8 +3,8 @@
 `nsclc-radiomics`, `nsclc-interobserver`, `pancreas-ct`: one CT per patient, its masks in the same
 study. `nsclc-radiogenomics`: several CT per patient, one is chosen (see `_CHOOSE`).
 
-Masks are named for what they are meant to show; which segment (SEG) or region (RTSTRUCT) of the
-series that is, is in `source.parameters["segments"]`. Where outcome needs a clinical table,
+Masks are named for what they show; which segment (SEG) or region (RTSTRUCT) of the series that is,
+as a pattern ("*" for all of it), is in `source.parameters["segments"]`. Where outcome needs a clinical table,
 `source.parameters["clinical"]` says where it is, and `attach_table` reads it.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from smartlab.data.cohorts import idc
 from smartlab.data.cohorts.open_ct import NOT_AXIAL
 from smartlab.data.manifest import Case, Manifest, Source
-from smartlab.errors import DataError
+from smartlab.errors import DataError, UseError
 
 TCIA_FILES = "https://www.cancerimagingarchive.net/wp-content/uploads/"
 FREE = "No account is needed."
@@ -51,9 +51,8 @@ def _manifest(
 # One row per patient: the CT, and the masks of its study by modality and origin.
 _WITH_MASKS = """
 SELECT ct.PatientID AS patient, ct.SeriesInstanceUID AS image,
-       max(m.SeriesInstanceUID) FILTER (m.Modality = 'SEG') AS seg,
-       max(m.SeriesInstanceUID) FILTER (m.Modality = 'RTSTRUCT') AS rtstruct,
-       count(*) FILTER (m.Modality = 'SEG') AS segs, count(*) FILTER (m.Modality = 'RTSTRUCT') AS rtstructs
+       list(m.SeriesInstanceUID) FILTER (m.Modality = 'SEG') AS seg,
+       list(m.SeriesInstanceUID) FILTER (m.Modality = 'RTSTRUCT') AS rtstruct
 FROM series ct LEFT JOIN series m ON m.StudyInstanceUID = ct.StudyInstanceUID
      AND m.Modality IN ('SEG', 'RTSTRUCT') AND m.analysis_result_id IS NOT DISTINCT FROM ?
 WHERE ct.collection_id = ? AND ct.Modality = 'CT'
@@ -61,26 +60,33 @@ GROUP BY ALL ORDER BY patient
 """
 
 
-def _with_masks(collection: str, name: str, made_by: str | None = None) -> list[Case]:
+def _with_masks(collection: str, name: str, masks: str, made_by: str | None = None) -> list[Case]:
+    """A case per CT; `masks` is the kind of series to take ("seg" or "rtstruct").
+
+    A patient without a SEG has no such structure even where there is an RTSTRUCT, and is left out.
+    """
+    if masks not in ("seg", "rtstruct"):
+        raise UseError("no such kind of masks", found=masks, expected="'seg' or 'rtstruct'")
     cases = []
     for row in idc.query(_WITH_MASKS, [made_by, collection]):
-        if max(row["segs"], row["rtstructs"]) > 1:
+        found = row[masks] or []
+        if len(found) > 1:
             raise DataError("has several masks of one kind", path=row["patient"], expected="one per CT")
-        masks = {name: row["seg"], f"{name}_contours": row["rtstruct"]}
         cases.append(
             Case(
                 id=row["patient"],
                 patient=row["patient"],
                 series_uid=row["image"],
-                masks={key: f"series:{uid}" for key, uid in masks.items() if uid},
+                masks={name: f"series:{found[0]}"} if found and row["seg"] else {},
                 excluded=None if row["seg"] else f"no {name} segmentation is published",
             )
         )
     return cases
 
 
-def nsclc_radiomics() -> Manifest:
-    cases = _with_masks("nsclc_radiomics", "tumour")
+def nsclc_radiomics(masks: str = "rtstruct") -> Manifest:
+    """Lung1; `masks="seg"` takes the segmentations that its authors converted from the contours."""
+    cases = _with_masks("nsclc_radiomics", "tumour", masks)
     return _manifest(
         "nsclc_radiomics",
         cases,
@@ -89,7 +95,7 @@ def nsclc_radiomics() -> Manifest:
         description=f"{len(cases)} patients with non-small-cell lung cancer, one CT each; "
         f"{sum(not c.excluded for c in cases)} with a delineated gross tumour volume.",
         parameters={
-            "segments": {"tumour": ["GTV-1"], "tumour_contours": ["GTV-1"]},
+            "segments": {"tumour": "GTV-1"},
             "clinical": {
                 "url": TCIA_FILES + "NSCLC-Radiomics-Lung1.clinical-version3-Oct-2019.csv",
                 "key": "PatientID",
@@ -108,14 +114,16 @@ def nsclc_radiomics() -> Manifest:
         + " Survival is in a separate CSV, free, at source.parameters.clinical.url (link as of 2019, also "
         "on the homepage): download it and run `attach_table`.",
         remarks=[
-            "Non-commercial licence. Some studies hold further regions (lungs, heart, oesophagus, spinal cord).",
-            "LUNG1-128 has no tumour segmentation and is left out.",
+            "Non-commercial licence. GTV-1 is the primary tumour; some studies hold further regions (lungs, heart, "
+            "oesophagus, spinal cord).",
+            "LUNG1-128 has no such tumour contour and is left out.",
         ],
     )
 
 
-def nsclc_interobserver() -> Manifest:
-    cases = _with_masks("nsclc_radiomics_interobserver1", "tumour")
+def nsclc_interobserver(masks: str = "rtstruct") -> Manifest:
+    """The mask is that of the first observer; `source.parameters["observers"]` names the others."""
+    cases = _with_masks("nsclc_radiomics_interobserver1", "tumour", masks)
     return _manifest(
         "nsclc_radiomics_interobserver1",
         cases,
@@ -124,27 +132,26 @@ def nsclc_interobserver() -> Manifest:
         description=f"{len(cases)} patients, one CT each; {sum(not c.excluded for c in cases)} with the delineations "
         "of five observers, by hand and semi-automatic.",
         parameters={
-            "segments": {
-                key: [f"GTV-1{how}-{k}" for how in ("vis", "auto") for k in range(1, 6)]
-                for key in ("tumour", "tumour_contours")
-            }
+            "segments": {"tumour": "GTV-1vis-1"},
+            "observers": [f"GTV-1{how}-{k}" for how in ("vis", "auto") for k in range(1, 6)],
         },
         remarks=[
             "Non-commercial licence.",
-            "GTV-1vis-1 to -5 are the five observers by hand, GTV-1auto-1 to -5 semi-automatic.",
+            "GTV-1vis-1 to -5 are the five observers by hand, GTV-1auto-1 to -5 semi-automatic; the `tumour` mask is the "
+            "first. For another, change source.parameters.segments.",
         ],
     )
 
 
 def pancreas_ct() -> Manifest:
-    cases = _with_masks("pancreas_ct", "pancreas", made_by="pancreas_ct_seg")
+    cases = _with_masks("pancreas_ct", "pancreas", "seg", made_by="pancreas_ct_seg")
     return _manifest(
         "pancreas_ct",
         cases,
         name="pancreas-ct",
         title="NIH Pancreas-CT: pancreas on contrast-enhanced abdominal CT",
         description=f"{len(cases)} portal-venous CT of people without pancreatic disease, pancreas outlined by hand.",
-        parameters={"segments": {"pancreas": ["Pancreas"]}},
+        parameters={"segments": {"pancreas": "*"}},
         remarks=[
             "Masks are the DICOM conversion of the published NIfTI labels (https://doi.org/10.5281/zenodo.12130275)."
         ],
@@ -192,7 +199,7 @@ def nsclc_radiogenomics() -> Manifest:
         description=f"{len(cases)} patients with non-small-cell lung cancer, one preoperative CT each; "
         f"{len(candidates)} with the tumour segmented. Outcomes come from a separate table.",
         parameters={
-            "segments": {"tumour": "the only segment of the series"},
+            "segments": {"tumour": "*"},
             "clinical": {
                 "url": TCIA_FILES + "NSCLCR01Radiogenomic_DATA_LABELS_2018-05-22_1500-shifted.csv",
                 "key": "Case ID",

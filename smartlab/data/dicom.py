@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ import pydicom
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
 
-from smartlab.data.dicom_geometry import stack_planes, straighten
+from smartlab.data.dicom_geometry import Plane, stack_planes, straighten
 from smartlab.data.dicom_planes import PLANE_TAGS, coded, decode, frame_count, planes_of
 from smartlab.data.grid import LPS_TO_RAS
 from smartlab.errors import DataError
@@ -102,7 +103,7 @@ def read_dicom(
     """One DICOM series -> int16 array (columns, rows, slices), its RAS affine, and notes."""
     scan = scan_headers(path, modality)
     headers = _choose(scan, path, series, modality)
-    planes = [plane for header in headers for plane in planes_of(header, modality)]
+    planes = [plane for header in headers for plane in _planes(header, modality)]
     if path.is_file() and len(planes) == 1:
         raise DataError(
             "this is one slice of a series",
@@ -210,10 +211,12 @@ def header_of(file: Path, tags: list[str]) -> Dataset | None:
         return None
     try:
         header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
-        header.get("SeriesInstanceUID")  # elements parse lazily; a garbled one fails here
+        for _ in header.iterall():
+            pass  # elements parse lazily; a garbled one fails here
+        directory = header.file_meta.get("MediaStorageSOPClassUID", "") == DICOMDIR
     except Exception as error:
         raise _damaged(file, f"its header does not parse: {type(error).__name__}") from error
-    return None if header.file_meta.get("MediaStorageSOPClassUID", "") == DICOMDIR else header
+    return None if directory else header
 
 
 def scan_headers(path: Path, modality: str | None) -> Scan:
@@ -240,6 +243,15 @@ def scan_headers(path: Path, modality: str | None) -> Scan:
             raise _damaged(file, "the file is empty" if empty else "its content is not DICOM")
     scan.strays = len(others)
     return scan
+
+
+def _planes(header: Dataset, modality: str) -> list[Plane]:
+    try:
+        return planes_of(header, modality)
+    except DataError:
+        raise
+    except Exception as error:  # a value of the wrong kind can fail anywhere in pydicom
+        raise _damaged(Path(str(header.filename)), f"garbled header: {type(error).__name__}") from error
 
 
 def _damaged(file: Path, what: str) -> DataError:
@@ -329,7 +341,7 @@ def _notes(scan: Scan, headers: list[Dataset], tilt_degrees: float) -> list[str]
         notes.append(f"{scan.strays} file{'s' if scan.strays > 1 else ''} that are not DICOM ignored")
     if any(str(header.get("LossyImageCompression", "")) == "01" for header in headers):
         notes.append("lossy compression")
-    claimed = abs(float(headers[0].get("GantryDetectorTilt") or 0))
-    if claimed > 1 and tilt_degrees < 0.5:
-        notes.append(f"the header claims a gantry tilt of {claimed:.1f}°, the slice positions show none")
+    claimed = str(headers[0].get("GantryDetectorTilt", "") or 0)
+    if re.fullmatch(r"-?\d+(\.\d*)?", claimed) and abs(float(claimed)) > 1 and tilt_degrees < 0.5:
+        notes.append(f"the header claims a gantry tilt of {claimed}°, the slice positions show none")
     return notes

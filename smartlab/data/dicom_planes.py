@@ -115,13 +115,17 @@ def planes_of(header: Dataset, modality: str) -> list[Plane]:
 def _plane(header: Dataset, file: Path, frame: int, modality: str) -> Plane:
     def numbers(keyword: str, count: int) -> tuple[float, ...]:
         value = _attribute(header, frame, keyword)
-        values = [] if value is None else np.atleast_1d(np.array(value, float)).tolist()
+        try:
+            values = [] if value is None else np.atleast_1d(np.array(value, float)).tolist()
+        except (TypeError, ValueError):  # text where a number belongs; it may be anything, so not shown
+            values = [np.nan]
         if len(values) != count or not np.isfinite(values).all():
+            what = "a finite number" if count == 1 else f"{count} finite numbers"
             raise DataError(
-                f"{keyword} is missing" if not values else f"{keyword} is not {count} finite numbers",
+                f"{keyword} is missing" if not values else f"{keyword} is not {what}",
                 path=file,
                 found=values or "nothing",
-                expected=f"{count} numbers in every slice",
+                expected=f"{what} in every slice",
                 fix="export the series again with full geometry and rescale tags; they are not guessed",
             )
         return tuple(values)

@@ -59,20 +59,16 @@ def check_affine(affine: np.ndarray, path: str | Path) -> None:
 
 
 def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reorder axes so that i, j, k grow closest to Right, Anterior, Superior, right-handed.
+    """Reorder axes so that i, j, k grow closest to Right, Anterior, Superior.
 
-    array (a, b, c) with its RAS affine -> C-contiguous (X, Y, Z) and its affine. Of the 24
-    right-handed signed permutations, the one whose axes align best in sum; for a grid less than
-    45° oblique that is the usual "closest canonical" orientation.
+    array (a, b, c) with its RAS affine -> C-contiguous (X, Y, Z) and its affine. Of the 48 signed
+    permutations, the one whose axes align best in sum; for a grid less than 45° oblique that is the
+    usual "closest canonical" orientation. It is right-handed: the trace of a mirrored grid is at most
+    1, and one of the others always exceeds that.
     """
     directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-
-    def alignment(choice):
-        order, signs = choice
-        turned = directions[:, order] * signs
-        return np.trace(turned) if np.linalg.det(turned) > 0 else -np.inf
-
-    order, signs = max(product(permutations(range(3)), product((1, -1), repeat=3)), key=alignment)
+    choices = product(permutations(range(3)), product((1, -1), repeat=3))
+    order, signs = max(choices, key=lambda choice: np.trace(directions[:, choice[0]] * choice[1]))
     array = array.transpose(order)
     result = affine.astype(float).copy()
     result[:3, :3] = affine[:3, order]

@@ -11,11 +11,13 @@
 from __future__ import annotations
 
 import gzip
+import math
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -228,13 +230,19 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
         codes = int(header["sform_code"]), int(header["qform_code"])
         image = kind.from_bytes(raw)
         affine = np.array(image.affine, float)
+        apart = _forms_apart(image) if all(codes) else 0.0
+        if min(image.shape, default=0) < 1:
+            raise ValueError(f"its shape is {image.shape}")
     except Exception as error:
         raise DataError("not a valid NIfTI file", path=path, found=error, fix="fetch it again") from error
     dtype, shape = image.get_data_dtype(), image.shape
-    needed = int(header["vox_offset"]) + int(np.prod(shape)) * dtype.itemsize
+    needed = int(header["vox_offset"]) + math.prod(shape) * dtype.itemsize
     if len(raw) < needed:
         raise _cut(path, f"{len(raw)} bytes where the header promises {needed}")
-    notes = _check_nifti_header(path, image, pixdim, codes)
+    _check_nifti_header(path, pixdim, codes)
+    notes = []
+    if not apart <= 0.5 * np.abs(pixdim).min():
+        notes.append(f"sform and qform place the image up to {apart:.1f} mm apart; sform used")
     scale = _UNIT_MM.get(int(header["xyzt_units"]) & 7, 1.0)
     affine[:3] *= scale
     notes += [f"header unit converted to mm (× {scale:g})"] if scale != 1 else []
@@ -245,8 +253,8 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     return (np.asanyarray(proxy) if plain else image.get_fdata(dtype=np.float32)), affine, notes
 
 
-def _check_nifti_header(path: Path, image: Any, pixdim: np.ndarray, codes: tuple[int, int]) -> list[str]:
-    """Refuse zero sizes and unknown orientation; note forms that contradict each other."""
+def _check_nifti_header(path: Path, pixdim: np.ndarray, codes: tuple[int, int]) -> None:
+    """Refuse zero sizes and unknown orientation."""
     if not np.isfinite(pixdim).all() or (pixdim == 0).any():
         raise DataError(
             "zero or NaN voxel spacing",
@@ -263,14 +271,14 @@ def _check_nifti_header(path: Path, image: Any, pixdim: np.ndarray, codes: tuple
             expected="at least one above 0",
             fix="once you know the orientation, store it: image.set_sform(affine, code=1)",
         )
-    if not all(codes):
-        return []
-    corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], float)
-    corners[:, :3] *= np.array(image.shape[:3]) - 1 if len(image.shape) >= 3 else 1
-    apart = np.linalg.norm((corners @ (image.get_sform() - image.get_qform()).T)[:, :3], axis=1).max()
-    if apart > 0.5 * np.abs(pixdim).min():
-        return [f"sform and qform place the image up to {apart:.1f} mm apart; sform used"]
-    return []
+
+
+def _forms_apart(image: Any) -> float:
+    """Largest distance between where sform and qform put a corner, in the header's unit."""
+    ends = [(0, n - 1) for n in (*image.shape, 1, 1)[:3]]
+    corners = np.array(list(product(*ends, (1,))), float)
+    shift = image.get_sform() - image.get_qform()
+    return float(np.linalg.norm((corners @ shift.T)[:, :3], axis=1).max())
 
 
 def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:

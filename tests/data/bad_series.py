@@ -217,6 +217,19 @@ def dicom_nan_pixel_spacing(d):
     return d
 
 
+@bad("001.dcm", "RescaleIntercept is not a finite number")
+def dicom_text_for_a_number(d):
+    file = write_series(d, scan())[1]
+    file.write_bytes(file.read_bytes().replace(b"-1024 ", b"Jane  "))
+    return d
+
+
+@bad("001.dcm", "damaged DICOM file", "garbled header")
+def dicom_garbled_padding(d):
+    write_series(d, scan(), edit=_one_slice(PixelPaddingValue=[1, 2]))
+    return d
+
+
 @bad("001.dcm", "not two perpendicular unit vectors")
 def dicom_skew_orientation(d):
     write_series(d, scan(), edit=_one_slice(ImageOrientationPatient=[1, 0, 0, 0.5, 1, 0]))

@@ -113,6 +113,11 @@ def nifti_4d(d):
     return write_nifti(d / "a.nii", np.zeros((6, 10, 12, 3), np.int16))
 
 
+@bad("not a valid NIfTI", "-10")
+def nifti_negative_size(d):
+    return write_nifti(d / "a.nii", scan(), dim=[3, 6, -10, 12, 1, 1, 1, 1])
+
+
 @bad("2D")
 def nifti_2d(d):
     return write_nifti(d / "a.nii", np.zeros((6, 10), np.int16))

@@ -146,6 +146,7 @@ def data_fetch(
     wanted = [part.strip() for part in cases.split(",") if part.strip()] if cases else None
     result = fetch(load_manifest(name), root, cases=wanted, dry_run=dry_run, progress=not as_json)
     _say(as_json, result.as_json(), str(result))
+    raise typer.Exit(0 if result.ok else 1)
 
 
 @data.command("verify", epilog="Example: smartlab data verify my/manifest.json --root my/images --workers 2")

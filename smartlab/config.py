@@ -99,6 +99,9 @@ class SemanticConfig(_Section):
     stride: Literal[8, 16] = 16  # voxels per semantic token
     blocks: int = Field(2, ge=1)  # [ours]
     heads: int = Field(4, ge=1)  # [ours]
+    similarity: Literal["dot", "cosine"] = (
+        "dot"  # cosine: learned scale per head, selective from the start [ours]
+    )
 
 
 class MaskConfig(_Section):
@@ -334,7 +337,9 @@ def load_config(
     for key in explicit:
         _check_key(key, name)
     stands_for = _preset_settings(explicit, ENCODERS, "encoder.preset", EncoderPreset, default="tiny")
-    stands_for = stands_for | _preset_settings(explicit, METHODS, "method.preset", MethodPreset, default="dagman")
+    stands_for = stands_for | _preset_settings(
+        explicit, METHODS, "method.preset", MethodPreset, default="dagman"
+    )
     try:
         return Config.model_validate(_nest(stands_for | explicit))
     except ValidationError as error:

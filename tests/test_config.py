@@ -34,7 +34,7 @@ def test_presets_have_the_published_sizes():
 
 @pytest.mark.parametrize("name", presets())
 def test_preset_files_say_where_their_numbers_come_from(name):
-    text = (PRESET_FOLDER / f"{name}.yaml").read_text()
+    text = (PRESET_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     assert "[ours]" in text and (name == "tiny" or "[smit]" in text)
 
 
@@ -124,4 +124,4 @@ def test_override_values_are_yaml():
 
 def test_presets_are_plain_yaml_mappings():
     for name in presets():
-        assert isinstance(yaml.safe_load((PRESET_FOLDER / f"{name}.yaml").read_text()), dict)
+        assert isinstance(yaml.safe_load((PRESET_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")), dict)

@@ -66,11 +66,11 @@ def pins(lines):
 
 
 def test_conda_and_pip_users_get_the_same_versions():
-    constraints = pins((REPO / "constraints.txt").read_text().splitlines())
-    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    constraints = pins((REPO / "constraints.txt").read_text(encoding="utf-8").splitlines())
+    project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
     names = {re.match(r"[A-Za-z0-9_.-]+", dep)[0].lower().replace("_", "-") for dep in wanted}
-    conda = yaml.safe_load((REPO / "environment.yml").read_text())["dependencies"][-1]["pip"]
+    conda = yaml.safe_load((REPO / "environment.yml").read_text(encoding="utf-8"))["dependencies"][-1]["pip"]
     conda = pins(conda)
     assert set(conda) == names, "environment.yml lists exactly the packages of pyproject.toml"
     assert conda == {name: constraints[name] for name in names}
@@ -78,8 +78,8 @@ def test_conda_and_pip_users_get_the_same_versions():
 
 
 def test_ci_and_make_agree_on_the_test_command():
-    assert "make test" in (REPO / ".ci" / "run").read_text()
-    makefile = (REPO / "Makefile").read_text()
+    assert "make test" in (REPO / ".ci" / "run").read_text(encoding="utf-8")
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
     for target in ("setup", "demo", "test", "lab", "bench"):
         assert re.search(rf"^{target}:", makefile, re.M)
 

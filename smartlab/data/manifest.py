@@ -187,6 +187,11 @@ class Manifest(_Strict):
     def patients(self) -> list[str]:
         return list(dict.fromkeys(case.patient for case in self.cases))
 
+    @property
+    def segments(self) -> dict[str, str]:
+        """Which segment of a DICOM SEG, or ROI of an RTSTRUCT, a mask name stands for."""
+        return dict(self.source.parameters.get("segments", {}))
+
     def images(self) -> list[ImageGroup]:
         """Unique images in manifest order, each with its cases."""
         groups: dict[str, list[Case]] = defaultdict(list)

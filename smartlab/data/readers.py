@@ -39,6 +39,7 @@ class Volume:
     affine:  4×4 float64, voxel index -> RAS world mm, right-handed (det > 0).
     source:  the path it was read from.
     notes:   what was set aside or repaired on the way ("2 localizers set aside"), free of PHI.
+    stored:  4×4 affine of the voxels in the order of the file (DICOM: column, row, slice), where known.
     """
 
     array: np.ndarray
@@ -46,6 +47,7 @@ class Volume:
     modality: str = "CT"
     source: str = ""
     notes: tuple[str, ...] = field(default=())
+    stored: np.ndarray | None = None
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -65,6 +67,23 @@ class Volume:
     def to_world(self, index: np.ndarray) -> np.ndarray:
         """Voxel index (…, 3) -> world RAS mm (…, 3)."""
         return np.asarray(index, float) @ self.affine[:3, :3].T + self.affine[:3, 3]
+
+    def from_image_frame(self, position_mm: tuple[float, float, float]) -> np.ndarray:
+        """In-plane mm from the first pixel (along columns, along rows) and patient z -> world RAS mm.
+
+        For axial scans only: the annotation's z is the slice's, whatever way the slices are stacked.
+        """
+        stored = self.affine if self.stored is None else self.stored
+        along = stored[:3, :3] / np.linalg.norm(stored[:3, :3], axis=0)
+        if abs(along[2, 2]) < 0.999:
+            raise DataError(
+                "a position on the image's own pixels needs an axial scan",
+                path=self.source,
+                found=f"slices {np.degrees(np.arccos(min(1.0, abs(along[2, 2])))):.0f}° from axial",
+            )
+        dx, dy, z = position_mm
+        world = stored[:3, 3] + along[:, 0] * dx + along[:, 1] * dy
+        return np.array([world[0], world[1], z])
 
 
 def read_volume(
@@ -174,8 +193,9 @@ def _finish(array: np.ndarray, affine: np.ndarray, path: Path, modality: str, no
             fix="give the whole scan",
         )
     check_affine(affine, path)
+    stored = affine
     array, affine = to_ras(array, affine)
-    return Volume(array, affine, modality, str(path), tuple(notes))
+    return Volume(array, affine, modality, str(path), tuple(notes), stored)
 
 
 def _check_hounsfield(values: np.ndarray, path: Path) -> list[str]:

@@ -93,7 +93,12 @@ def verify_manifest(
     if not Path(root).is_dir():
         raise DataError("no such folder", path=root, fix="give the folder of the images as --root")
     check = partial(
-        check_image, organs=man.organs, modality=man.modality, root=Path(root), checksums=checksums
+        check_image,
+        organs=man.organs,
+        segments=man.segments,
+        modality=man.modality,
+        root=Path(root),
+        checksums=checksums,
     )
     rows: dict[int, dict[str, Any]] = {}
     with tqdm(total=len(groups), desc=f"verify {man.name}", unit="image", disable=not progress) as bar:
@@ -116,7 +121,12 @@ def _run(check: Any, groups: list[ImageGroup], workers: int) -> Iterator[tuple[i
 
 
 def check_image(
-    group: ImageGroup, organs: dict[int, str], modality: str, root: Path, checksums: bool
+    group: ImageGroup,
+    organs: dict[int, str],
+    segments: dict[str, str],
+    modality: str,
+    root: Path,
+    checksums: bool,
 ) -> dict[str, Any]:
     """One row of the report. Problems are collected, never raised."""
     row = {"image": group.key, "cases": len(group.cases), "shape": "", "spacing_mm": "", "problem": ""}
@@ -136,15 +146,17 @@ def check_image(
             volume = read_volume(path, series=group.cases[0].series_uid)
             row["shape"], row["spacing_mm"] = _by(volume.shape), _by(np.round(volume.spacing, 3))
             for case in group.cases:
-                _check_case(case, volume, organs, root)
+                _check_case(case, volume, organs, segments, root)
     except SmartlabError as error:
-        row["problem"] = str(error)
+        row["problem"] = getattr(error, "public", str(error))  # no header free text in reports
     except Exception as error:  # an unforeseen fault of one image is that image's problem
         row["problem"] = f"{type(error).__name__}: {error}"
     return row
 
 
-def _check_case(case: Case, volume: Volume, organs: dict[int, str], root: Path) -> None:
+def _check_case(
+    case: Case, volume: Volume, organs: dict[int, str], segments: dict[str, str], root: Path
+) -> None:
     from smartlab.data.readers import read_labels
 
     if case.lesion is not None:
@@ -166,11 +178,12 @@ def _check_case(case: Case, volume: Volume, organs: dict[int, str], root: Path) 
                 found=unknown,
                 expected=f"0 and {sorted(organs)}",
             )
-    for place in case.masks.values():
+    for name, place in case.masks.items():
         if place.startswith("series:"):
             from smartlab.data.dicom import find_series
+            from smartlab.data.dicom_masks import read_mask
 
-            find_series(root, place.removeprefix("series:"))
+            read_mask(find_series(root, place.removeprefix("series:")), volume, roi=segments.get(name))
             continue
         mask = read_labels(_below(root, place))
         _check_grid(place, mask, volume)

@@ -67,7 +67,9 @@ class Encoder(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         base = (config.data.view // s.stride,) * 3
         self.semantic = (
-            SemanticAttention(self.channels, base, s.blocks, s.heads, s.kind) if s.enabled else None
+            SemanticAttention(self.channels, base, s.blocks, s.heads, s.kind, s.similarity)
+            if s.enabled
+            else None
         )
 
     def grid(self, size: tuple[int, ...] | torch.Size) -> Grid:

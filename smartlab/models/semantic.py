@@ -5,10 +5,15 @@ a position embedding join the semantic tokens (one per mask unit), `blocks` pre-
 blocks follow, and from the last block we keep A, the [CLS] row of the softmax over the patch tokens,
 renormalised per head. `kind="full"`: all tokens attend. `kind="class"`: only [CLS] attends, the
 patches stay as they are (class attention: Touvron et al., "Going deeper with image transformers").
+
+`similarity="dot"` is the usual scaled product, whose logits start so small that attention starts, and
+for long stays, uniform. `"cosine"` compares directions and learns a scale per head (Liu et al., "Swin
+Transformer V2"), so that attention is selective from the first step and its ranking is trained early.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, cast
 
 import torch
@@ -31,13 +36,19 @@ class SemanticAttention(nn.Module):
     """Tokens (B, D, H, W, C) -> `Semantic`. Grids other than `base` get interpolated positions."""
 
     def __init__(
-        self, channels: int, base: Grid, blocks: int = 2, heads: int = 4, kind: str = "full"
+        self,
+        channels: int,
+        base: Grid,
+        blocks: int = 2,
+        heads: int = 4,
+        kind: str = "full",
+        similarity: str = "dot",
     ) -> None:
         super().__init__()
         self.norm_in = nn.LayerNorm(channels)
         self.cls = nn.Parameter(torch.zeros(1, 1, channels))
         self.position = nn.Parameter(torch.zeros(1, channels, *base))
-        self.blocks = nn.ModuleList(SemanticBlock(channels, heads, kind) for _ in range(blocks))
+        self.blocks = nn.ModuleList(SemanticBlock(channels, heads, kind, similarity) for _ in range(blocks))
         self.norm = nn.LayerNorm(channels)
         nn.init.trunc_normal_(self.cls, std=0.02)
         nn.init.trunc_normal_(self.position, std=0.02)
@@ -63,19 +74,25 @@ class SemanticAttention(nn.Module):
 class SemanticBlock(nn.Module):
     """One pre-norm transformer block over [CLS] and N patch tokens, (B, 1 + N, C)."""
 
-    def __init__(self, channels: int, heads: int, kind: str) -> None:
+    def __init__(self, channels: int, heads: int, kind: str, similarity: str = "dot") -> None:
         super().__init__()
         self.heads, self.kind = heads, kind
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
         self.mlp = Mlp(channels, 4 * channels)
+        self.log_scale = (
+            nn.Parameter(torch.full((heads, 1, 1), math.log(10.0))) if similarity == "cosine" else None
+        )
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v, each (B, heads, 1 + N, C / heads)."""
         batch, n, channels = x.shape
         qkv = self.qkv(self.norm1(x)).view(batch, n, 3, self.heads, channels // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if self.log_scale is not None:  # SDPA divides by √(C/heads): undo it
+            scale = self.log_scale.clamp(max=math.log(100.0)).exp() * q.shape[-1] ** 0.5
+            q, k = F.normalize(q, dim=-1) * scale.to(q.dtype), F.normalize(k, dim=-1)
         return q, k, v
 
     def forward(self, x: Tensor) -> Tensor:

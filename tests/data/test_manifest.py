@@ -28,9 +28,9 @@ def make(cases, **fields):
 def write(tmp_path, change):
     man = make([Case(id="a", patient="p", image="a.nii.gz")])
     path = man.save(tmp_path / "toy.json")
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
     return path
 
 
@@ -168,4 +168,4 @@ def test_selecting_an_unknown_case_is_an_error():
 
 
 def test_the_committed_schema_is_the_code_s():
-    assert json.loads((manifest_folder() / "schema.json").read_text()) == schema()
+    assert json.loads((manifest_folder() / "schema.json").read_text(encoding="utf-8")) == schema()

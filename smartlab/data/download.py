@@ -36,6 +36,7 @@ Progress = Callable[[int], object]  # called with the number of bytes that arriv
 
 def unreachable(url: str, seconds: float = REACH) -> str | None:
     """Why the server of `url` cannot be reached, or None. Answers within `seconds`, proxies included."""
+    _refuse_other_schemes(url)
     answer: list[str | None] = [f"no answer within {seconds:g} s"]
 
     def ask() -> None:
@@ -44,7 +45,7 @@ def unreachable(url: str, seconds: float = REACH) -> str | None:
                 answer[0] = None
         except urllib.error.HTTPError:  # an answer all the same
             answer[0] = None
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             answer[0] = str(getattr(error, "reason", error))
 
     # In a thread: looking up a name may hang far longer than any timeout that can be set.
@@ -136,12 +137,17 @@ def _receive(url: str, part: Path, progress: Progress) -> None:
 def _open(
     url: str, *, method: str = "GET", headers: dict[str, str] | None = None, timeout: float = TIMEOUT
 ) -> Any:
-    if not url.startswith(("https://", "http://")):
-        raise UseError("only web addresses are fetched", path=url, expected="https://…")
+    _refuse_other_schemes(url)
     request = urllib.request.Request(
         url, headers={"User-Agent": "smartlab", **(headers or {})}, method=method
     )
     return urllib.request.urlopen(request, timeout=timeout)
+
+
+def _refuse_other_schemes(url: str) -> None:
+    """A manifest from elsewhere must not make us read local files."""
+    if not url.startswith(("https://", "http://")):
+        raise UseError("only web addresses are fetched", path=url, expected="https://…")
 
 
 def _tag(part: Path) -> Path:

@@ -165,6 +165,8 @@ def test_a_server_that_keeps_failing_ends_in_one_error(web, tmp_path):
 def test_only_web_addresses_are_fetched(url, tmp_path):
     with pytest.raises(UseError, match="only web addresses"):
         download.download(url, tmp_path / "a")
+    with pytest.raises(UseError, match="only web addresses"):
+        download.unreachable(url)
 
 
 # ---- archives ----
@@ -346,10 +348,17 @@ def test_without_network_it_fails_in_seconds_saying_what_and_how_large(offline, 
 
 
 def test_a_name_server_that_never_answers_does_not_hold_us_up(monkeypatch):
-    monkeypatch.setattr(download.urllib.request, "urlopen", lambda *a, **k: time.sleep(30))
+    over = threading.Event()
+
+    def hang(*args, **kwargs):
+        over.wait(30)
+        raise OSError("at last")
+
+    monkeypatch.setattr(download.urllib.request, "urlopen", hang)
     begin = time.perf_counter()
     assert "no answer" in download.unreachable("https://example.org", seconds=0.2)
     assert time.perf_counter() - begin < 2
+    over.set()
 
 
 def test_a_dry_run_lists_and_sizes_without_any_request(offline, tmp_path):

@@ -25,7 +25,7 @@ test-fast: $(READY) ## run the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
 
 check: $(READY) ## formatting, lint, types
-	$(BIN)/ruff format --check smartlab tests benchmarks
+	$(BIN)/ruff format --check smartlab tests benchmarks notebooks
 	$(BIN)/ruff check smartlab tests benchmarks notebooks
 	$(BIN)/mypy
 

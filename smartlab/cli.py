@@ -243,6 +243,9 @@ def data_compose(
 
 def main() -> None:
     """Entry point: errors become one line on standard error and an exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 must not stop the work
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         app(standalone_mode=True)
     except SmartlabError as error:

@@ -110,6 +110,7 @@ def _run(notebook: Path, out: Path) -> Step:
             kernel_name="python3",
             progress_bar=False,
             cwd=str(folder),
+            extra_arguments=["--log-level=ERROR"],  # the kernel's own warnings would break the progress lines
         )
         step.headline, step.figures = _read_result(folder)
     except PapermillExecutionError as error:

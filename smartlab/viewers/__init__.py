@@ -1,0 +1,1 @@
+"""What a person looks at: slices, masks, embeddings and plots, in one visual style."""

@@ -1,0 +1,139 @@
+"""Static pictures in one visual style: slices in the usual windows, label overlays, crops in place.
+
+Colours are those of Okabe and Ito, readable with any colour vision. Slices are drawn as radiologists
+see them: axial from below (the patient's right on the left), coronal from the front, sagittal from
+the left; millimetres keep their proportions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Plane = Literal["axial", "coronal", "sagittal"]
+PLANES: tuple[Plane, ...] = ("axial", "coronal", "sagittal")
+WINDOWS = {"lung": (-1000, 400), "soft tissue": (-160, 240), "bone": (-300, 1300)}
+OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+
+_AXIS = {"axial": 2, "coronal": 1, "sagittal": 0}
+
+
+def slice_of(array: np.ndarray, plane: Plane, index: int) -> np.ndarray:
+    """One slice of an (X, Y, Z) RAS array as rows and columns for display, origin at the top left."""
+    # first axis across, second up, both reversed: right on the left, anterior or head at the top
+    return np.take(array, index, axis=_AXIS[plane]).T[::-1, ::-1]
+
+
+def pixel_aspect(spacing: Sequence[float], plane: Plane) -> float:
+    """Height of a pixel over its width for `imshow`."""
+    sx, sy, sz = spacing
+    return {"axial": sy / sx, "coronal": sz / sx, "sagittal": sz / sy}[plane]
+
+
+def draw_slice(
+    ax: Axes,
+    array: np.ndarray,
+    plane: Plane,
+    index: int,
+    *,
+    spacing: Sequence[float] = (1, 1, 1),
+    window: tuple[float, float] = WINDOWS["soft tissue"],
+    labels: np.ndarray | None = None,
+    opacity: float = 0.45,
+) -> None:
+    """Draw one slice, with integer labels on top where given."""
+    aspect = pixel_aspect(spacing, plane)
+    ax.imshow(slice_of(array, plane, index), cmap="gray", vmin=window[0], vmax=window[1], aspect=aspect)
+    if labels is not None:
+        ax.imshow(colour(slice_of(labels, plane, index), opacity), aspect=aspect, interpolation="nearest")
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
+def colour(labels: np.ndarray, opacity: float = 0.45) -> np.ndarray:
+    """Integer labels (H, W) -> RGBA (H, W, 4), 0 transparent."""
+    from matplotlib.colors import to_rgb
+
+    shades = [1.0, 0.6, 0.35]  # the eight colours, then darker ones: 24 labels before they repeat
+    table = np.array([(*(np.array(to_rgb(c)) * shade), opacity) for shade in shades for c in OKABE_ITO])
+    rgba = table[(labels.astype(int) - 1) % len(table)]
+    rgba[labels == 0] = 0
+    return rgba
+
+
+def planes(
+    array: np.ndarray,
+    *,
+    spacing: Sequence[float] = (1, 1, 1),
+    at: Sequence[int] | None = None,
+    window: str | tuple[float, float] = "soft tissue",
+    labels: np.ndarray | None = None,
+    title: str = "",
+) -> Figure:
+    """Axial, coronal and sagittal slice through one voxel (default: the middle)."""
+    import matplotlib.pyplot as plt
+
+    place = [n // 2 for n in array.shape] if at is None else [int(v) for v in at]
+    bounds = WINDOWS[window] if isinstance(window, str) else window
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4), layout="constrained")
+    for ax, plane in zip(axes, PLANES, strict=True):
+        index = place[_AXIS[plane]]
+        draw_slice(ax, array, plane, index, spacing=spacing, window=bounds, labels=labels)
+        ax.set_title(f"{plane} {index}", fontsize=10)
+    if title:
+        figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def gallery(
+    pictures: Sequence[np.ndarray],
+    titles: Sequence[str],
+    *,
+    window: tuple[float, float] = WINDOWS["lung"],
+    columns: int = 6,
+    title: str = "",
+) -> Figure:
+    """A grid of 2D pictures under one window, e.g. the middle slices of lesion crops."""
+    import matplotlib.pyplot as plt
+
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.9 * columns, 2.1 * rows), layout="constrained", squeeze=False
+    )
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, picture, name in zip(axes.flat, pictures, titles, strict=False):
+        ax.imshow(picture, cmap="gray", vmin=window[0], vmax=window[1])
+        ax.set_title(name, fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def draw_box(ax: Axes, plane: Plane, shape: Sequence[int], low: Any, high: Any, **style: Any) -> None:
+    """Outline a box of voxels [low, high) on a slice drawn by `draw_slice`."""
+    from matplotlib.patches import Rectangle
+
+    across, up = {"axial": (0, 1), "coronal": (0, 2), "sagittal": (1, 2)}[plane]
+    x, y = shape[across] - high[across] - 0.5, shape[up] - high[up] - 0.5
+    size = high[across] - low[across], high[up] - low[up]
+    ax.add_patch(Rectangle((x, y), *size, fill=False, **({"linewidth": 1.8} | style)))
+
+
+def save(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
+    """Write the figure as PNG, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=dpi, format="png", facecolor="white")
+    os.replace(temporary, path)
+    return path

@@ -110,8 +110,14 @@ def _match(names: Mapping[int, str], roi: str | None, file: Path) -> list[int]:
 def _segment_voxels(file: Path, reference: Volume, roi: str | None) -> np.ndarray:
     """(n, 3) reference indices of the voxels in the chosen segments."""
     seg = segread(file)
-    names = {n: str(seg.get_segment_description(n).segment_label) for n in seg.segment_numbers}
-    volume = seg.get_volume(segment_numbers=_match(names, roi, file))
+    about = {n: seg.get_segment_description(n) for n in seg.segment_numbers}
+    names = {n: str(segment.segment_label) for n, segment in about.items()}
+    # Some archives label every segment alike and keep the name ("GTV-1") in the description.
+    described = {n: str(segment.get("SegmentDescription", "")) for n, segment in about.items()}
+    by_label = roi is None or any(fnmatch(name.lower(), roi.lower()) for name in names.values())
+    by_description = roi is not None and any(fnmatch(d.lower(), roi.lower()) for d in described.values())
+    chosen = _match(described if by_description and not by_label else names, roi, file)
+    volume = seg.get_volume(segment_numbers=chosen)
     # (slices, rows, columns, segments); a fractional segment belongs from one half upwards
     index = np.argwhere((volume.array >= 0.5).any(axis=-1))
     to_reference = np.linalg.inv(reference.affine) @ LPS_TO_RAS @ volume.affine

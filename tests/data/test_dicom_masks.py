@@ -169,3 +169,20 @@ def test_a_damaged_structure_set_is_one_clear_error(tmp_path):
     ds.save_as(file)
     with pytest.raises(DataError, match=r"rt\.dcm: this RTSTRUCT cannot be read"):
         read_mask(file, volume)
+
+
+def test_a_segment_is_found_by_its_description_where_the_labels_say_nothing(tmp_path):
+    hu = scan()
+    files = write_series(tmp_path / "ct", hu)
+    volume = read_volume(tmp_path / "ct")
+    mask = np.zeros(hu.shape, bool)
+    mask[1, 2:5, 3:6] = True
+    seg = write_seg(tmp_path / "seg.dcm", files, {"Neoplasm": mask, "Neoplasm 2": ~mask})
+    ds = dcmread(seg)
+    for segment, name in zip(ds.SegmentSequence, ("GTV-1", "Body"), strict=True):
+        segment.SegmentDescription = name
+    ds.save_as(seg)
+    assert int(read_mask(seg, volume, "gtv-*").array.sum()) == mask.sum()
+    assert int(read_mask(seg, volume, "Neoplasm").array.sum()) == mask.sum()
+    with pytest.raises(HeaderTextError, match="no structure named 'liver'"):
+        read_mask(seg, volume, "liver")

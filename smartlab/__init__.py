@@ -26,6 +26,8 @@ _PUBLIC = {
     "CropLoader": "smartlab.data.crops",
     "make_phantom": "smartlab.data.phantom",
     "fetch": "smartlab.data.sources",
+    "pretrain": "smartlab.training.loop",
+    "Run": "smartlab.training.run",
     "DataError": "smartlab.errors",
     "UseError": "smartlab.errors",
     "SmartlabError": "smartlab.errors",
@@ -43,6 +45,8 @@ if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.data.store import build_store, open_store
     from smartlab.data.verify import verify_manifest
     from smartlab.errors import DataError, SmartlabError, UseError
+    from smartlab.training.loop import pretrain
+    from smartlab.training.run import Run
 
 
 def __getattr__(name: str) -> Any:

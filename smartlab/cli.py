@@ -67,6 +67,35 @@ def demo(
     raise typer.Exit(0 if result.ok else 1)
 
 
+@app.command(
+    epilog="Example: smartlab pretrain tiny train.steps=600 mask.strategy=random --out runs/x --resume"
+)
+def pretrain(
+    preset: Annotated[str, typer.Argument(help="Preset name or YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value.")] = None,
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/pretrain"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume although settings or data changed.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Pretrain an encoder; from the built-in phantom unless data.manifest says otherwise."""
+    from smartlab.config import load_config, parse_overrides
+    from smartlab.training.loop import pretrain as train
+
+    cfg = load_config(preset, parse_overrides(overrides or []))
+    run = train(cfg, out, resume=resume, allow_changes=allow_changes, progress=not as_json)
+    last = {k: v for k, v in run.history.iloc[-1].to_dict().items() if v == v} if len(run.history) else {}
+    lines = [f"{run}"] + [f"  {name:<26} {value:.4g}" for name, value in last.items()]
+    lines.append(
+        f"resume with: smartlab pretrain {preset} … --out {out} --resume" if not run.finished else "finished"
+    )
+    _say(
+        as_json, {"out": str(out), "step": run.step, "finished": run.finished, "last": last}, "\n".join(lines)
+    )
+
+
 @app.command(epilog="Example: smartlab config smit mask.ratio=0.5 train.batch=8")
 def config(
     preset: Annotated[str, typer.Argument(help="Preset name or YAML file.")] = "tiny",

@@ -333,7 +333,7 @@ def load_config(
     >>> cfg = load_config("tiny", {"mask.strategy": "random", "train.steps": 200})
     """
     name, content = _read(preset)
-    explicit = dict(_flatten(content)) | dict(_flatten(overrides or {}))
+    explicit = dict(flatten(content)) | dict(flatten(overrides or {}))
     for key in explicit:
         _check_key(key, name)
     stands_for = _preset_settings(explicit, ENCODERS, "encoder.preset", EncoderPreset, default="tiny")
@@ -364,7 +364,7 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
 
 def known_keys() -> dict[str, Any]:
     """Every dotted key with its default."""
-    return dict(_flatten(Config().model_dump()))
+    return dict(flatten(Config().model_dump()))
 
 
 def _read(preset: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -388,10 +388,10 @@ def _read(preset: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any
     return str(preset), content
 
 
-def _flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

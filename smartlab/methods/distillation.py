@@ -62,6 +62,7 @@ class Centre(nn.Module):
     @torch.no_grad()
     def update(self, said: Tensor) -> None:
         mean = mean_over_ranks(said.float().flatten(0, -2).mean(0))
+        mean = torch.where(torch.isfinite(mean), mean, self.value)  # a batch that will be skipped
         self.value.lerp_(mean, 1 - self.momentum)
 
 

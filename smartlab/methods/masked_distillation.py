@@ -147,7 +147,7 @@ class MaskedDistillation(nn.Module):
         )
         if teacher is None or teacher.attention is None:
             return plain
-        now = mean_over_ranks(informativeness(teacher.attention).mean())
+        now = mean_over_ranks(informativeness(teacher.attention).mean()).nan_to_num()
         self.informed.lerp_(now, 1.0 if clock.step == 0 else 0.1)
         if not guided:
             return plain
@@ -163,8 +163,12 @@ class MaskedDistillation(nn.Module):
             p_attention=m.p_attention,
             shard=shard,
         )
-        ready = (self.informed >= m.informativeness) & (clock.epoch >= m.warmup_epochs)
-        return torch.where(ready, aimed, plain)
+        return torch.where(self.guides(clock), aimed, plain)
+
+    def guides(self, clock: Clock) -> Tensor:
+        """Whether attention is to be trusted with the masks yet: a bool tensor, no wait for the device."""
+        m = self.config.mask
+        return (self.informed >= m.informativeness) & (clock.epoch >= m.warmup_epochs)
 
     def predict_voxels(self, student: Encoded, x: Tensor, hidden: Tensor) -> Tensor:
         """AMIP: L1 on the hidden voxels."""

@@ -1,0 +1,62 @@
+"""From a data configuration to an open store, doing only what is missing.
+
+Phantoms are made, stores are built, both in a cache (`$SMARTLAB_CACHE`, else `~/.cache/smartlab`)
+unless the configuration names a place. Real cohorts must be on disk: `smartlab data fetch`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from smartlab.config import DataConfig
+from smartlab.data.manifest import Manifest, load_manifest
+from smartlab.data.store import Store, build_store, open_store
+from smartlab.errors import UseError
+
+
+def cache_folder() -> Path:
+    """Where phantoms and stores go when the configuration names no place."""
+    return Path(os.environ.get("SMARTLAB_CACHE") or Path.home() / ".cache" / "smartlab")
+
+
+def prepare_store(data: DataConfig, progress: bool = True) -> tuple[Manifest, Store]:
+    """The manifest and store of a configuration; makes the phantom and builds the store if need be."""
+    man = load_manifest(data.manifest)
+    if man.source.kind == "phantom":
+        man, root = _phantom(man, data, progress)
+    elif data.root is None:
+        raise UseError(
+            f"data.root is not set: where are the images of {man.name!r}?",
+            fix=f"fetch them with `smartlab data fetch {man.name} --root DIR`, then set data.root=DIR",
+        )
+    else:
+        root = Path(data.root)
+    store = Path(data.store) if data.store else root.parent / f"{root.name}-store-{data.spacing:g}mm"
+    report = build_store(man, root, store, workers=data.workers, spacing=data.spacing, progress=progress)
+    if progress and report.failed:
+        print(report)
+    return man, open_store(store)
+
+
+def _phantom(man: Manifest, data: DataConfig, progress: bool) -> tuple[Manifest, Path]:
+    from smartlab.data.phantom import make_phantom
+
+    settings = dict(man.source.parameters)
+    n = data.phantom_cases or int(settings.pop("n"))
+    settings.pop("n", None)
+    seed = int(settings.pop("seed"))
+    root = Path(data.root) if data.root else cache_folder() / f"{man.name}-{n}-seed{seed}"
+    kind = man.source.location.removeprefix("phantom-")
+    shape = settings.get("shape")
+    made = make_phantom(
+        kind,
+        root,
+        n=n,
+        seed=seed,
+        shape=None if shape is None else tuple(shape),
+        spacing=settings.get("spacing"),
+        workers=data.workers,
+        progress=progress,
+    )
+    return made, root

@@ -1,0 +1,444 @@
+"""One training loop for every method, on one CPU or many nodes, that loses nothing.
+
+- Everything random in step t follows from (seed, t): masks, noise, augmentation, stochastic depth. The
+  loader's order follows from (seed, epoch). So a checkpoint holds weights, optimiser and positions, and
+  resuming gives the losses of never having stopped.
+- accelerate places the model (CPU, GPU, DDP, FSDP) and the precision; nothing here asks where it runs.
+- SIGTERM (and Ctrl-C) saves after the current step and returns; SIGUSR1 saves and goes on.
+- A step with a non-finite loss is skipped, counted and written to events.jsonl with its images.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from smartlab.config import Config, load_config
+from smartlab.data.augment import augment, window
+from smartlab.data.crops import CropLoader, ViewDataset
+from smartlab.data.prepare import prepare_store
+from smartlab.errors import DataError, UseError
+from smartlab.methods.distillation import mean_over_ranks
+from smartlab.methods.masked_distillation import Clock, MaskedDistillation
+from smartlab.training import checkpoint, schedules
+from smartlab.training.monitor import Monitor
+from smartlab.training.picture import reconstruction_picture
+from smartlab.training.run import Run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from smartlab.data.store import Store
+
+
+def pretrain(
+    config: Config | str,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    allow_changes: bool = False,
+    store: Store | None = None,
+    progress: bool = True,
+) -> Run:
+    """Pretrain into the run folder `out`; works in a script, a notebook and under a launcher.
+
+    resume:        go on from the newest checkpoint in `out` (start there if it has none).
+    allow_changes: resume although the configuration or the data changed.
+    store:         an open store; default: the one `config.data` describes, made if need be.
+
+    >>> run = sl.pretrain("tiny", out="runs/a", resume=True)
+    """
+    config = config if isinstance(config, Config) else load_config(config)
+    trainer = Trainer(config, Path(out), resume, allow_changes, store, progress)
+    try:
+        trainer.run()
+    finally:
+        trainer.close()
+    return Run(out)
+
+
+class Trainer:
+    """The state of one run. `pretrain` is its only user."""
+
+    def __init__(
+        self,
+        config: Config,
+        out: Path,
+        resume: bool,
+        allow_changes: bool,
+        store: Store | None,
+        progress: bool,
+    ) -> None:
+        self.config, self.out = config, out
+        self.device_run = accelerator = make_accelerator(config)
+        self.main = accelerator.is_main_process
+        there = checkpoint.steps(out)
+        if there and not resume:
+            raise UseError(
+                "the folder holds a run already",
+                path=out,
+                fix="resume it with resume=True (--resume), or choose another folder",
+            )
+        if store is None:
+            with accelerator.main_process_first():
+                _, store = prepare_store(config.data, progress and self.main)
+        self.store = store
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.loader = self._make_loader()
+        per_epoch = config.train.steps_per_epoch or max(1, len(self.loader) // config.train.accumulate)
+        torch.manual_seed(config.seed)
+        self.method = MaskedDistillation(config)
+        self.per_epoch, self.step = per_epoch, 0
+        self.header = {"config": json.dumps(config.model_dump(mode="json")), "data": store.fingerprint}
+        state: dict[str, Any] | None = None
+        if there:
+            state = self._load(there[-1], allow_changes)
+        self.method.to(accelerator.device)
+        self.optimiser = torch.optim.AdamW(parameter_groups(self.method), lr=config.train.lr)
+        model: nn.Module = torch.compile(self.method) if config.train.compile else self.method  # type: ignore[assignment]
+        self.model, self.optimiser = accelerator.prepare(model, self.optimiser)
+        self.skipped, self.bad_in_a_row = 0, 0
+        if state is not None:
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.loader.load_state_dict(state["loader"])
+            self.skipped = int(state["skipped"])
+            if accelerator.scaler is not None and "scaler" in state:
+                accelerator.scaler.load_state_dict(state["scaler"])
+        self._begin_folder()
+        self.monitor = Monitor(out, config, self.main, progress and self.main, self.step)
+        self.monitor.event(
+            "resume" if state else "start", step=self.step, images=len(store), processes=self.world
+        )
+        self._batches = self._endless()
+        self._request = ""
+        self._signals = self._listen()
+
+    # ---- the loop
+
+    def run(self) -> None:
+        """Steps from where we are to the end, saving and logging on the way."""
+        train, began, seen, waited = self.config.train, time.monotonic(), 0, self.loader.wait_seconds
+        while self.step < train.steps:
+            metrics = self.one_step()
+            self.step += 1
+            seen += 2 * train.batch * train.accumulate * self.world
+            if self.step % train.log_every == 0 or self.step in (1, train.steps):
+                elapsed = max(time.monotonic() - began, 1e-9)
+                metrics |= {
+                    "views_per_second": seen / elapsed,
+                    "data_wait": (self.loader.wait_seconds - waited) / elapsed,
+                    "peak_memory_mb": peak_memory_mb(self.device_run.device),
+                }
+                self.monitor.row(self._scalars(metrics))
+                began, seen, waited = time.monotonic(), 0, self.loader.wait_seconds
+            if self.monitor.enabled:
+                self.monitor.tick(float(metrics["loss"]))
+            if self.main and (self.step % train.picture_every == 0 or self.step == train.steps):
+                self._picture()
+            request = self._agree()
+            if self.step % train.checkpoint_every == 0 or self.step == train.steps or request:
+                self.save()
+            if request == "stop":
+                self.monitor.event("stopped", step=self.step)
+                return
+        self.monitor.event("finished", step=self.step)
+
+    def one_step(self) -> dict[str, Any]:
+        """Forward and backward over the micro-batches, then the optimiser, then the teacher."""
+        train, step = self.config.train, self.step
+        lr = schedules.learning_rate(step, train, train.batch * train.accumulate * self.world)
+        decay = schedules.weight_decay(step, train)
+        momentum = schedules.momentum(step, train, self.config.teacher)
+        for group in self.optimiser.param_groups:
+            group["lr"], group["weight_decay"] = lr, decay if group["decays"] else 0.0
+        self.model.train()
+        totals: dict[str, Tensor] = {}
+        images: list[int] = []
+        for micro in range(train.accumulate):
+            batch = next(self._batches)
+            images += [int(i) for i in batch["image"]]
+            generator = torch.Generator().manual_seed(mix(self.config.seed, step, micro))
+            torch.manual_seed(mix(self.config.seed, step, micro, self.rank))
+            clock = Clock(step, train.steps, self.per_epoch, self.rank, self.world)
+            last = micro == train.accumulate - 1
+            with nullcontext() if last else self.device_run.no_sync(self.model):
+                with self.device_run.autocast():
+                    loss, metrics = self.model(self._views(batch["views"], generator), clock, generator)
+                self.device_run.backward(loss / train.accumulate)
+            for name, value in (metrics | {"loss": loss.detach()}).items():
+                totals[name] = totals.get(name, 0.0) + value / train.accumulate
+        self._freeze_last(clock)
+        norm = self.device_run.clip_grad_norm_(self._trained(), train.clip)
+        finite = bool(torch.isfinite(mean_over_ranks(totals["loss"])))
+        if finite:
+            self.optimiser.step()
+            self.method.update_teacher(momentum)
+            self.bad_in_a_row = 0
+        else:
+            self._skip(images)
+        self.optimiser.zero_grad(set_to_none=True)
+        guided = self.config.mask.strategy.startswith("attention") and self.method.guides(clock)
+        return totals | {
+            "grad_norm": norm,
+            "step": step + 1,
+            "epoch": clock.epoch,
+            "lr": lr,
+            "weight_decay": decay,
+            "momentum": momentum,
+            "teacher_temperature": self.method.teacher_temperature(clock),
+            "guided": float(guided),
+            "skipped": self.skipped,
+        }
+
+    def save(self) -> None:
+        """Write a whole checkpoint of the current step."""
+        state = {
+            "optimiser": self.optimiser.state_dict(),
+            "loader": self.loader.state_dict(),
+            "skipped": self.skipped,
+        }
+        if self.device_run.scaler is not None:
+            state["scaler"] = self.device_run.scaler.state_dict()
+        if self.main:
+            checkpoint.save(self.out, self.step, self.method.state_dict(), state, self.header)
+            checkpoint.prune(self.out, self.config.train.keep_last, self.config.train.keep_every)
+            self.monitor.event("saved", step=self.step)
+        self.device_run.wait_for_everyone()
+
+    def close(self) -> None:
+        for number, handler in self._signals.items():
+            signal.signal(number, handler)
+        self._batches.close()  # type: ignore[attr-defined]
+        self.loader.close()
+        self.monitor.close()
+
+    # ---- parts
+
+    def _make_loader(self) -> CropLoader:
+        d, train = self.config.data, self.config.train
+        cases = self.store.cases
+        training = sorted({int(i) for i in cases.image[(cases.split == "train") | cases.split.isna()]})
+        global_batch = train.batch * self.world
+        draws = max(1, -(-global_batch * train.accumulate // max(1, len(training))))
+        dataset = ViewDataset(
+            self.store,
+            region=d.region,
+            view=d.view,
+            seed=self.config.seed,
+            min_overlap=d.min_overlap,
+            draws=draws,
+            images=training,
+        )
+        return CropLoader(
+            dataset, train.batch, workers=d.workers, seed=self.config.seed, rank=self.rank, world=self.world
+        )
+
+    def _endless(self) -> Iterator[dict[str, Any]]:
+        while True:
+            yield from self.loader
+
+    def _views(self, hu: Tensor, generator: torch.Generator) -> Tensor:
+        """int16 HU (B, 2, D, H, W) -> windowed and augmented (B, 2, 1, D, H, W) on the device."""
+        d = self.config.data
+        x = window(hu.to(self.device_run.device, non_blocking=True), *d.window)
+        shard = (self.rank, self.world)
+        return augment(x, generator, flip=d.flip, intensity=d.intensity, shard=shard)[:, :, None]
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.method.parameters() if p.requires_grad]
+
+    def _freeze_last(self, clock: Clock) -> None:
+        """The prototypes do not move in the first epochs."""
+        if clock.epoch < self.config.distill.freeze_last_epochs:
+            for name, parameter in self.method.student.named_parameters():
+                if name.endswith("net.last"):
+                    parameter.grad = None
+
+    def _skip(self, images: list[int]) -> None:
+        self.skipped, self.bad_in_a_row = self.skipped + 1, self.bad_in_a_row + 1
+        keys = [str(self.store.rows[i]["key"]) for i in images]
+        self.monitor.event("skipped", step=self.step + 1, reason="non-finite loss", images=keys)
+        if self.bad_in_a_row >= self.config.train.max_bad_steps:
+            raise DataError(
+                f"{self.bad_in_a_row} steps in a row had a non-finite loss",
+                path=self.out,
+                found=f"learning rate {self.optimiser.param_groups[0]['lr']:.2g}, precision {self.config.train.precision}",
+                fix="lower train.lr, use train.precision=bf16 or fp32, or look at the images named in events.jsonl",
+            )
+
+    def _scalars(self, metrics: dict[str, Any]) -> dict[str, float]:
+        out = {}
+        for name, value in metrics.items():
+            out[name] = float(mean_over_ranks(value)) if isinstance(value, Tensor) else float(value)
+        return out
+
+    def _picture(self) -> None:
+        item = self.loader.dataset[0]
+        view = window(
+            torch.from_numpy(item["views"][:1]).to(self.device_run.device), *self.config.data.window
+        )
+        path = self.out / "figures" / f"step-{self.step:06d}.png"
+        reconstruction_picture(self.method, view, path, f"step {self.step}")
+
+    # ---- folder, resuming, signals
+
+    def _begin_folder(self) -> None:
+        if not self.main:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.config.save(self.out / "config.yaml")
+        facts = {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "platform": platform.platform(),
+            "device": str(self.device_run.device),
+            "processes": self.world,
+            "threads": torch.get_num_threads(),
+            "data": self.store.fingerprint,
+            "images": len(self.store),
+            "command": sys.argv[:1],
+        }
+        temporary = self.out / ".environment.tmp"
+        temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        os.replace(temporary, self.out / "environment.json")
+
+    def _load(self, step: int, allow_changes: bool) -> dict[str, Any]:
+        method, state = checkpoint.load(checkpoint.folder(self.out, step))
+        changed = differences(state["header"], self.header)
+        if changed and not allow_changes:
+            raise UseError(
+                "cannot resume: the settings or the data changed since",
+                path=self.out,
+                found="; ".join(changed),
+                fix="use the old settings, or allow_changes=True (--allow-changes) if you mean it",
+            )
+        self.method.load_state_dict(method)
+        self.step = step
+        return state
+
+    def _listen(self) -> dict[int, Any]:
+        """Take SIGTERM, SIGINT and SIGUSR1, where Python allows it; returns the handlers to put back."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        requests = {signal.SIGTERM: "stop", signal.SIGINT: "stop"}
+        if hasattr(signal, "SIGUSR1"):
+            requests[signal.SIGUSR1] = "save"
+
+        def note(number: int, frame: Any) -> None:
+            if number == signal.SIGINT and self._request == "stop":
+                raise KeyboardInterrupt  # a second Ctrl-C does not wait
+            self._request = requests[signal.Signals(number)]
+
+        return {number: signal.signal(number, note) for number in requests}
+
+    def _agree(self) -> str:
+        """What was asked for by a signal, the same on all ranks."""
+        code = {"": 0, "save": 1, "stop": 2}[self._request]
+        if self.world > 1:
+            asked = torch.tensor([float(code)], device=self.device_run.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            code = int(asked)
+        self._request = ""
+        return ("", "save", "stop")[code]
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """accelerate, configured: precision, and DDP or FSDP where there are several processes."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+
+    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.train.precision]
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UseError("train.precision=fp16 needs a GPU", fix="use fp32 or bf16")
+    plugin = FullyShardedDataParallelPlugin() if config.train.sharding == "fsdp" else None
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    return Accelerator(mixed_precision=precision, kwargs_handlers=[ddp], fsdp_plugin=plugin)
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Trained parameters in two groups: weight decay skips norms, biases and single tokens."""
+    decays: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = parameter.dim() < 2 or name.endswith(
+            ("bias", "cls", "position", "mask_token", "log_scale", "bias_table")
+        )
+        (spared if plain else decays).append(parameter)
+    return [{"params": decays, "decays": True}, {"params": spared, "decays": False}]
+
+
+def mix(*numbers: int) -> int:
+    """One 63-bit seed from several numbers; neighbours give unrelated seeds."""
+    value = 0
+    for number in numbers:
+        value = (value ^ (number + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 % 2**64
+        value ^= value >> 31
+    return value >> 1
+
+
+def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """What differs between two checkpoint headers, as "key: old → new"; more steps are no difference."""
+    from smartlab.config import flatten
+
+    before, after = (dict(flatten(json.loads(h["config"]))) for h in (old, new))
+    harmless = {
+        "train.log_every",
+        "train.picture_every",
+        "train.checkpoint_every",
+        "train.keep_last",
+        "train.keep_every",
+        "data.workers",
+    }
+    found = [
+        f"{k}: {before.get(k)} → {after.get(k)}"
+        for k in after
+        if before.get(k) != after.get(k) and k not in harmless
+    ]
+    if old["data"] != new["data"]:
+        found.append("the data have another fingerprint")
+    return found
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak memory of this process, on the GPU where it uses one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def overfit_one_batch(config: Config, views: Tensor, steps: int = 200, lr: float = 2e-3) -> list[float]:
+    """AMIP on one fixed batch with one fixed mask: a sanity check that must go to a small error.
+
+    views: (B, 2, 1, D, H, W) windowed. Returns the reconstruction loss of every step.
+    """
+    torch.manual_seed(config.seed)
+    method = MaskedDistillation(config)
+    optimiser = torch.optim.AdamW(parameter_groups(method), lr=lr, weight_decay=0.0)
+    history = []
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        generator = torch.Generator().manual_seed(config.seed)
+        loss, metrics = method(views, Clock(0, steps, steps), generator)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        history.append(float(metrics["loss_amip"]))
+    return history

@@ -1,0 +1,162 @@
+"""What a run tells: metrics.csv, events.jsonl, TensorBoard, progress, and alarms.
+
+`metrics.csv` is append-only, one row per logged step; on resuming, rows after the checkpoint are
+dropped, because those steps are about to be done again. Only the main process writes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from smartlab.config import Config
+
+COLUMNS = [
+    "step",
+    "epoch",
+    "loss",
+    "loss_amip",
+    "loss_ampd",
+    "loss_itd",
+    "loss_coarse",
+    "lr",
+    "weight_decay",
+    "momentum",
+    "teacher_temperature",
+    "grad_norm",
+    "head_diversity",
+    "head_divergence",
+    "attention_entropy",
+    "attention_informativeness",
+    "attention_hidden",
+    "guided",
+    "teacher_entropy",
+    "teacher_kl_uniform",
+    "feature_std",
+    "effective_rank",
+    "views_per_second",
+    "data_wait",
+    "peak_memory_mb",
+    "skipped",
+]
+
+
+class Monitor:
+    """Writes what happens in a run folder. A disabled monitor (other ranks) writes nothing."""
+
+    def __init__(self, run: Path, config: Config, enabled: bool, progress: bool, start: int) -> None:
+        self.run, self.config, self.enabled = run, config, enabled
+        self.alarms: dict[str, int] = {}
+        self._started, self._first = time.monotonic(), start
+        self._bar: Any = None
+        self._board: Any = None
+        if not enabled:
+            return
+        rewind(run / "metrics.csv", start)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+        if progress:
+            from tqdm.auto import tqdm
+
+            # under papermill a log keeps every refresh: show a few, not thousands
+            self._bar = tqdm(
+                total=config.train.steps,
+                initial=start,
+                desc=run.name,
+                unit="step",
+                mininterval=1.0,
+                dynamic_ncols=True,
+            )
+
+    def row(self, values: dict[str, float]) -> None:
+        """One logged step."""
+        if not self.enabled:
+            return
+        path = self.run / "metrics.csv"
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        if not path.exists():
+            writer.writerow(COLUMNS)
+        writer.writerow([_text(values.get(name)) for name in COLUMNS])
+        with path.open("a", encoding="utf-8") as file:  # one write per row: a killed run leaves whole rows
+            file.write(buffer.getvalue())
+        for name, value in values.items():
+            if name not in ("step", "epoch") and math.isfinite(value):
+                self._board.add_scalar(name, value, int(values["step"]))
+        self._alarm(values)
+
+    def tick(self, loss: float, steps: int = 1) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            self._bar.update(steps)
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Something worth remembering: a warning, a skipped batch, a save."""
+        if self.enabled:
+            line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "event": kind, **facts})
+            with (self.run / "events.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def warn(self, kind: str, step: int, message: str) -> None:
+        """A warning, said when it first holds and again only after it went away."""
+        if self.alarms.get(kind) is None:
+            self.event("warning", about=kind, step=step, message=message)
+            if self._bar is not None:
+                self._bar.write(f"warning at step {step}: {message}")
+        self.alarms[kind] = step
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _alarm(self, row: dict[str, float]) -> None:
+        """Collapse and near-uniform attention, in words."""
+        step, d = int(row["step"]), self.config.distill
+        found = {}
+        if d.kind == "prototype" and self.config.teacher.enabled and step > 50:
+            ceiling = math.log(d.prototypes)
+            for term, weight in (("ampd", self.config.loss.patch), ("itd", self.config.loss.image)):
+                if weight and row.get(f"loss_{term}", 0.0) > 0.99 * ceiling:
+                    found[f"{term}_flat"] = (
+                        f"loss_{term} sits at ln K = {ceiling:.2f}: nothing is learned from it; "
+                        "try distill.kind=regression, or larger batches"
+                    )
+        if step > 50 and row.get("feature_std", 1.0) < 0.01:
+            found["collapse"] = (
+                "image tokens of different views are nearly equal (feature_std < 0.01): collapse"
+            )
+        if row.get("guided", 0.0) and row.get("attention_informativeness", 1.0) < 0.005:
+            found["uniform_attention"] = (
+                "masks are guided by nearly uniform attention (informativeness < 0.005): they are as good as random"
+            )
+        for kind in [kind for kind in self.alarms if kind not in found]:
+            del self.alarms[kind]
+        for kind, message in found.items():
+            self.warn(kind, step, message)
+
+
+def rewind(path: Path, step: int) -> None:
+    """Keep the header and the rows up to and including `step`; a half-written last row goes too."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n") and line.count(",") == len(COLUMNS) - 1]
+    kept = whole[:1] + [line for line in whole[1:] if int(line.split(",", 1)[0]) <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _text(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(float(value))

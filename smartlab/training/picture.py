@@ -1,0 +1,62 @@
+"""A picture of what the student makes of its view: input, what it sees, its reconstruction, the error."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smartlab.masking import make_mask, upsample
+from smartlab.methods.masked_distillation import MaskedDistillation
+
+
+@torch.no_grad()
+def reconstruction_picture(method: MaskedDistillation, view: Tensor, path: Path, title: str = "") -> Path:
+    """Write a PNG for one windowed view (1, D, H, W) in [0, 1], with a fixed random mask."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    encoder, was_training = method.student.encoder, method.training
+    method.eval()
+    x = view[None].float()
+    grid = encoder.grid(x.shape)
+    generator = torch.Generator().manual_seed(0)
+    mask = make_mask(
+        "random", None, method.config.mask.ratio, grid, generator=generator, batch=1, device=x.device
+    )
+    seen = encoder(x, hidden=mask)
+    guess = method.reconstruct(seen.stages[-1]).float()
+    voxels = upsample(mask, grid, encoder.stride)[:, None]
+    panels = {
+        "view": x,
+        "what the student sees": x.masked_fill(voxels, 0.5),
+        "reconstruction": torch.where(voxels, guess, x),
+        "absolute error": (guess - x).abs() * voxels,
+    }
+    looker = method.teacher.encoder if method.teacher is not None else encoder
+    attention = looker(x).attention
+    if attention is not None:
+        importance = attention.mean(1).view(1, 1, *grid)
+        spread = importance.repeat_interleave(encoder.stride, 2).repeat_interleave(encoder.stride, 3)
+        panels["teacher's attention"] = spread.repeat_interleave(encoder.stride, 4) / importance.amax()
+    method.train(was_training)
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 3), layout="constrained")
+    for ax, (name, panel) in zip(axes, panels.items(), strict=True):
+        middle: np.ndarray = panel[0, 0, :, :, panel.shape[-1] // 2].cpu().numpy()
+        hot = "magma" if "error" in name or "attention" in name else "gray"
+        ax.imshow(middle.T[::-1, ::-1], cmap=hot, vmin=0, vmax=1 if hot == "gray" or "att" in name else 0.5)
+        ax.set_title(name, fontsize=9)
+        ax.axis("off")
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=100, format="png")
+    plt.close(figure)
+    os.replace(temporary, path)
+    return path

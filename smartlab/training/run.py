@@ -1,0 +1,90 @@
+"""A run folder: everything one pretraining left behind, readable while it is still going on."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smartlab.config import Config, load_config
+from smartlab.errors import DataError
+from smartlab.training import checkpoint
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from smartlab.models.encoder import Encoder
+
+
+class Run:
+    """`runs/<name>/`: config.yaml, environment.json, metrics.csv, events.jsonl, checkpoints/, figures/.
+
+    >>> run = sl.Run("runs/a")
+    >>> run.history.plot("step", "loss_amip")
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "config.yaml").is_file():
+            raise DataError("is not a run folder", path=path, expected="a config.yaml in it")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}: step {self.step} of {self.config.train.steps})"
+
+    @cached_property
+    def config(self) -> Config:
+        return load_config(self.path / "config.yaml")
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row per logged step, read afresh: also of a run that is going on."""
+        import pandas as pd
+
+        from smartlab.training.monitor import COLUMNS
+
+        path = self.path / "metrics.csv"
+        return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=list(COLUMNS))
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        path = self.path / "events.jsonl"
+        if not path.is_file():
+            return []
+        return [
+            json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
+        ]
+
+    @property
+    def step(self) -> int:
+        """The newest checkpoint's step, 0 without one."""
+        return max(checkpoint.steps(self.path), default=0)
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.config.train.steps
+
+    def encoder(self, role: str = "teacher", step: int | None = None) -> Encoder:
+        """The encoder of a checkpoint, the newest by default; the student where there is no teacher."""
+        import torch
+        from safetensors.torch import load_file
+
+        from smartlab.models.encoder import Encoder
+
+        if role not in checkpoint.ROLES:
+            raise DataError(f"no role {role!r}", path=self.path, expected=" or ".join(checkpoint.ROLES))
+        step = self.step if step is None else step
+        folder = checkpoint.folder(self.path, step)
+        if not folder.is_dir():
+            raise DataError(
+                "has no such checkpoint",
+                path=self.path,
+                found=f"step {step}",
+                expected=f"one of {checkpoint.steps(self.path)}",
+            )
+        if not self.config.teacher.enabled:
+            role = "student"
+        with torch.random.fork_rng():
+            encoder = Encoder(self.config)
+        encoder.load_state_dict(load_file(folder / f"{role}.safetensors"))
+        return encoder.eval().requires_grad_(False)

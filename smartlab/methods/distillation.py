@@ -107,7 +107,7 @@ def collapse_signs(target: Tensor | None, features: Tensor) -> dict[str, Tensor]
 
     target: (…, K) teacher distributions, or None for regression. features: (B, C) image tokens.
     """
-    x = features.float()
+    x = features.float().nan_to_num()  # a batch that will be skipped must not stop the run here
     signs = {"feature_std": F.normalize(x, dim=-1).std(0, correction=0).mean() * math.sqrt(x.shape[-1])}
     spectrum = torch.linalg.svdvals(x - x.mean(0))
     share = spectrum / spectrum.sum().clamp_min(1e-12)

@@ -1,0 +1,234 @@
+"""Nothing is lost: a run that was stopped, however rudely, ends as if it never had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import smartlab as sl
+from smartlab.errors import DataError, UseError
+from smartlab.training import checkpoint
+from smartlab.training.monitor import COLUMNS, rewind
+from tests.conftest import REPO
+
+VOLATILE = ["views_per_second", "data_wait", "peak_memory_mb"]
+
+
+def weights(run, step):
+    folder = checkpoint.folder(run, step)
+    method, _ = checkpoint.load(folder)
+    return method
+
+
+def assert_same_run(a, b, step):
+    left, right = (pd.read_csv(run / "metrics.csv").drop(columns=VOLATILE) for run in (a, b))
+    pd.testing.assert_frame_equal(left, right, check_exact=True)
+    mine, theirs = weights(a, step), weights(b, step)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def start(settings, out, *, slow=0.0):
+    """A training process on one thread; `slow` seconds are added to each step."""
+    code = (
+        "import sys, time, torch; torch.set_num_threads(1)\n"
+        "import smartlab as sl, smartlab.training.loop as loop, json\n"
+        "step = loop.Trainer.one_step\n"
+        f"loop.Trainer.one_step = lambda self: (time.sleep({slow}), step(self))[1]\n"
+        "sl.pretrain(sl.load_config('tiny', json.loads(sys.argv[1])), sys.argv[2], resume=True, progress=False)\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(settings), str(out)],
+        cwd=REPO,
+        stderr=subprocess.PIPE,
+        env=dict(os.environ),
+    )
+
+
+def wait_for_step(run, step, process, seconds=90):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        path = run / "metrics.csv"
+        if path.exists() and path.read_text(encoding="utf-8").count("\n") > step:
+            return
+        if process.poll() is not None:
+            raise AssertionError(process.stderr.read().decode())
+        time.sleep(0.02)
+    raise AssertionError("the run did not get that far")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("simmim", {}),
+        ("smit", {"distill.kind": "prototype"}),
+        ("dagman", {}),
+        (
+            "dagman",
+            {"train.accumulate": 2, "data.workers": 2, "teacher.noise_std": 0.05, "encoder.drop_path": 0.2},
+        ),
+    ],
+    ids=["simmim", "smit", "dagman", "dagman-accumulating"],
+)
+def test_killed_and_resumed_equals_never_stopped(method, more, settings, tmp_path):
+    settings = settings | {"method.preset": method} | more
+    whole = start(settings, tmp_path / "whole")
+    killed = start(settings, tmp_path / "killed", slow=0.15)
+    wait_for_step(tmp_path / "killed", random.Random(method + str(more)).randint(1, 7), killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert whole.wait() == 0, whole.stderr.read().decode()
+    again = start(settings, tmp_path / "killed")
+    assert again.wait() == 0, again.stderr.read().decode()
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", 8)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_well_and_sigusr1_saves_and_goes_on(settings, tmp_path):
+    settings = settings | {"train.checkpoint_every": 1000, "train.steps": 40}
+    process = start(settings, tmp_path / "run", slow=0.1)
+    wait_for_step(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGUSR1)
+    wait_for_step(tmp_path / "run", 8, process)
+    assert checkpoint.steps(tmp_path / "run"), "SIGUSR1 saved"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    run = sl.Run(tmp_path / "run")
+    assert 8 <= run.step < 40 and [e["event"] for e in run.events][-2:] == ["saved", "stopped"]
+    assert run.history.step.iloc[-1] == run.step
+
+
+def test_stopping_in_the_middle_of_an_epoch_changes_nothing(settings, tmp_path, monkeypatch):
+    """Same process, same thread count: stop after 4 of 8 steps, resume, compare."""
+    config = sl.load_config("tiny", settings)
+    sl.pretrain(config, tmp_path / "whole", progress=False)
+    from smartlab.training.loop import Trainer
+
+    original, count = Trainer.one_step, iter(range(100))
+
+    def stop_at_four(self):
+        if next(count) == 3:
+            self._request = "stop"
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "one_step", stop_at_four)
+    run = sl.pretrain(config, tmp_path / "stopped", progress=False)
+    assert run.step == 4 and not run.finished
+    monkeypatch.setattr(Trainer, "one_step", original)
+    assert sl.pretrain(config, tmp_path / "stopped", resume=True, progress=False).finished
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", 8)
+
+
+def test_a_run_folder_is_complete(settings, tmp_path):
+    run = sl.pretrain(sl.load_config("tiny", settings | {"train.steps": 2}), tmp_path / "r", progress=False)
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "metrics.csv",
+        "events.jsonl",
+        "figures/step-000002.png",
+        "tensorboard",
+    ):
+        assert (tmp_path / "r" / name).exists(), name
+    folder = checkpoint.folder(tmp_path / "r", 2)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "state.pt",
+        "student.safetensors",
+        "teacher.safetensors",
+    ]
+    assert list(run.history.columns) == list(COLUMNS) and run.finished
+    header = checkpoint.header_of(folder / "teacher.safetensors")
+    assert header["role"] == "teacher" and json.loads(header["config"])["seed"] == 0 and header["data"]
+    assert yaml.safe_load((tmp_path / "r" / "config.yaml").read_text(encoding="utf-8"))["train"]["steps"] == 2
+    # the saved teacher is usable alone, and is what the run was using
+    encoder = run.encoder("teacher")
+    saved = load_file(folder / "teacher.safetensors")
+    assert all(torch.equal(v, saved[k]) for k, v in encoder.state_dict().items())
+    assert run.encoder("student") is not encoder
+
+
+def test_a_folder_with_a_run_is_not_overwritten_and_changes_are_told(settings, tmp_path):
+    config = sl.load_config("tiny", settings | {"train.steps": 3})
+    sl.pretrain(config, tmp_path / "r", progress=False)
+    with pytest.raises(UseError, match="resume"):
+        sl.pretrain(config, tmp_path / "r", progress=False)
+    changed = sl.load_config("tiny", settings | {"train.steps": 4, "mask.ratio": 0.5, "train.log_every": 2})
+    with pytest.raises(UseError, match=r"mask\.ratio: 0\.7 → 0\.5.*train\.steps: 3 → 4|train\.steps: 3 → 4"):
+        sl.pretrain(changed, tmp_path / "r", resume=True, progress=False)
+    assert sl.pretrain(changed, tmp_path / "r", resume=True, allow_changes=True, progress=False).step == 4
+
+
+def test_a_damaged_checkpoint_is_named(settings, tmp_path):
+    config = sl.load_config("tiny", settings | {"train.steps": 3})
+    sl.pretrain(config, tmp_path / "r", progress=False)
+    (checkpoint.folder(tmp_path / "r", 3) / "state.pt").write_bytes(b"cut short")
+    with pytest.raises(DataError, match=r"step-000003.*cannot be read"):
+        sl.pretrain(config, tmp_path / "r", resume=True, progress=False)
+
+
+def test_half_a_checkpoint_is_never_taken_for_one(settings, tmp_path, monkeypatch):
+    config = sl.load_config("tiny", settings | {"train.steps": 3})
+    monkeypatch.setattr(
+        os,
+        "replace",
+        lambda *a: (
+            (_ for _ in ()).throw(KeyboardInterrupt()) if "checkpoints" in str(a[1]) else os.rename(*a)
+        ),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        sl.pretrain(config, tmp_path / "r", progress=False)
+    assert checkpoint.steps(tmp_path / "r") == []
+
+
+def test_old_checkpoints_are_pruned_as_asked(tmp_path):
+    for step in range(1, 8):
+        checkpoint.folder(tmp_path, step).mkdir(parents=True)
+    checkpoint.prune(tmp_path, keep_last=2, keep_every=3)
+    assert checkpoint.steps(tmp_path) == [3, 6, 7]
+
+
+def test_rewinding_keeps_whole_rows_up_to_the_checkpoint(tmp_path):
+    path, blank = tmp_path / "metrics.csv", "," * (len(COLUMNS) - 1)
+    path.write_text(
+        ",".join(COLUMNS) + "\n" + "".join(f"{i}{blank}\n" for i in range(1, 6)) + "6,0.1", encoding="utf-8"
+    )
+    rewind(path, 4)
+    assert pd.read_csv(path).step.tolist() == [1, 2, 3, 4]
+
+
+def test_a_bad_batch_is_skipped_counted_and_named(settings, tmp_path, monkeypatch):
+    from smartlab.training import loop
+
+    original, calls = loop.window, iter(range(1000))
+    monkeypatch.setattr(
+        loop, "window", lambda hu, *a: original(hu, *a) * (float("nan") if next(calls) == 1 else 1)
+    )
+    run = sl.pretrain(sl.load_config("tiny", settings | {"train.steps": 4}), tmp_path / "r", progress=False)
+    skipped = [e for e in run.events if e["event"] == "skipped"]
+    assert len(skipped) == 1 and skipped[0]["step"] == 2 and len(skipped[0]["images"]) == 2
+    assert run.history.skipped.tolist() == [0, 1, 1, 1]
+    assert all(torch.isfinite(v).all() for v in weights(run.path, 4).values())
+    assert run.history.loss.notna().tolist() == [True, False, True, True]
+
+
+def test_too_many_bad_batches_stop_the_run_with_a_diagnosis(settings, tmp_path, monkeypatch):
+    from smartlab.training import loop
+
+    original = loop.window
+    monkeypatch.setattr(loop, "window", lambda hu, *a: original(hu, *a) * float("nan"))
+    with pytest.raises(DataError, match="3 steps in a row had a non-finite loss"):
+        sl.pretrain(
+            sl.load_config("tiny", settings | {"train.max_bad_steps": 3}), tmp_path / "r", progress=False
+        )

@@ -180,7 +180,7 @@ class Trainer:
                 self.device_run.backward(loss / train.accumulate)
             for name, value in (metrics | {"loss": loss.detach()}).items():
                 totals[name] = totals.get(name, 0.0) + value / train.accumulate
-        self._freeze_last(clock)
+        self._freeze(clock)
         norm = self.device_run.clip_grad_norm_(self._trained(), train.clip)
         finite = bool(torch.isfinite(mean_over_ranks(totals["loss"])))
         if finite:
@@ -260,12 +260,18 @@ class Trainer:
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.method.parameters() if p.requires_grad]
 
-    def _freeze_last(self, clock: Clock) -> None:
-        """The prototypes do not move in the first epochs."""
-        if clock.epoch < self.config.distill.freeze_last_epochs:
-            for name, parameter in self.method.student.named_parameters():
-                if name.endswith("net.last"):
-                    parameter.grad = None
+    def _freeze(self, clock: Clock) -> None:
+        """Gradients that must not act: prototypes in the first epochs, and key biases always.
+
+        A key bias shifts all logits of a query alike, so softmax ignores it: its gradient is rounding
+        noise, which Adam would blow up to full steps and which differs from machine to machine.
+        """
+        early = clock.epoch < self.config.distill.freeze_last_epochs
+        for name, parameter in self.method.student.named_parameters():
+            if early and name.endswith("net.last"):
+                parameter.grad = None
+            elif name.endswith("qkv.bias") and parameter.grad is not None:
+                parameter.grad.chunk(3)[1].zero_()
 
     def _skip(self, images: list[int]) -> None:
         self.skipped, self.bad_in_a_row = self.skipped + 1, self.bad_in_a_row + 1

@@ -1,0 +1,329 @@
+"""Build a store from a cohort: resumable, safe to kill, and the same bytes whatever happened before.
+
+What is done is known from the index and the journal; an image is skipped when its sources (by name,
+size and time), the settings and its volume are unchanged. Everything else goes to the workers,
+few at a time. The order of the index is the order of the manifest, never that of completion.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smartlab.data import index
+from smartlab.data.ingest import Failure, Job, Outcome, Settings, files_present, ingest, lost_lesions, stat_of
+from smartlab.data.jobs import Cohort
+from smartlab.data.manifest import Case, Manifest, load_manifest
+from smartlab.data.privacy import hashed, salt
+from smartlab.data.workers import Lost, draining, run_bounded
+from smartlab.errors import DataError, UseError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+TYPICAL_BYTES = 10_000_000  # a chest CT at 2 mm, cropped and compressed; told until some are built
+SPARE_BYTES = 500_000_000  # left free on the disk
+TRUSTED = 4  # images after which their mean size is believed
+
+
+@dataclass
+class StoreReport:
+    """What a build did, counted in images. `failed` ones miss themselves or a case: see `failures`."""
+
+    path: str
+    images: int  # now in the store
+    cases: int
+    built: int
+    skipped: int  # unchanged since an earlier run
+    failed: int
+    removed: int  # no longer in the manifest
+    bytes: int  # of all volumes
+    interrupted: bool
+    remaining: int  # not tried because of the interruption
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        state = " (interrupted; run the same again to go on)" if self.interrupted else ""
+        lines = [
+            f"store {self.path}: {self.images} images, {self.cases} cases, {_size(self.bytes)}{state}",
+            f"  built    {self.built:6d}",
+            f"  skipped  {self.skipped:6d}  unchanged",
+            f"  failed   {self.failed:6d}" + ("  see failures.csv" if self.failed else ""),
+        ]
+        lines += [f"  removed  {self.removed:6d}  no longer in the manifest"] if self.removed else []
+        lines += [f"  left     {self.remaining:6d}"] if self.remaining else []
+        lines += [f"    case {f['case_number']}: {f['reason']}" for f in self.failures[:5]]
+        lines += [f"    … and {len(self.failures) - 5} more"] if len(self.failures) > 5 else []
+        return "\n".join(lines)
+
+
+def build_store(
+    manifest: str | Path | Manifest,
+    root: str | Path,
+    out: str | Path,
+    *,
+    workers: int = 2,
+    spacing: float = 2.0,
+    crop_body: bool = True,
+    labels: bool = True,
+    scheduler: str | None = None,
+    progress: bool = True,
+) -> StoreReport:
+    """Resample the images of a manifest below `root` to `spacing` mm into the store `out`.
+
+    workers:    processes on this machine; 0 works in this one.
+    scheduler:  address of a Dask scheduler whose workers see `root` and `out`.
+    labels:     also store label maps and masks, merged into one uint8 volume per image.
+
+    Run it again after any interruption, or when the manifest or the data changed.
+
+    >>> report = sl.build_store("my/manifest.json", "my/images", "my/store")   # doctest: +SKIP
+    >>> report.built, report.skipped, report.failed                           # doctest: +SKIP
+    (24, 0, 0)
+    """
+    man, root, out = load_manifest(manifest), Path(root), Path(out)
+    _check_request(man, root, spacing, workers)
+    with index.locked(out), draining() as stop:
+        build = _Build(man, root, out, Settings(float(spacing), crop_body, labels))
+        build.resume()
+        total = len(build.cohort.groups)
+        todo = [i for i in range(total) if build.pending(i)]
+        build.report.skipped = total - len(todo)
+        with _bar(man.name, total, build.report.skipped, progress) as bar:
+            build.check_disk(len(todo))
+            results = run_bounded(_work, build.tasks(todo), workers, scheduler, stop) if todo else ()
+            for left, result in zip(range(len(todo) - 1, -1, -1), results, strict=False):
+                build.take(*_numbered(result))
+                bar.set_postfix_str(build.forecast(left), refresh=False)
+                bar.update()
+                build.check_disk(left)
+        return build.finish()
+
+
+Task = tuple[int, Job | Failure, dict[str, Any] | None]  # position, what to do, row of an earlier run
+
+
+def _work(task: Task) -> tuple[int, Outcome]:
+    number, job, previous = task
+    return number, Outcome(None, (job,)) if isinstance(job, Failure) else ingest(job, previous)
+
+
+def _numbered(result: tuple[int, Outcome] | Lost[Task]) -> tuple[int, Outcome]:
+    if not isinstance(result, Lost):
+        return result
+    number, job, _ = result.job
+    reason = "the worker died on this image three times; out of memory, or a damaged file. Use fewer workers"
+    return number, Outcome(None, (Failure(job.key if isinstance(job, Job) else job.image, None, reason),))
+
+
+class _Build:
+    """The state of one run."""
+
+    def __init__(self, man: Manifest, root: Path, out: Path, settings: Settings) -> None:
+        self.man, self.out, self.settings, self.salt = man, out, settings, salt()
+        self.cohort = Cohort(man, root, out, settings, self.salt)
+        self.rows: dict[int, dict[str, Any]] = {}  # position of the image -> its row
+        self.stale: dict[str, dict[str, Any]] = {}  # image key -> row that may still hold
+        self.failures: dict[int, tuple[Failure, ...]] = {}
+        self.report = StoreReport(str(out), 0, 0, 0, 0, 0, 0, 0, False, 0)
+        self.journal = index.Journal(out)
+
+    # ---- what is there already
+
+    def resume(self) -> None:
+        header = index.read_header(self.out)
+        if header:
+            self._check_header(header)
+        rows = index.read_lines(self.out, header, "images") if header else []
+        self.stale = {row["key"]: row for row in [*rows, *self.journal.read()]}
+        self.journal.start(list(self.stale.values()))
+        index.clean(self.out, self.stale.values())
+
+    def _check_header(self, header: dict[str, Any]) -> None:
+        if header["salt_check"] != salt_check(self.salt):
+            raise UseError(
+                "this store was built with another salt",
+                path=self.out,
+                fix="set SMARTLAB_SALT to the salt it was built with, or choose another folder",
+            )
+        if header["manifest"] != self.man.name:
+            raise UseError(
+                "this folder holds the store of another manifest",
+                path=self.out,
+                found=header["manifest"],
+                expected=self.man.name,
+                fix="choose another folder for --out",
+            )
+
+    def pending(self, number: int) -> bool:
+        """Whether this image needs work. Looks at names, sizes and times, reads no image."""
+        job, row = self.cohort.job(number), self.stale.get(self.cohort.keys[number])
+        if not isinstance(job, Job) or row is None or row["request"] != job.request:
+            return True
+        if not files_present(self.out, row) or row["stat"] != stat_of(job.sources):
+            return True
+        self.rows[number] = row
+        self.failures[number] = lost_lesions(row)
+        return False
+
+    def tasks(self, numbers: list[int]) -> Iterator[Task]:
+        for number in numbers:
+            yield number, self.cohort.job(number), self.stale.get(self.cohort.keys[number])
+
+    # ---- what came of it
+
+    def take(self, number: int, outcome: Outcome) -> None:
+        if outcome.disk_full:
+            raise DataError("the disk is full", path=self.out, fix="free space, then run the same again")
+        self.failures[number] = outcome.failures
+        if outcome.row is not None:
+            self.journal.add(outcome.row)
+            self.rows[number] = outcome.row
+            self.report.built += outcome.built
+            self.report.skipped += not outcome.built
+
+    def forecast(self, left: int) -> str:
+        failed = sum(bool(found) for found in self.failures.values())
+        return f"failed={failed}, about {_size(left * self._mean_bytes())} more to write"
+
+    def check_disk(self, left: int) -> None:
+        """Stop early, with what is built kept, when the rest will not fit."""
+        known = len(self.rows) >= TRUSTED
+        needed = left * self._mean_bytes() if known else 0.0
+        free = shutil.disk_usage(self.out).free
+        if left and needed + SPARE_BYTES > free:
+            raise DataError(
+                "the disk is too small for this store",
+                path=self.out,
+                found=f"{_size(free)} free",
+                expected=f"about {_size(needed)} for the {left} images left, and {_size(SPARE_BYTES)} spare",
+                fix="free space or choose another disk, then run the same again; what is built is kept",
+            )
+
+    def _mean_bytes(self) -> float:
+        sizes = [_volume_bytes(row) for row in self.rows.values()]
+        return sum(sizes) / len(sizes) if len(sizes) >= TRUSTED else TYPICAL_BYTES
+
+    def finish(self) -> StoreReport:
+        rows = [self.rows[i] for i in sorted(self.rows)]
+        cases, lost = self._case_rows()
+        tried = self.rows.keys() | self.failures.keys()
+        report = replace(
+            self.report,
+            images=len(rows),
+            cases=len(cases),
+            failed=sum(bool(found) for found in self.failures.values()),
+            remaining=len(self.cohort.groups) - len(tried),
+            bytes=sum(map(_volume_bytes, rows)),
+            failures=[{"case_number": number, **asdict(failure)} for number, failure in lost],
+        )
+        header = {
+            "format": self.settings.format,
+            "manifest": self.man.name,
+            "complete": report.remaining == 0,
+            "salt_check": salt_check(self.salt),
+            "settings": asdict(self.settings),
+            "label_names": {
+                str(v): name for name, v in sorted(self.cohort.values.items(), key=lambda i: i[1])
+            },
+            "fingerprint": _fingerprint(self.settings, rows, cases),
+        }
+        known = {row["key"] for row in self.stale.values()}
+        report.removed = len(known - set(self.cohort.keys))
+        report.interrupted = report.remaining > 0
+        index.write_failures(self.out, lost)
+        index.write_index(self.out, header, rows, cases)
+        self.journal.path.unlink()
+        index.clean(self.out, rows)
+        return report
+
+    def _case_rows(self) -> tuple[list[dict[str, Any]], list[tuple[int, Failure]]]:
+        """Rows of the cases that are in the store, and the failures of those that are not."""
+        position = {group.key: i for i, group in enumerate(self.cohort.groups)}
+        stored = {number: i for i, number in enumerate(sorted(self.rows))}
+        rows, lost = [], []
+        for case_number, case in enumerate(self.man.cases):
+            number, key = position[case.image_key], self.cohort.case_keys[case.id]
+            failure = next((f for f in self.failures.get(number, ()) if f.case in (None, key)), None)
+            if failure:
+                lost.append((case_number, replace(failure, case=key)))
+            elif number in stored:
+                rows.append(self._case_row(case, key, stored[number], self.rows[number]))
+        return rows, lost
+
+    def _case_row(self, case: Case, key: str, image: int, row: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "key": key,
+            "patient": hashed(self.salt, "patient", case.patient),
+            "image": image,
+            "split": case.split,
+            "fold": case.fold,
+            "labels": case.labels,
+            "center_mm": row["lesions"].get(key),
+            "box_mm": case.lesion.box_mm if case.lesion else None,
+            "diameter_mm": case.lesion.diameter_mm if case.lesion else None,
+        }
+
+
+# ---- small parts ---------------------------------------------------------------------------------
+
+
+def salt_check(key: bytes) -> str:
+    """Tells whether two stores share a salt, and nothing else about it."""
+    return hashed(key, "store", "salt check")
+
+
+def _check_request(man: Manifest, root: Path, spacing: float, workers: int) -> None:
+    if man.modality != "CT":
+        raise UseError(
+            "the store holds volumes",
+            path=f"manifest {man.name}",
+            found=man.modality,
+            expected="CT",
+            fix="mammograms are read by smartlab.data.mammography",
+        )
+    if not man.cases:
+        raise DataError(
+            "lists no cases, so there is nothing to build",
+            path=f"manifest {man.name}",
+            fix="see its notes: smartlab data show",
+        )
+    if not root.is_dir():
+        raise DataError("no such folder", path=root, fix="give the folder of the images as root")
+    if not 0.1 <= spacing <= 20:
+        raise UseError("spacing is out of range", found=f"{spacing} mm", expected="0.1 to 20 mm")
+    if workers < 0:
+        raise UseError("workers cannot be negative", found=workers, expected="0 or more")
+
+
+def _volume_bytes(row: dict[str, Any]) -> int:
+    return row["bytes"] + (row["labels"]["bytes"] if row["labels"] else 0)
+
+
+def _fingerprint(settings: Settings, images: list[dict[str, Any]], cases: list[dict[str, Any]]) -> str:
+    """Hash of what a model can see: voxels, geometry, labels, patients; the same under any salt."""
+    patients = {p: i for i, p in enumerate(dict.fromkeys(case["patient"] for case in cases))}
+    facts = [
+        asdict(settings),
+        [(r["array"], r["affine"], r["labels"] and r["labels"]["array"]) for r in images],
+        [{**case, "key": "", "patient": patients[case["patient"]]} for case in cases],
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _bar(name: str, total: int, done: int, progress: bool) -> tqdm:
+    from tqdm.auto import tqdm as bar
+
+    return bar(total=total, initial=done, desc=f"store {name}", unit="image", disable=not progress)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

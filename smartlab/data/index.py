@@ -1,0 +1,155 @@
+"""The store's own files beside the volumes: index, journal, failures.
+
+    store.json          what the store is; names the two index files; written last, by a rename
+    images-HASH.jsonl   one line per stored image, in manifest order
+    cases-HASH.jsonl    one line per case, in manifest order
+    failures.csv        what is missing, and why
+    volumes/            KEY-HASH.b2nd and KEY-HASH.labels.b2nd
+    journal.jsonl       while building: rows that are done but not in the index yet
+
+Opening reads the first three and no volume. The index files carry their own hash in their names,
+so a build that replaces them and is killed in between leaves the old store whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from smartlab.data.ingest import SUFFIX, Failure, write_bytes
+from smartlab.errors import DataError
+
+HEADER, JOURNAL, FAILURES = "store.json", "journal.jsonl", "failures.csv"
+Row = dict[str, Any]
+
+
+def read_header(out: Path) -> Row | None:
+    """store.json, or None where no build has finished or stopped in order."""
+    try:
+        return json.loads((out / HEADER).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise DataError(
+            "is damaged", path=out / HEADER, found=error, fix="delete this file and build the store again"
+        ) from None
+
+
+class Rows(Sequence[Row]):
+    """Rows of a JSON-lines file, each parsed when it is first looked at: 10,000 open in milliseconds."""
+
+    def __init__(self, data: bytes) -> None:
+        self._lines = data.splitlines()
+        self._parsed: dict[int, Row] = {}
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, number: int) -> Row:  # type: ignore[override]  # one row, never a slice
+        if number not in self._parsed:
+            self._parsed[number] = json.loads(self._lines[number])
+        return self._parsed[number]
+
+
+def read_lines(out: Path, header: Row, part: str) -> Rows:
+    """The rows of "images" or "cases"."""
+    path = out / header[part]["file"]
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError("part of the index is missing", path=path, fix="build the store again") from None
+    if len(data) != header[part]["bytes"]:
+        raise DataError(
+            "part of the index is cut short",
+            path=path,
+            found=f"{len(data)} bytes",
+            expected=header[part]["bytes"],
+            fix="build the store again",
+        )
+    return Rows(data)
+
+
+def write_index(out: Path, header: Row, images: Sequence[Row], cases: Sequence[Row]) -> None:
+    """Make these rows the store, at once."""
+    for part, rows in (("images", images), ("cases", cases)):
+        data = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode()
+        file = f"{part}-{hashlib.sha256(data).hexdigest()[:12]}.jsonl"
+        write_bytes(out / file, data)
+        header[part] = {"file": file, "bytes": len(data), "count": len(rows)}
+    write_bytes(out / HEADER, (json.dumps(header, indent=1) + "\n").encode())
+
+
+def write_failures(out: Path, failures: Iterable[tuple[int, Failure]]) -> None:
+    """failures.csv; `case_number` is the position in `manifest.cases`, from 0."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["case_number", "case", "image", "reason"])
+    table.writerows([number, f.case, f.image, f.reason] for number, f in failures)
+    write_bytes(out / FAILURES, text.getvalue().encode())
+
+
+class Journal:
+    """Rows as they are finished, one line each, on the disk before the next is asked for."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / JOURNAL
+
+    def read(self) -> list[Row]:
+        """What an earlier run finished; a last line that a kill cut short is left out."""
+        if not self.path.exists():
+            return []
+        whole, _, _ = self.path.read_bytes().rpartition(b"\n")
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def start(self, rows: list[Row]) -> None:
+        """Begin with these rows, and without a line cut short."""
+        write_bytes(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def add(self, row: Row) -> None:
+        with self.path.open("ab") as file:
+            file.write((json.dumps(row) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def clean(out: Path, rows: Iterable[Row]) -> int:
+    """Delete what no row and no index names -> number of volumes removed."""
+    header = read_header(out) or {}
+    keep = {header[part]["file"] for part in ("images", "cases") if part in header}
+    for old in [*out.glob("images-*.jsonl"), *out.glob("cases-*.jsonl")]:
+        if old.name not in keep:
+            old.unlink()
+    for row in rows:
+        keep |= {row["file"], *([row["labels"]["file"]] if row["labels"] else [])}
+    stray = [f for f in (out / "volumes").glob("*") if f"volumes/{f.name}" not in keep]
+    for file in [*stray, *out.glob(f".*{SUFFIX}")]:
+        file.unlink(missing_ok=True)
+    return len([f for f in stray if not f.name.endswith((SUFFIX, ".labels.b2nd"))])
+
+
+@contextmanager
+def locked(out: Path, wait: float = 10.0) -> Iterator[None]:
+    """One build at a time. A record lock: it dies with its process and is not inherited by workers."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        until = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > until:
+                    raise DataError(
+                        "another build is writing this store", path=out, fix="wait for it, or end it first"
+                    ) from None
+                time.sleep(0.1)
+        yield

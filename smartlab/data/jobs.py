@@ -1,0 +1,119 @@
+"""From a manifest to jobs: which files, which labels, under which salted keys.
+
+The only place where ids and paths of a cohort meet the keys they are stored under.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from smartlab.data.ingest import Failure, Job, LabelSource, Settings
+from smartlab.data.manifest import Case, ImageGroup, Manifest
+from smartlab.data.privacy import hashed, scrub
+from smartlab.errors import DataError, SmartlabError, UseError
+
+
+class Cohort:
+    """The images of a manifest below a root, as jobs for `ingest`."""
+
+    def __init__(self, man: Manifest, root: Path, out: Path, settings: Settings, salt: bytes) -> None:
+        self.root, self.out, self.settings = root, out, settings
+        self.groups = man.images()
+        self.keys = [hashed(salt, "image", group.key) for group in self.groups]
+        self.case_keys = {case.id: hashed(salt, "case", case.id) for case in man.cases}
+        self.organs = tuple(sorted(man.organs))
+        self.values = label_values(man) if settings.labels else {}
+        self.rois: dict[str, str] = man.source.parameters.get("segments", {})
+        self.series = self._find_series(man)
+
+    def job(self, number: int) -> Job | Failure:
+        """What to do for image `number`, or why it cannot be done."""
+        group, key = self.groups[number], self.keys[number]
+        words = identifying(group, self.root)
+        try:
+            first = group.cases[0]
+            path = self._folder_of(first.series_uid) if _by_series(first) else first.locate(self.root)
+            lesions = tuple((self.case_keys[c.id], c.lesion) for c in group.cases if c.lesion)
+            series = first.series_uid if path.is_dir() else None
+            labels = tuple(self._label_sources(group)) if self.settings.labels else ()
+            return Job(key, path, series, self.out, self.settings, lesions, labels, self.organs, words)
+        except SmartlabError as error:
+            return Failure(key, None, scrub(str(error), words, instead="<image>"))
+
+    def _label_sources(self, group: ImageGroup) -> Iterator[LabelSource]:
+        maps = dict.fromkeys(c.label_map for c in group.cases if c.label_map)
+        masks = dict.fromkeys((name, place) for c in group.cases for name, place in c.masks.items())
+        for place in maps:
+            yield LabelSource(self._below(place))
+        for name, place in masks:
+            uid = place.removeprefix("series:")
+            if uid == place:
+                yield LabelSource(self._below(place), self.values[name])
+                continue
+            # which structure of a SEG or RTSTRUCT: as the manifest says, else the one of this name,
+            # else (one mask, one structure) whatever it is called
+            several = sum(other == place for _, other in masks) > 1
+            roi = self.rois.get(name, name if several else None)
+            yield LabelSource(self._folder_of(uid), self.values[name], uid, roi)
+
+    def _below(self, place: str) -> Path:
+        try:
+            return Case(id="", patient="", image=place).locate(self.root)
+        except DataError:
+            raise DataError(
+                "a mask or label map is missing below the data root",
+                path=place,
+                fix="fetch it, or build with labels=False",
+            ) from None
+
+    def _folder_of(self, uid: str | None) -> Path:
+        if uid is not None and uid in self.series:
+            return self.series[uid]
+        raise DataError("the series is not below the data root", fix="run `smartlab data fetch`")
+
+    def _find_series(self, man: Manifest) -> dict[str, Path]:
+        """Folder of every series the manifest names, found once for the whole cohort."""
+        wanted = {case.series_uid or "" for case in man.cases if _by_series(case)}
+        places = {place for case in man.cases for place in case.masks.values()}
+        wanted |= {place.removeprefix("series:") for place in places if place.startswith("series:")}
+        found = {uid: self.root / uid for uid in wanted if (self.root / uid).is_dir()}
+        from smartlab.data.dicom import index_series
+
+        for thorough in (False, True):  # one header per folder; every header only when that misses some
+            if wanted - found.keys():
+                found = index_series(self.root, thorough) | found
+        return found
+
+
+def _by_series(case: Case) -> bool:
+    return case.image is None and case.series_uid is not None
+
+
+def label_values(man: Manifest) -> dict[str, int]:
+    """Name -> value in the stored label volumes: the organs' own values, then masks by name."""
+    values = {name: value for value, name in man.organs.items()}
+    names = sorted({name for case in man.cases for name in case.masks} - set(values))
+    free = [v for v in range(1, 256) if v not in man.organs]
+    if any(not 0 < v < 256 for v in man.organs) or len(names) > len(free):
+        raise UseError(
+            "label values do not fit one byte",
+            path=f"manifest {man.name}",
+            found=f"{len(values)} organs up to {max(values.values(), default=0)}, {len(names)} masks",
+            expected="at most 255 structures with values 1 to 255",
+            fix="split the manifest, or build with labels=False",
+        )
+    return values | dict(zip(names, free, strict=False))
+
+
+def identifying(group: ImageGroup, root: Path) -> tuple[str, ...]:
+    """What identifies the cases of an image, as it may turn up in an error."""
+    words = {str(root), str(root.resolve()), os.path.expanduser("~")}
+    for case in group.cases:
+        given = [case.image, case.label_map, *case.masks.values()]
+        places = [place.removeprefix("series:") for place in given if place]
+        words |= {case.id, case.patient, case.series_uid or "", *places}
+        words |= {part for place in places for part in Path(place).parts}
+        words |= {str(root / place) for place in places}
+    return tuple(sorted(words - {""}))

@@ -1,0 +1,140 @@
+"""Run one function over a long list of jobs on Dask, with few of them in flight.
+
+The jobs may be a generator over 10,000 images: at any time only twice as many as there are workers
+have been submitted, so memory does not grow with the cohort. SIGTERM and Ctrl-C stop submission and
+let what is running finish; a second Ctrl-C breaks off.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+from smartlab.errors import UseError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class StopRequest:
+    """Set by a signal: finish what is running, start nothing new."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+@contextmanager
+def draining() -> Iterator[StopRequest]:
+    """SIGTERM and Ctrl-C only ask to stop, while inside. Signals reach the main thread only."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+class Lost(Generic[T]):
+    """The worker died with the job, more than once: killed for memory, or crashed in a codec."""
+
+    def __init__(self, job: T) -> None:
+        self.job = job
+
+
+def run_bounded(
+    function: Callable[[T], R], jobs: Iterable[T], workers: int, scheduler: str | None, stop: StopRequest
+) -> Iterator[R | Lost[T]]:
+    """Results in order of completion. workers=0 without a scheduler runs here, one by one.
+
+    The function must catch its own errors: an exception of it is a fault of the program.
+    """
+    if workers == 0 and scheduler is None:
+        for job in jobs:
+            if stop.asked:
+                return
+            yield function(job)
+        return
+    from distributed import KilledWorker, as_completed
+
+    with ExitStack() as stack:
+        cluster = _connect(scheduler) if scheduler else stack.enter_context(_local(workers))
+        client = stack.enter_context(_client(cluster))
+        width = 2 * (workers or sum(client.nthreads().values()) or 1)
+        waiting, jobs_of = iter(jobs), {}
+
+        def submit(job: T) -> Any:
+            future = client.submit(function, job, pure=False)
+            jobs_of[future.key] = job
+            return future
+
+        running = as_completed([submit(job) for job in islice(waiting, width)])
+        for future in running:
+            job = jobs_of.pop(future.key)
+            try:
+                result: R | Lost[T] = future.result()
+            except KilledWorker:
+                result = Lost(job)
+            yield result
+            del future  # lets the scheduler forget it
+            for following in () if stop.asked else islice(waiting, 1):
+                running.add(submit(following))
+
+
+@contextmanager
+def _local(workers: int) -> Iterator[Any]:
+    """Worker processes on this machine.
+
+    Forked where possible: a spawned worker imports the user's script again, which for a script
+    without a main guard starts the build again. The workers touch neither torch nor a GPU. They
+    inherit the draining handlers, so a Ctrl-C that reaches the whole group does not kill them. No
+    memory limit: a forked worker shares its parent's pages, which Dask would count as its own.
+    """
+    import dask
+    from distributed import LocalCluster
+
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": method}),
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            memory_limit=None,
+            dashboard_address="127.0.0.1:0",  # any free port: several builds may run
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+    ):
+        yield cluster
+
+
+def _client(cluster: Any) -> Any:
+    from distributed import Client
+
+    try:
+        return Client(cluster, timeout=30)
+    except OSError as error:
+        raise UseError(
+            "no Dask scheduler answers", found=cluster, fix="check the address and that it is running"
+        ) from error
+
+
+def _connect(scheduler: str) -> str:
+    if "://" not in scheduler:
+        raise UseError(
+            "not the address of a Dask scheduler", found=scheduler, expected="such as tcp://10.0.0.5:8786"
+        )
+    return scheduler

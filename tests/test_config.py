@@ -93,7 +93,7 @@ def test_impossible_settings_are_refused_with_the_arithmetic(overrides, arithmet
 
 
 def test_an_unknown_preset_and_a_broken_file_are_named(tmp_path):
-    with pytest.raises(UseError, match="Did you mean .tiny."):
+    with pytest.raises(UseError, match=r"Did you mean .tiny."):
         load_config("tinny")
     broken = tmp_path / "broken.yaml"
     broken.write_text("train: [unclosed")
@@ -125,3 +125,9 @@ def test_override_values_are_yaml():
 def test_presets_are_plain_yaml_mappings():
     for name in presets():
         assert isinstance(yaml.safe_load((PRESET_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")), dict)
+
+
+@pytest.mark.parametrize("word", ["train.lr=.inf", "data.window=[.nan, 250]", "data.spacing=.inf"])
+def test_numbers_are_finite(word):
+    with pytest.raises(UseError, match="finite number"):
+        load_config("tiny", parse_overrides([word]))

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+export PYTHONUTF8 := 1  # whatever the locale of the machine
 READY := $(VENV)/.ready
 
 .PHONY: help setup demo test test-fast check lab bench clean
@@ -35,5 +36,5 @@ lab: $(READY)  ## open JupyterLab on the notebooks
 bench: $(READY) ## time what we promise; results in benchmarks/results
 	$(BIN)/python -m benchmarks.loader
 
-clean:         ## remove what the commands above made
-	rm -rf $(VENV) runs data build dist
+clean:         ## remove .venv and the demo; your runs and data stay
+	rm -rf $(VENV) runs/demo build dist

@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-export PYTHONUTF8 := 1  # whatever the locale of the machine
+# some image libraries change the locale of the process: read text as UTF-8 all the same
+export PYTHONUTF8 := 1
 READY := $(VENV)/.ready
 
 .PHONY: help setup demo test test-fast check lab bench clean

@@ -35,7 +35,7 @@ lab: $(READY)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=.
 
 bench: $(READY) ## time what we promise; results in benchmarks/results
-	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.loader --out benchmarks/results/loader.json
 
 clean:         ## remove .venv and the demo; your runs and data stay
 	rm -rf $(VENV) runs/demo build dist

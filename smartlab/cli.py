@@ -7,6 +7,7 @@ that `smartlab --help` answers at once.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,6 +94,25 @@ def pretrain(
     )
     _say(
         as_json, {"out": str(out), "step": run.step, "finished": run.finished, "last": last}, "\n".join(lines)
+    )
+
+
+@app.command(epilog="Example: smartlab export runs/x --to monai --out encoder.pt")
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
+    to: Annotated[str, typer.Option(help="monai or safetensors.")],
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    role: Annotated[str, typer.Option(help="teacher or student.")] = "teacher",
+    as_json: AsJson = False,
+) -> None:
+    """Write a pretrained encoder for MONAI's SwinUNETR, or as safetensors with a model card."""
+    from smartlab import interop
+
+    path = interop.export(run, to, out, role)  # type: ignore[arg-type]
+    _say(
+        as_json,
+        {"file": str(path), "bytes": path.stat().st_size},
+        f"{path}: {path.stat().st_size / 2**20:.1f} MB",
     )
 
 
@@ -230,7 +250,7 @@ def data_phantom(
     kind: Annotated[str, typer.Argument(help="ct or mammo.")],
     out: Annotated[Path, typer.Option(help="Folder for images and manifest.json.")],
     n: Annotated[int, typer.Option(min=1, help="Number of patients.")] = 16,
-    seed: Annotated[int, typer.Option(help="Everything follows from it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Everything follows from it.")] = 0,
     workers: Annotated[int, typer.Option(min=0)] = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -282,6 +302,17 @@ def main() -> None:
         if isinstance(error, UseError):
             print("Try `smartlab --help`.", file=sys.stderr)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # `smartlab … | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # a folder that cannot be written, a disk that is gone
+        print(
+            f"smartlab: {error.filename or 'the system'}: {error.strerror or error}. ",
+            end="",
+            file=sys.stderr,
+        )
+        print("Check that the folder exists, may be written and has space.", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("smartlab: stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(130)

@@ -32,7 +32,7 @@ Strategy = Literal["random", "block", "attention_high", "attention_hint", "atten
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class DataConfig(_Section):

@@ -44,6 +44,8 @@ class _Strict(BaseModel):
 class Lesion(_Strict):
     """Where to look in the image: centre and full extent, mm."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     center_mm: tuple[float, float, float]
     box_mm: tuple[float, float, float] | None = None
     diameter_mm: float | None = None
@@ -206,11 +208,21 @@ class Manifest(_Strict):
             if case.id in seen:
                 raise ValueError(f"case id {case.id!r} appears twice")
             seen.add(case.id)
+            if not case.id or not case.patient:
+                raise ValueError(f"case {case.id!r} of patient {case.patient!r}: both need a name")
             for name, value in case.labels.items():
                 if name not in self.labels:
                     raise ValueError(f"case {case.id!r} has label {name!r}, which `labels` does not describe")
                 if problem := self.labels[name].problem(value):
                     raise ValueError(f"case {case.id!r}, label {name!r}: {problem}")
+        owner: dict[str, str] = {}
+        for case in self.all_cases:
+            for image in filter(None, (case.series_uid, case.image and str(PurePosixPath(case.image)))):
+                if (other := owner.setdefault(image, case.patient)) != case.patient:
+                    raise ValueError(
+                        f"image {image!r} belongs to two patients, {other!r} and {case.patient!r}; "
+                        "an image has one patient, or splits by patient leak"
+                    )
         for group in ("split", "fold"):
             if leaks := _straddling(self.cases, group):
                 patient, values = leaks[0]

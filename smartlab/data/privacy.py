@@ -18,6 +18,8 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
+from smartlab.errors import DataError
+
 KEY_LENGTH = 32  # hex digits, 128 bits: no collision among any number of cases
 _SHAPES = [
     (re.compile(r"(?<![\w.])(?:[A-Za-z]:)?(?:[\\/][^\s\\/:;,()'\"]+)+[\\/]?"), "<path>"),
@@ -33,14 +35,35 @@ def salt() -> bytes:
         return text.encode()
     path = Path.home() / ".config" / "smartlab" / "salt"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # O_EXCL: of two processes that start together, one makes the salt and both use it
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32))
+        if not path.exists():
+            _make_salt(path)
+        key = path.read_bytes()
+    except OSError as error:
+        key, reason = b"", error.strerror
+    else:
+        reason = "an empty file"
+    if not key:  # hashing without a salt would look the same and hide nothing
+        raise DataError(
+            "the salt cannot be kept here",
+            path=path,
+            found=reason,
+            fix="set SMARTLAB_SALT to a long random text, and keep it: the store needs it again",
+        )
+    return key
+
+
+def _make_salt(path: Path) -> None:
+    """A random salt, there whole or not at all; of two processes that start together both use one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    try:
+        os.link(temporary, path)  # unlike a rename, never replaces the salt that another made
     except FileExistsError:
         pass
-    return path.read_bytes()
+    finally:
+        temporary.unlink()
 
 
 def hashed(key: bytes, kind: str, text: str) -> str:

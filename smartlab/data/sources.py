@@ -119,6 +119,7 @@ def fetch(
         raise UseError(
             f"{manifest.name} comes whole; single cases cannot be fetched", fix="leave out `cases`"
         )
+    _refuse_another(manifest, root)
     if kind == "phantom":
         return _make(manifest, root, dry_run, progress)
     items = _series(manifest, root, cases) if kind == "idc" else _files(manifest, root)
@@ -136,6 +137,18 @@ def fetch(
     if "layout" in manifest.source.parameters and report.ok:
         _list_cases(manifest, report, root, progress)
     return report
+
+
+def _refuse_another(manifest: Manifest, root: Path) -> None:
+    """A folder has one `manifest.json`: a second dataset must not pass for it, nor replace it."""
+    if (root / "manifest.json").exists() and (there := load_manifest(root).name) != manifest.name:
+        raise UseError(
+            "this folder holds another dataset",
+            path=root,
+            found=there,
+            expected=manifest.name,
+            fix="give every dataset its own folder as --root",
+        )
 
 
 def _check_network(report: FetchReport, url: str) -> None:
@@ -332,7 +345,8 @@ def _write_samples(layout: dict[str, Any], root: Path, progress: bool) -> None:
 def _make(manifest: Manifest, root: Path, dry_run: bool, progress: bool) -> FetchReport:
     """A phantom is made, not fetched."""
     size = manifest.source.size_gb
-    made = (root / "manifest.json").exists()
+    listed = len(load_manifest(root).patients) if (root / "manifest.json").exists() else 0
+    made = listed > 0 and listed >= manifest.source.parameters.get("n", 0)
     item = Item(f"phantom {manifest.source.location}", size and size * 1000, done=made)
     report = FetchReport(manifest.name, manifest.licence, str(root), dry_run, [item])
     if not dry_run and not made:

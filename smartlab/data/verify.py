@@ -11,10 +11,8 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,10 +112,19 @@ def _run(check: Any, groups: list[ImageGroup], workers: int) -> Iterator[tuple[i
     if workers == 0 or len(groups) < 3:
         yield from ((i, check(group)) for i, group in enumerate(groups))
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures: dict[Future[dict[str, Any]], int] = {pool.submit(check, g): i for i, g in enumerate(groups)}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+    from smartlab.data.workers import Lost, StopRequest, run_bounded
+
+    for result in run_bounded(partial(_numbered, check), enumerate(groups), workers, None, StopRequest()):
+        if isinstance(result, Lost):
+            number, group = result.job
+            row = {"image": group.key, "cases": len(group.cases), "shape": "", "spacing_mm": ""}
+            died = "the process died on this image: out of memory, or a damaged file. Use fewer workers"
+            result = number, row | {"problem": died}
+        yield result
+
+
+def _numbered(check: Any, job: tuple[int, ImageGroup]) -> tuple[int, dict[str, Any]]:
+    return job[0], check(job[1])
 
 
 def check_image(
@@ -171,7 +178,7 @@ def _check_case(
         labels = read_labels(_below(root, case.label_map))
         _check_grid(case.label_map, labels, volume)
         unknown = sorted(set(np.unique(labels.array).tolist()) - {0} - set(organs))
-        if organs and unknown:
+        if unknown:  # building refuses them too
             raise DataError(
                 "holds values the manifest does not name",
                 path=case.label_map,
@@ -183,7 +190,10 @@ def _check_case(
             from smartlab.data.dicom import find_series
             from smartlab.data.dicom_masks import read_mask
 
-            read_mask(find_series(root, place.removeprefix("series:")), volume, roi=segments.get(name))
+            uid = place.removeprefix("series:")
+            several = sum(other == place for other in case.masks.values()) > 1  # as in building
+            roi = segments.get(name, name if several else None)
+            read_mask(find_series(root, uid), volume, roi=roi, series=uid)
             continue
         mask = read_labels(_below(root, place))
         _check_grid(place, mask, volume)

@@ -48,6 +48,21 @@ def test_splits_that_share_a_patient_are_refused_and_only_those(rows):
         assert len(make(cases).cases) == len(rows)
 
 
+@pytest.mark.parametrize("other", ["a.nii.gz", "./a.nii.gz"])
+def test_an_image_of_two_patients_is_refused(other):
+    first = Case(id="1", patient="p1", image="a.nii.gz", split="train")
+    with pytest.raises(ValueError, match="belongs to two patients"):
+        make([first, Case(id="2", patient="p2", image=other, split="test")])
+    make([first, Case(id="2", patient="p1", image=other, split="train")])  # two lesions of one scan
+
+
+def test_a_case_without_patient_and_a_lesion_nowhere_are_refused():
+    with pytest.raises(ValueError, match="need a name"):
+        make([Case(id="1", patient="", image="a.nii.gz")])
+    with pytest.raises(ValueError, match="finite number"):
+        Lesion(center_mm=(float("nan"), 0, 0))
+
+
 @given(st.lists(st.tuples(patients, st.integers(0, 4)), min_size=1, max_size=12))
 def test_folds_that_share_a_patient_are_refused_and_only_those(rows):
     cases = [Case(id=str(i), patient=p, fold=f) for i, (p, f) in enumerate(rows)]
@@ -114,7 +129,10 @@ LABELS = {
 }
 
 
-@given(st.lists(cases, max_size=6, unique_by=(lambda c: c.id, lambda c: c.patient)), st.booleans())
+@given(
+    st.lists(cases, max_size=6, unique_by=(lambda c: c.id, lambda c: c.patient, lambda c: c.image or c.id)),
+    st.booleans(),
+)
 def test_what_is_saved_is_what_is_read(tmp_path_factory, rows, as_csv):
     man = make(rows, labels=LABELS, cases_file="toy.csv" if as_csv else None)
     path = man.save(tmp_path_factory.mktemp("m") / "toy.json")

@@ -382,6 +382,20 @@ def test_unknown_cases_and_cases_of_archives_are_refused(tmp_path):
         fetch("amos22", tmp_path, cases=["amos_0001"], dry_run=True)
 
 
+@pytest.mark.parametrize("name", ["phantom-mammo", "msd-lung"])
+def test_a_folder_that_holds_another_dataset_is_refused(offline, tmp_path, name):
+    load_manifest("phantom-ct").save(tmp_path / "manifest.json")
+    with pytest.raises(UseError, match="holds another dataset"):
+        fetch(name, tmp_path, progress=False)
+    assert fetch("phantom-ct", tmp_path, dry_run=True).skipped  # the one that is there
+
+
+def test_a_smaller_phantom_does_not_pass_for_the_whole(tmp_path):
+    man = load_manifest("phantom-ct")
+    man.select([case.id for case in man.cases[:3]]).save(tmp_path / "manifest.json")
+    assert fetch(man, tmp_path, dry_run=True).todo
+
+
 def test_a_local_dataset_says_that_there_is_nothing_to_fetch(tmp_path):
     man = Manifest(name="mine", title="t", modality="CT", licence="-", citation="-", homepage="-",
                    source=Source(kind="local", notes="ask the data office"))  # fmt: skip

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 from typer.testing import CliRunner
 
-from smartlab import DataError, verify_manifest
+from smartlab import DataError, read_volume, verify_manifest
 from smartlab.cli import app
 from smartlab.data.manifest import Case, LabelSpec, Lesion, Manifest, Source
 from smartlab.data.verify import summary
+from tests.data.dicom_factory import scan, write_series
+from tests.data.test_dicom_masks import circle, write_rtstruct
 
 
 def manifest(cases, **more):
@@ -114,7 +118,7 @@ def test_nothing_to_verify_is_an_error(root):
 def test_a_summary_counts_what_is_there(root):
     labels = {"malignancy": LabelSpec(kind="binary", classes=["benign", "malignant"])}
     cases = [
-        Case(id=str(i), patient=str(i), image="scan.nii.gz", labels={"malignancy": v}, split="train")
+        Case(id=str(i), patient=str(i), image=f"{i}.nii.gz", labels={"malignancy": v}, split="train")
         for i, v in enumerate(["benign", "benign", "malignant"])
     ]
     facts = summary(manifest(cases, labels=labels))
@@ -145,3 +149,39 @@ def test_every_real_scan_verifies(real_data):
     organ = Case(id="organs", patient="organs", image="ct_organs/example_ct.nii.gz", masks=segments)
     report = verify_manifest(manifest([*series, *sarcoma, organ]), real_data, workers=2, progress=False)
     assert len(report.table) == 27 and report.ok, str(report)
+
+
+def test_an_image_that_kills_its_process_does_not_stop_the_others(root, monkeypatch):
+    from smartlab.data import readers
+
+    read = readers.read_volume
+    monkeypatch.setattr(  # forked workers inherit it
+        readers, "read_volume", lambda path, **kw: os._exit(1) if "b.nii" in str(path) else read(path, **kw)
+    )
+    for name in "abc":
+        (root / f"{name}.nii.gz").write_bytes((root / "scan.nii.gz").read_bytes())
+    cases = [Case(id=name, patient=name, image=f"{name}.nii.gz") for name in "abc"]
+    report = verify_manifest(manifest(cases), root, workers=1, progress=False)
+    assert report.table.problem.str.contains("process died").tolist() == [False, True, False]
+    assert report.table["shape"].tolist() == ["12×10×8", "", "12×10×8"]
+
+
+def test_structures_of_one_file_are_chosen_as_building_chooses_them(tmp_path):
+    uid = "1.9.8.7.1"
+    write_series(tmp_path / "ct", scan(6, 40, 40), uid=uid)
+    volume = read_volume(tmp_path / "ct")
+    (tmp_path / "rt").mkdir()
+    drawn = {name: [circle(volume, 2, 3, (20, 22), r)] for name, r in (("tumour", 6), ("lung", 9))}
+    file = write_rtstruct(tmp_path / "rt" / "rt.dcm", drawn)
+    place = f"series:{pydicom.dcmread(file).SeriesInstanceUID}"
+    case = Case(id="a", patient="a", series_uid=uid, masks={"tumour": place, "lung": place})
+    report = verify_manifest(manifest([case]), tmp_path, workers=0, progress=False)
+    assert report.ok, str(report)
+    absent = case.model_copy(update={"masks": {"tumour": place, "heart": place}})
+    assert "heart" in verify_manifest(manifest([absent]), tmp_path, progress=False).table.problem[0]
+
+
+def test_a_label_map_without_named_values_is_a_fault(root):
+    case = Case(id="a", patient="p", image="scan.nii.gz", label_map="liver.nii.gz")
+    report = verify_manifest(manifest([case], organs={}), root, progress=False)
+    assert "does not name" in report.table.problem[0]

@@ -28,6 +28,8 @@ _PUBLIC = {
     "fetch": "smartlab.data.sources",
     "pretrain": "smartlab.training.loop",
     "Run": "smartlab.training.run",
+    "load_encoder": "smartlab.interop",
+    "export": "smartlab.interop",
     "DataError": "smartlab.errors",
     "UseError": "smartlab.errors",
     "SmartlabError": "smartlab.errors",
@@ -45,6 +47,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.data.store import build_store, open_store
     from smartlab.data.verify import verify_manifest
     from smartlab.errors import DataError, SmartlabError, UseError
+    from smartlab.interop import export, load_encoder
     from smartlab.training.loop import pretrain
     from smartlab.training.run import Run
 

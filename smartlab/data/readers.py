@@ -352,6 +352,16 @@ def _check_text_header(path: Path) -> None:
         )
     data = re.search(r"^\s*(?:ElementDataFile\s*=|data ?file:)\s*(\S.*?)\s*$", text, re.MULTILINE)
     name = data.group(1) if data else "LOCAL"
+    listed = text[data.end() :].splitlines() if data and name.startswith("LIST") else []
+    for place in (line.strip() for line in [name, *listed]):
+        if Path(place).is_absolute() or ".." in Path(place).parts:  # it could be any file of the machine
+            raise DataError(
+                "the header names voxel data outside its own folder",
+                path=path,
+                found=place,
+                expected="a file beside the header",
+                fix="put the data file beside the header and name it there",
+            )
     if not re.match(r"LOCAL$|LIST|.*%", name) and not (path.parent / name).is_file():
         raise DataError(
             "the data file of this header is missing",

@@ -290,3 +290,15 @@ def nrrd_without_data(d):
     sitk.WriteImage(itk_image(scan()), str(d / "a.nhdr"))
     (d / "a.raw").unlink()
     return d / "a.nhdr"
+
+
+@bad("outside its own folder", "/etc/hostname", "beside the header")
+def metaimage_of_another_file(d):
+    sitk.WriteImage(itk_image(scan()), str(d / "a.mhd"))
+    return _edited_header(d, "a.mhd", b"ElementDataFile", b"ElementDataFile = /etc/hostname")
+
+
+@bad("outside its own folder", "../x.raw", "beside the header")
+def nrrd_list_that_climbs_out(d):
+    sitk.WriteImage(itk_image(scan()), str(d / "a.nhdr"))
+    return _edited_header(d, "a.nhdr", b"data file:", b"data file: LIST\n../x.raw")

@@ -16,7 +16,28 @@ from smartlab.notebook import NotebookParameters
 from tests.conftest import REPO
 
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
-SOME = {"00_start_here": {"patients": 1, "seed": 3}, "01_data": {"patients": 2, "spacing": 4.0, "region": 48, "view": 32, "workers": 0, "seed": 1, "break_one": False}}  # fmt: skip
+SOME = {
+    "00_start_here": {"patients": 1, "seed": 3},
+    "01_data": {
+        "patients": 2,
+        "spacing": 4.0,
+        "region": 48,
+        "view": 32,
+        "workers": 0,
+        "seed": 1,
+        "break_one": False,
+    },
+    "02_pretrain": {
+        "preset": "tiny",
+        "method": "smit",
+        "strategy": "block",
+        "patients": 3,
+        "steps": 3,
+        "batch": 1,
+        "seed": 1,
+        "resume": False,
+    },
+}
 
 
 def code_cells(path):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -137,3 +138,23 @@ def save(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
     figure.savefig(temporary, dpi=dpi, format="png", facecolor="white")
     os.replace(temporary, path)
     return path
+
+
+def curves(history: pd.DataFrame, panels: Sequence[Sequence[str]], title: str = "") -> Figure:
+    """Columns of a run's history over the steps, one panel per group of columns."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.8 * len(panels), 3), layout="constrained", squeeze=False
+    )
+    for ax, names in zip(axes.flat, panels, strict=True):
+        for name, shade in zip(names, OKABE_ITO[4:] + OKABE_ITO[:4], strict=False):
+            known = history[["step", name]].dropna()
+            ax.plot(known.step, known[name], color=shade, label=name, linewidth=1.8)
+        ax.set_xlabel("step")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+        ax.legend(frameon=False, fontsize=8)
+    if title:
+        figure.suptitle(title, fontsize=12)
+    return figure

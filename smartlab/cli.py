@@ -204,12 +204,15 @@ def data_verify(
     root: Root = Path("data"),
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 runs in this one.")] = 2,
     checksums: Annotated[bool, typer.Option(help="Also compare SHA-256 where the manifest has it.")] = True,
+    tilt: Annotated[str, typer.Option(help="Gantry-tilted series: refuse, or correct.")] = "refuse",
     as_json: AsJson = False,
 ) -> None:
     """Check that every image exists, reads, has sane geometry and fits its labels and masks."""
     from smartlab.data.verify import verify_manifest
 
-    result = verify_manifest(name, root, workers=workers, checksums=checksums, progress=not as_json)
+    result = verify_manifest(
+        name, root, workers=workers, checksums=checksums, tilt=tilt, progress=not as_json
+    )
     _say(as_json, result.as_json(), str(result))
     raise typer.Exit(0 if result.ok else 1)
 
@@ -223,6 +226,9 @@ def data_build(
     out: Annotated[Path, typer.Option(help="Folder of the store.")] = Path("data/store"),
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 runs in this one.")] = 2,
     spacing: Annotated[float, typer.Option(help="Target voxel size, mm.")] = 2.0,
+    tilt: Annotated[str, typer.Option(help="Gantry-tilted series: refuse, or correct.")] = "refuse",
+    labels: Annotated[bool, typer.Option(help="Also store label maps and masks.")] = True,
+    crop: Annotated[bool, typer.Option(help="Crop to the body.")] = True,
     scheduler: Annotated[
         str | None, typer.Option(help="Address of a Dask scheduler; default: this machine.")
     ] = None,
@@ -238,6 +244,9 @@ def data_build(
         out,
         workers=workers,
         spacing=spacing,
+        crop_body=crop,
+        labels=labels,
+        tilt=tilt,
         scheduler=scheduler,
         progress=not as_json,
     )

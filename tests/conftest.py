@@ -22,5 +22,5 @@ def real_data() -> Path:
 @pytest.fixture(autouse=True)
 def _isolated_home(tmp_path_factory, monkeypatch):
     """Tests never read or write the user's own cache or salt."""
-    monkeypatch.setenv("SMARTLAB_SALT", "tests-only")
+    monkeypatch.setenv("SMARTLAB_SALT", "tests-only-no-secret")
     monkeypatch.setenv("SMARTLAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

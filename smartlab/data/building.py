@@ -74,6 +74,7 @@ def build_store(
     spacing: float = 2.0,
     crop_body: bool = True,
     labels: bool = True,
+    tilt: str = "refuse",
     scheduler: str | None = None,
     progress: bool = True,
 ) -> StoreReport:
@@ -82,6 +83,7 @@ def build_store(
     workers:    processes on this machine; 0 works in this one.
     scheduler:  address of a Dask scheduler whose workers see `root` and `out`.
     labels:     also store label maps and masks, merged into one uint8 volume per image.
+    tilt:       "refuse" gantry-tilted DICOM series, or "correct" them.
 
     Run it again after any interruption, or when the manifest or the data changed.
 
@@ -90,7 +92,7 @@ def build_store(
     (24, 0, 0)
     """
     man, root, out = load_manifest(manifest), Path(root), Path(out)
-    _check_request(man, root, spacing, workers)
+    _check_request(man, root, out, spacing, workers)
     with index.locked(out), draining() as stop:
         build = _Build(man, root, out, Settings(float(spacing), crop_body, labels))
         build.resume()
@@ -131,6 +133,7 @@ class _Build:
         self.man, self.out, self.settings, self.salt = man, out, settings, salt()
         self.cohort = Cohort(man, root, out, settings, self.salt)
         self.rows: dict[int, dict[str, Any]] = {}  # position of the image -> its row
+        self.written = 0  # bytes of their volumes
         self.stale: dict[str, dict[str, Any]] = {}  # image key -> row that may still hold
         self.failures: dict[int, tuple[Failure, ...]] = {}
         self.report = StoreReport(str(out), 0, 0, 0, 0, 0, 0, 0, False, 0)
@@ -170,7 +173,7 @@ class _Build:
             return True
         if not files_present(self.out, row) or row["stat"] != stat_of(job.sources):
             return True
-        self.rows[number] = row
+        self._keep(number, row)
         self.failures[number] = lost_lesions(row)
         return False
 
@@ -186,9 +189,13 @@ class _Build:
         self.failures[number] = outcome.failures
         if outcome.row is not None:
             self.journal.add(outcome.row)
-            self.rows[number] = outcome.row
+            self._keep(number, outcome.row)
             self.report.built += outcome.built
             self.report.skipped += not outcome.built
+
+    def _keep(self, number: int, row: dict[str, Any]) -> None:
+        self.rows[number] = row
+        self.written += _volume_bytes(row)
 
     def forecast(self, left: int) -> str:
         failed = sum(bool(found) for found in self.failures.values())
@@ -209,8 +216,7 @@ class _Build:
             )
 
     def _mean_bytes(self) -> float:
-        sizes = [_volume_bytes(row) for row in self.rows.values()]
-        return sum(sizes) / len(sizes) if len(sizes) >= TRUSTED else TYPICAL_BYTES
+        return self.written / len(self.rows) if len(self.rows) >= TRUSTED else TYPICAL_BYTES
 
     def finish(self) -> StoreReport:
         rows = [self.rows[i] for i in sorted(self.rows)]
@@ -281,7 +287,7 @@ def salt_check(key: bytes) -> str:
     return hashed(key, "store", "salt check")
 
 
-def _check_request(man: Manifest, root: Path, spacing: float, workers: int) -> None:
+def _check_request(man: Manifest, root: Path, out: Path, spacing: float, workers: int) -> None:
     if man.modality != "CT":
         raise UseError(
             "the store holds volumes",
@@ -298,6 +304,10 @@ def _check_request(man: Manifest, root: Path, spacing: float, workers: int) -> N
         )
     if not root.is_dir():
         raise DataError("no such folder", path=root, fix="give the folder of the images as root")
+    if out.resolve() == root.resolve():
+        raise UseError(
+            "the store cannot be written among the images", path=out, fix="choose another folder for --out"
+        )
     if not 0.1 <= spacing <= 20:
         raise UseError("spacing is out of range", found=f"{spacing} mm", expected="0.1 to 20 mm")
     if workers < 0:

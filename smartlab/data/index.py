@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,16 +27,20 @@ from pathlib import Path
 from typing import Any
 
 from smartlab.data.ingest import SUFFIX, Failure, write_bytes
-from smartlab.errors import DataError
+from smartlab.errors import DataError, UseError
 
 HEADER, JOURNAL, FAILURES = "store.json", "journal.jsonl", "failures.csv"
 Row = dict[str, Any]
+
+_OURS = re.compile(
+    r"^\.?((images|cases)-[0-9a-f]{12}\.jsonl|[0-9a-f]{16,64}-[0-9a-f]{8,64}(\.labels)?\.b2nd)(\.[^/]*)?$"
+)
 
 
 def read_header(out: Path) -> Row | None:
     """store.json, or None where no build has finished or stopped in order."""
     try:
-        return json.loads((out / HEADER).read_text())
+        return json.loads((out / HEADER).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -66,14 +71,18 @@ def read_lines(out: Path, header: Row, part: str) -> Rows:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise DataError("part of the index is missing", path=path, fix="build the store again") from None
+        raise DataError(
+            "part of the index is missing",
+            path=path,
+            fix=f"delete {HEADER} and build the store again",
+        ) from None
     if len(data) != header[part]["bytes"]:
         raise DataError(
             "part of the index is cut short",
             path=path,
             found=f"{len(data)} bytes",
             expected=header[part]["bytes"],
-            fix="build the store again",
+            fix=f"delete {HEADER} and build the store again",
         )
     return Rows(data)
 
@@ -108,7 +117,12 @@ class Journal:
         if not self.path.exists():
             return []
         whole, _, _ = self.path.read_bytes().rpartition(b"\n")
-        return [json.loads(line) for line in whole.splitlines()]
+        try:
+            return [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise DataError(
+                "is damaged", path=self.path, found=error, fix="delete this file and build the store again"
+            ) from None
 
     def start(self, rows: list[Row]) -> None:
         """Begin with these rows, and without a line cut short."""
@@ -122,15 +136,19 @@ class Journal:
 
 
 def clean(out: Path, rows: Iterable[Row]) -> int:
-    """Delete what no row and no index names -> number of volumes removed."""
+    """Delete what no row and no index names -> number of volumes removed.
+
+    Only files with names of the store's own form: nothing that somebody else put here.
+    """
     header = read_header(out) or {}
     keep = {header[part]["file"] for part in ("images", "cases") if part in header}
     for old in [*out.glob("images-*.jsonl"), *out.glob("cases-*.jsonl")]:
-        if old.name not in keep:
+        if old.name not in keep and _OURS.match(old.name):
             old.unlink()
     for row in rows:
         keep |= {row["file"], *([row["labels"]["file"]] if row["labels"] else [])}
-    stray = [f for f in (out / "volumes").glob("*") if f"volumes/{f.name}" not in keep]
+    volumes = [f for f in (out / "volumes").glob("*") if _OURS.match(f.name)]
+    stray = [f for f in volumes if f"volumes/{f.name}" not in keep]
     for file in [*stray, *out.glob(f".*{SUFFIX}")]:
         file.unlink(missing_ok=True)
     return len([f for f in stray if not f.name.endswith((SUFFIX, ".labels.b2nd"))])
@@ -139,6 +157,7 @@ def clean(out: Path, rows: Iterable[Row]) -> int:
 @contextmanager
 def locked(out: Path, wait: float = 10.0) -> Iterator[None]:
     """One build at a time. A record lock: it dies with its process and is not inherited by workers."""
+    _check_place(out)
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as file:
         until = time.monotonic() + wait
@@ -153,3 +172,19 @@ def locked(out: Path, wait: float = 10.0) -> Iterator[None]:
                     ) from None
                 time.sleep(0.1)
         yield
+
+
+def _check_place(out: Path) -> None:
+    """A store goes into a folder of its own, or where a store is."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UseError("is a file", path=out, expected="a folder for the store")
+    names = {f.name for f in out.iterdir()}
+    if names and not names & {HEADER, JOURNAL, ".lock"}:
+        raise UseError(
+            "this folder holds other files and no store",
+            path=out,
+            found=", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else ""),
+            expected="an empty or a new folder, or one that holds a store",
+        )

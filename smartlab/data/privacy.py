@@ -18,7 +18,9 @@ import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
-from smartlab.errors import DataError
+from smartlab.errors import DataError, UseError
+
+SHORTEST = 16  # characters of a salt
 
 KEY_LENGTH = 32  # hex digits, 128 bits: no collision among any number of cases
 _SHAPES = [
@@ -32,6 +34,12 @@ _TEXT_VR = {"PN", "LO", "SH", "LT", "ST", "UT", "UC", "DA", "DT", "UI", "AE"}  #
 def salt() -> bytes:
     """The user's salt; made on first use."""
     if text := os.environ.get("SMARTLAB_SALT"):
+        if len(text) < SHORTEST:  # a short salt is found by trying
+            raise UseError(
+                "SMARTLAB_SALT is too short to hide anything",
+                found=f"{len(text)} characters",
+                expected=f"a random text of at least {SHORTEST}",
+            )
         return text.encode()
     path = Path.home() / ".config" / "smartlab" / "salt"
     try:

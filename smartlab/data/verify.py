@@ -70,6 +70,7 @@ def verify_manifest(
     *,
     workers: int = 2,
     checksums: bool = True,
+    tilt: str = "refuse",
     progress: bool = True,
 ) -> VerifyReport:
     """Check every image of a manifest below `root`.
@@ -97,6 +98,7 @@ def verify_manifest(
         modality=man.modality,
         root=Path(root),
         checksums=checksums,
+        tilt=tilt,
     )
     rows: dict[int, dict[str, Any]] = {}
     with tqdm(total=len(groups), desc=f"verify {man.name}", unit="image", disable=not progress) as bar:
@@ -134,6 +136,7 @@ def check_image(
     modality: str,
     root: Path,
     checksums: bool,
+    tilt: str = "refuse",
 ) -> dict[str, Any]:
     """One row of the report. Problems are collected, never raised."""
     row = {"image": group.key, "cases": len(group.cases), "shape": "", "spacing_mm": "", "problem": ""}
@@ -150,7 +153,7 @@ def check_image(
         else:
             from smartlab.data.readers import read_volume
 
-            volume = read_volume(path, series=group.cases[0].series_uid)
+            volume = read_volume(path, series=group.cases[0].series_uid, tilt=tilt)
             row["shape"], row["spacing_mm"] = _by(volume.shape), _by(np.round(volume.spacing, 3))
             for case in group.cases:
                 _check_case(case, volume, organs, segments, root)

@@ -31,7 +31,7 @@ def cohort(tmp_path_factory):
     """(manifest path, image folder, store folder) of six phantom patients."""
     from smartlab import build_store, make_phantom
 
-    os.environ["SMARTLAB_SALT"] = "tests-only"
+    os.environ["SMARTLAB_SALT"] = "tests-only-no-secret"
     root = tmp_path_factory.mktemp("cohort")
     man = make_phantom("ct", root / "images", n=6, shape=(80, 80, 80), spacing=4.0, progress=False)
     build_store(man, root / "images", root / "store", workers=0, spacing=4.0, progress=False)

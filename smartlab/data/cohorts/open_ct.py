@@ -27,6 +27,7 @@ DOWNSTREAM = {
 RELATED = {
     "nsclc_radiomics_genomics": "same group as nsclc_radiomics",
     "rider_pilot": "partly collected by the LIDC sites",
+    "lctsc": "one of its three sites is that of nsclc_radiomics",
     "spie_aapm_lung_ct_challenge": "collected at a LIDC site",
     "ct_lymph_nodes": "same hospital as pancreas_ct",
     "pseudo_phi_dicom_data": "images of other collections under invented identifiers",

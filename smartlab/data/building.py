@@ -94,7 +94,7 @@ def build_store(
     man, root, out = load_manifest(manifest), Path(root), Path(out)
     _check_request(man, root, out, spacing, workers)
     with index.locked(out), draining() as stop:
-        build = _Build(man, root, out, Settings(float(spacing), crop_body, labels))
+        build = _Build(man, root, out, Settings(float(spacing), crop_body, labels, tilt))
         build.resume()
         total = len(build.cohort.groups)
         todo = [i for i in range(total) if build.pending(i)]

@@ -33,15 +33,15 @@ SUFFIX = ".tmp"
 
 # Blocks are what is decompressed, chunks are what is found in one step. 32³ int16 is 64 kB: source and
 # result stay in a 512 kB L2 cache, and a 128³ region on the block grid is 64 whole blocks, none
-# wasted. With 16³ blocks the file grows by 11% and reading slows by 1.8; 64³ blocks do not compress
-# better and waste half of what they decode. Chunks of 128³ (4 MB, in L3) hold a region in at most
-# eight look-ups.
+# wasted. 16³ blocks make the file 11% larger and reading 1.8 times slower, 64³ blocks compress no
+# better and make it 1.5 times slower. Chunks of 128³ (4 MB, in L3) hold a region in at most eight
+# look-ups; smaller or larger ones measured the same.
 CHUNKS, BLOCKS = (128,) * 3, (BLOCK,) * 3
 # CT after resampling is smooth plus noise, so codecs that only find repeats fail. Share of the raw
-# size and ms per 128³ region on one core, 24 sarcoma CTs: LZ4 + bit shuffle 0.52 and 1.9,
-# LZ4HC-9 + bit shuffle 0.48 and 1.8, Zstandard-1 + bit shuffle 0.45 and 3.5, Zstandard-1 + byte
-# shuffle + byte delta 0.39 and 3.6 (Huffman codes the differences). At level 8 the same takes 0.375
-# and 3.4, for 1 s of writing per volume, paid once; level 9 takes 9 s and saves nothing more.
+# size and ms per 128³ region on one core, sarcoma CTs at 2 mm: LZ4 + bit shuffle 0.52 and 2.0,
+# LZ4HC-9 + bit shuffle 0.48 and 1.9, Zstandard-1 + bit shuffle 0.45 and 3.6, Zstandard-1 + byte
+# shuffle + byte delta 0.39 and 3.5 (Huffman codes the differences). At level 8 the same takes 0.37
+# and 3.2, for 1 s of writing per volume, paid once; level 9 takes 9 s and saves nothing more.
 CT_CODEC: dict[str, Any] = {"filters": [blosc2.Filter.SHUFFLE, blosc2.Filter.BYTEDELTA], "clevel": 8}
 LABEL_CODEC: dict[str, Any] = {"filters": [blosc2.Filter.NOFILTER], "clevel": 5}
 
@@ -53,6 +53,7 @@ class Settings:
     spacing: float = 2.0
     crop_body: bool = True
     labels: bool = True
+    tilt: str = "refuse"  # or "correct": what read_volume does with a gantry-tilted series
     format: int = FORMAT
 
 
@@ -143,7 +144,7 @@ def _outcome(row: dict[str, Any], built: bool) -> Outcome:
 
 
 def _build(job: Job, content: str) -> dict[str, Any]:
-    volume = read_volume(job.path, series=job.series)
+    volume = read_volume(job.path, series=job.series, tilt=job.settings.tilt)
     shape, affine = target_grid(volume.shape, volume.affine, job.settings.spacing)
     array = to_hounsfield(resample(volume.array, volume.affine, shape, affine), volume.array)
     spacing = (job.settings.spacing,) * 3

@@ -15,6 +15,7 @@ No name, id, path or date is in it: images, cases and patients carry salted hash
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
 import warnings
 from collections import OrderedDict
@@ -144,6 +145,19 @@ class Store:
         return found
 
     # ---- volumes
+
+    def verify(self) -> list[str]:
+        """Files whose content is no longer what was written (a failing disk). Reads every volume."""
+        damaged = []
+        for row in self.rows:
+            for part in [row, *([row["labels"]] if row["labels"] else [])]:
+                try:
+                    content = hashlib.sha256(self._handle(part)[:].tobytes()).hexdigest()
+                except (DataError, RuntimeError):
+                    content = ""
+                if content != part["array"]:
+                    damaged.append(part["file"])
+        return damaged
 
     def affine(self, image: int) -> np.ndarray:
         """(4, 4) voxel index -> RAS mm."""

@@ -125,7 +125,7 @@ def _client(cluster: Any) -> Any:
     from distributed import Client
 
     try:
-        return Client(cluster, timeout=30)
+        return Client(cluster, timeout=15)
     except OSError as error:
         raise UseError(
             "no Dask scheduler answers", found=cluster, fix="check the address and that it is running"

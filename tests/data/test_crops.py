@@ -30,7 +30,7 @@ SMALL = {"region": 48, "view": 32}
 def store(tmp_path_factory):
     """Four people at 2 mm, about 70 × 60 × 78 voxels, with tumour labels and lesions."""
     folder = tmp_path_factory.mktemp("crops")
-    os.environ["SMARTLAB_SALT"] = "tests-only"
+    os.environ["SMARTLAB_SALT"] = "tests-only-no-secret"
     man = make_cohort(folder / "raw")
     sl.build_store(man, folder / "raw", folder / "store", workers=0, progress=False)
     return sl.open_store(folder / "store")

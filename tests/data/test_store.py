@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from distributed import LocalCluster
 
 import smartlab as sl
 from smartlab.data import building, index, store, workers
@@ -143,6 +144,15 @@ def test_dicom_structures_are_stored_by_the_name_the_manifest_gives(tmp_path):
     assert np.abs(center - volume.to_world([20, 22, 4.5])).max() < 0.5
 
 
+def test_a_tilted_series_is_stored_when_asked(tmp_path):
+    write_series(tmp_path / "raw" / "ct", scan(8, 30, 30), uid="1.9.8.7.1", drift=(0.0, 0.6))
+    man = manifest([{"id": "a", "patient": "a", "image": "ct"}])
+    refused = build((man, tmp_path / "raw", tmp_path / "out"))
+    assert refused.failed == 1 and "tilt" in refused.failures[0]["reason"]
+    report = build((man, tmp_path / "raw", tmp_path / "out"), tilt="correct")
+    assert (report.built, report.failed) == (1, 0)
+
+
 def test_lesions_and_labels_without_geometry_change_no_voxel(cohort):
     """New labels or splits in the manifest are taken up without touching a volume."""
     build(cohort)
@@ -182,7 +192,7 @@ def test_only_what_changed_is_built_again(cohort, monkeypatch):
     monkeypatch.setattr(building, "ingest", lambda *a: pytest.fail("read an unchanged image"))
     assert build(cohort).skipped == 4
     monkeypatch.undo()
-    monkeypatch.setenv("SMARTLAB_SALT", "tests-only")
+    monkeypatch.setenv("SMARTLAB_SALT", "tests-only-no-secret")
     os.utime(root / "p0" / "ct.nii.gz", (1, 1))  # copied: other time, same content
     volumes = {f.name: f.stat().st_mtime_ns for f in (out / "volumes").iterdir()}
     build(cohort)
@@ -252,6 +262,18 @@ def test_a_damaged_volume_is_named_and_repaired(cohort):
         st.array(2)
     assert file.name in str(error.value)
     assert build(cohort).built == 1 and file.read_bytes() == whole
+
+
+def test_silent_damage_on_the_disk_is_found(cohort):
+    build(cohort)
+    st = sl.open_store(cohort[2])
+    assert st.verify() == []
+    file = cohort[2] / st.rows[1]["file"]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    file.unlink()
+    file.write_bytes(data)
+    assert sl.open_store(cohort[2]).verify() == [st.rows[1]["file"]]
 
 
 @pytest.mark.parametrize("end", [None, 10])
@@ -366,7 +388,7 @@ def test_a_disk_too_small_is_told_early_and_nothing_built_is_lost(larger, monkey
     with pytest.raises(DataError, match=r"disk is too small.*images left"):
         build((man, root, out))
     monkeypatch.undo()
-    monkeypatch.setenv("SMARTLAB_SALT", "tests-only")
+    monkeypatch.setenv("SMARTLAB_SALT", "tests-only-no-secret")
     report = build((man, root, out))
     assert (report.skipped, report.built) == (building.TRUSTED, 10 - building.TRUSTED)
 
@@ -375,6 +397,16 @@ def _die_on_two(job):
     if job == 2:
         os._exit(1)
     return job
+
+
+def test_a_running_dask_cluster_does_the_work(cohort, tmp_path):
+    build(cohort)
+    man, root, _ = cohort
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
+        report = build((man, root, tmp_path / "far"), scheduler=cluster.scheduler_address)
+    assert report.built == 4 and snapshot(tmp_path / "far") == snapshot(cohort[2])
+    with pytest.raises(UseError, match="not the address"):
+        build((man, root, tmp_path / "none"), scheduler="somewhere")
 
 
 @pytest.mark.slow
@@ -470,7 +502,7 @@ def test_keys_depend_on_the_salt_and_the_fingerprint_does_not(cohort, monkeypatc
     build(cohort)
     man, root, out = cohort
     st = sl.open_store(out)
-    monkeypatch.setenv("SMARTLAB_SALT", "another")
+    monkeypatch.setenv("SMARTLAB_SALT", "another-long-enough")
     with pytest.raises(UseError, match="another salt"):
         st.key_of("case-0")
     with pytest.raises(UseError, match="another salt"):

@@ -1,0 +1,242 @@
+"""One step does what the papers' notes say, and each published defect stays out."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+import smartlab as sl
+from smartlab.config import TeacherConfig, TrainConfig
+from smartlab.methods.distillation import Centre, centred, prototype_loss, sinkhorn
+from smartlab.methods.masked_distillation import Clock, MaskedDistillation
+from smartlab.training.loop import overfit_one_batch, parameter_groups
+from smartlab.training.schedules import cosine, momentum
+
+SMALL = {
+    "encoder.preset": "custom",
+    "encoder.embed_dim": 8,
+    "encoder.num_heads": [1, 2, 2, 2],
+    "semantic.heads": 2,
+    "data.view": 32,
+    "data.region": 48,
+    "distill.hidden": 32,
+    "distill.bottleneck": 16,
+    "distill.prototypes": 32,
+}
+METHODS = ("simmim", "smit", "smart", "dagman")
+
+
+def make(method="dagman", **more):
+    torch.manual_seed(0)
+    return MaskedDistillation(sl.load_config("tiny", SMALL | {"method.preset": method} | more))
+
+
+def views(n=2, side=32):
+    return torch.rand(n, 2, 1, side, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def step(net, x=None, clock=None, seed=0):
+    return net(views() if x is None else x, clock or Clock(0, 100, 10), torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_four_methods_are_settings_of_one_class(method):
+    net = make(method)
+    loss, metrics = step(net)
+    loss.backward()
+    assert torch.isfinite(loss) and type(net) is MaskedDistillation
+    assert (net.teacher is None) == (method == "simmim")
+    assert (net.student.encoder.semantic is None) == (method in ("simmim", "smit"))
+    assert {"loss_ampd", "loss_itd"} <= metrics.keys() or method == "simmim"
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms():
+    net = make(**{"loss.patch": 0.3, "loss.image": 0.7})
+    loss, m = step(net)
+    torch.testing.assert_close(loss.detach(), m["loss_amip"] + 0.3 * m["loss_ampd"] + 0.7 * m["loss_itd"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"semantic.kind": "class"},
+        {"semantic.enabled": False, "mask.strategy": "random"},
+        {"mask.strategy": "attention_low"},
+        {"mask.importance": "received"},
+        {"teacher.patch_dropout": 0.0},
+        {"teacher.dropout_unit": "token"},
+        {"teacher.noise_std": 0.1},
+        {"distill.kind": "prototype"},
+        {"distill.kind": "prototype", "distill.assignment": "sinkhorn"},
+        {"distill.kind": "prototype", "distill.share_heads": True},
+        {"distill.cross_view": False},
+        {"semantic.similarity": "cosine"},
+        {"loss.coarse": 1.0},
+        {"loss.patch": 0.0},
+        {"loss.image": 0.0},
+        {"loss.amip": 0.0},
+    ],
+    ids=str,
+)
+def test_every_factor_can_be_switched_alone(change):
+    reference, changed = make(**{"mask.informativeness": 0.0}), make(**{"mask.informativeness": 0.0} | change)
+    (a, _), (b, _) = step(reference), step(changed)
+    b.backward()
+    assert torch.isfinite(b) and a.detach() != b.detach()
+
+
+def test_the_teacher_starts_as_the_student_and_follows_it():
+    net = make()
+    for theirs, ours in zip(net.teacher.parameters(), net.student.parameters(), strict=True):
+        assert torch.equal(theirs, ours) and not theirs.requires_grad and theirs is not ours
+    before = [p.clone() for p in net.teacher.parameters()]
+    with torch.no_grad():
+        for p in net.student.parameters():
+            p.add_(1.0)
+    net.update_teacher(0.9)
+    for old, new in zip(before, net.teacher.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.1)
+
+
+def test_momentum_is_one_cosine_over_all_steps():
+    train, teacher = TrainConfig(steps=1000), TeacherConfig()
+    values = [momentum(t, train, teacher) for t in range(1000)]
+    assert values[0] == 0.996 and values[-1] == 1.0
+    assert all(b >= a for a, b in pairwise(values)), "it never restarts"
+    middle = 1 - (1 - 0.996) * (math.cos(math.pi * 500 / 999) + 1) / 2
+    assert values[500] == pytest.approx(middle)
+    assert cosine(0, 10, 3.0, 1.0) == 3.0 and cosine(9, 10, 3.0, 1.0) == 1.0
+
+
+def test_one_teacher_pass_per_step_gives_masks_and_targets(monkeypatch):
+    net = make(**{"mask.informativeness": 0.0})
+    passes, hidden = [], []
+    look, encode = net.teacher.encoder.forward, net.student.encoder.forward
+    monkeypatch.setattr(
+        net.teacher.encoder, "forward", lambda *a, **k: passes.append(look(*a, **k)) or passes[-1]
+    )
+    monkeypatch.setattr(
+        net.student.encoder, "forward", lambda *a, **k: hidden.append(k["hidden"]) or encode(*a, **k)
+    )
+    step(net)
+    assert len(passes) == 1 and len(hidden) == 1
+    importance, mask = passes[0].attention.mean(1), hidden[0]
+    for row, chosen in zip(importance, mask, strict=True):
+        assert row[chosen].min() >= row[~chosen].max(), "the student's mask is the teacher's top attention"
+
+
+def test_no_gradient_reaches_the_teacher_and_the_student_learns_everywhere():
+    net = make(**{"distill.kind": "prototype", "mask.informativeness": 0.0})
+    loss, _ = step(net)
+    loss.backward()
+    assert all(p.grad is None for p in net.teacher.parameters())
+    untouched = [n for n, p in net.student.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert untouched == []
+
+
+def test_guided_masks_wait_until_attention_means_something():
+    """The guard: nearly uniform attention leaves the masks random; informative attention takes over."""
+    net = make(**{"mask.informativeness": 0.05})
+    seen = net.look(views().flatten(0, 1), Clock(0, 100, 10), torch.Generator().manual_seed(0))
+    sharp = seen._replace(attention=(40 * seen.attention.log()).softmax(-1))
+
+    def share_hidden(teacher, clock):
+        mask = net.choose(teacher, views().flatten(0, 1), clock, torch.Generator().manual_seed(3))
+        top = teacher.attention.mean(1).topk(int(mask[0].sum()), -1).indices
+        return mask.gather(1, top).float().mean()
+
+    assert share_hidden(seen, Clock(0, 100, 10)) < 0.95 and not net.guides(Clock(0, 100, 10))
+    assert share_hidden(sharp, Clock(0, 100, 10)) == 1.0 and net.guides(Clock(1, 100, 10))
+    late = make(**{"mask.informativeness": 0.0, "mask.warmup_epochs": 2})
+    assert not late.guides(Clock(19, 100, 10)) and late.guides(Clock(20, 100, 10))
+
+
+@pytest.mark.parametrize("unit", ["token", "mask_unit"])
+def test_the_noisy_teacher_drops_the_stated_share_of_patches(unit, monkeypatch):
+    net = make(**{"teacher.patch_dropout": 0.3, "teacher.dropout_unit": unit})
+    seen = []
+    original = net.teacher.encoder.forward
+    monkeypatch.setattr(
+        net.teacher.encoder, "forward", lambda *a, **k: seen.append(k["dropped"]) or original(*a, **k)
+    )
+    for seed in range(6):
+        net.look(views(8).flatten(0, 1), Clock(0, 100, 10), torch.Generator().manual_seed(seed))
+    dropped = torch.stack(seen)
+    assert abs(dropped.float().mean() - 0.3) < 0.03
+    blocks = dropped.unfold(2, 4, 4).unfold(3, 4, 4).unfold(4, 4, 4).float().mean((-3, -2, -1))
+    assert ((blocks == 0) | (blocks == 1)).all() == (unit == "mask_unit")
+
+
+def test_amip_counts_hidden_voxels_only():
+    net = make("simmim")
+    x = views().flatten(0, 1)
+    hidden = torch.zeros(4, 64, dtype=torch.bool)
+    hidden[:, :10] = True
+    seen = net.student.encoder(x, hidden=hidden)
+    changed = x.clone()
+    changed[..., 16:, :, :] += 5.0  # units 0 to 9 lie in the first quarter along the first axis
+    assert torch.equal(net.predict_voxels(seen, x, hidden), net.predict_voxels(seen, changed, hidden))
+
+
+def test_heads_see_hidden_tokens_only(monkeypatch):
+    net = make(**{"distill.kind": "prototype"})
+    shapes = []
+    forward = net.student.patch_head.forward
+    monkeypatch.setattr(net.student.patch_head, "forward", lambda t: shapes.append(t.shape) or forward(t))
+    step(net)
+    assert shapes == [(4, math.ceil(0.7 * 64), net.student.encoder.channels)]
+
+
+def test_softmax_centres_and_losses_stay_in_fp32_under_autocast():
+    net = make(**{"distill.kind": "prototype", "mask.informativeness": 0.0})
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, metrics = step(net)
+    exact, _ = step(make(**{"distill.kind": "prototype", "mask.informativeness": 0.0}))
+    assert loss.dtype == torch.float32 and net.image_centre.value.dtype == torch.float32
+    assert all(v.dtype == torch.float32 for k, v in metrics.items() if k.startswith("loss"))
+    torch.testing.assert_close(loss, exact, rtol=0.02, atol=0.02)
+
+
+def test_sinkhorn_uses_every_prototype_equally_and_centring_sharpens():
+    logits = torch.randn(64, 8) + torch.arange(8)  # one prototype dominates
+    q = sinkhorn(logits, 0.5, rounds=20)
+    torch.testing.assert_close(q.sum(-1), torch.ones(64))
+    torch.testing.assert_close(q.sum(0), torch.full((8,), 8.0), rtol=0.05, atol=0)
+    p = centred(logits, logits.mean(0), 0.5)
+    assert (p.argmax(-1).bincount(minlength=8) > 0).sum() >= 6
+    uniform = torch.full((3, 8), 1 / 8)
+    assert prototype_loss(torch.zeros(3, 8), uniform, 0.1) == pytest.approx(math.log(8))
+
+
+def test_centres_are_running_means():
+    centre = Centre(4, 0.9)
+    for _ in range(200):
+        centre.update(torch.ones(5, 3, 4) * torch.tensor([1.0, 2, 3, 4]))
+    torch.testing.assert_close(centre.value, torch.tensor([1.0, 2, 3, 4]))
+    centre.update(torch.full((1, 4), float("nan")))
+    assert torch.isfinite(centre.value).all()
+
+
+def test_weight_decay_skips_norms_biases_and_single_tokens():
+    net = make(**{"distill.kind": "prototype", "semantic.similarity": "cosine"})
+    names = {id(p): n for n, p in net.named_parameters()}
+    decayed, spared = ([names[id(p)] for p in group["params"]] for group in parameter_groups(net))
+    assert not any(
+        "norm" in n or n.endswith(("bias", "bias_table", "cls", "mask_token", "log_scale")) for n in decayed
+    )
+    assert all(n.endswith("weight") or n.endswith("last") for n in decayed) and len(spared) > 20
+    assert not any(n.startswith("teacher") for n in decayed + spared)
+
+
+@pytest.mark.slow
+def test_one_batch_can_be_learnt_by_heart():
+    """One batch of smooth views and one mask: the error falls below 0.04 of the window's width."""
+    x = torch.rand(1, 2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.nn.functional.interpolate(x.flatten(0, 1), size=(32, 32, 32), mode="trilinear").view(
+        1, 2, 1, 32, 32, 32
+    )
+    history = overfit_one_batch(sl.load_config("tiny", SMALL | {"method.preset": "simmim"}), x, steps=300)
+    assert history[-1] < 0.04 < history[0]

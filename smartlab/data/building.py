@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smartlab.data import index
-from smartlab.data.ingest import Failure, Job, Outcome, Settings, files_present, ingest, lost_lesions, stat_of
+from smartlab.data.ingest import Failure, Job, Outcome, Settings, files_present, ingest, lost_lesions
 from smartlab.data.jobs import Cohort
 from smartlab.data.manifest import Case, Manifest, load_manifest
 from smartlab.data.privacy import hashed, salt
@@ -171,7 +171,7 @@ class _Build:
         job, row = self.cohort.job(number), self.stale.get(self.cohort.keys[number])
         if not isinstance(job, Job) or row is None or row["request"] != job.request:
             return True
-        if not files_present(self.out, row) or row["stat"] != stat_of(job.sources):
+        if not files_present(self.out, row) or row["stat"] != job.stat:
             return True
         self._keep(number, row)
         self.failures[number] = lost_lesions(row)

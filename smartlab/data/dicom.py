@@ -2,7 +2,8 @@
 
 - Files are recognised by content, never by name; folders may be nested and hold stray files.
 - Localizers, screen captures, reports and other objects are set aside with a note. A file that
-  should be a slice but is empty or cut short is an error, since the scan would silently shrink.
+  should be a slice but is empty or cut short is an error, since the scan would silently shrink. Where
+  several series share a folder it fails its own alone; if it has lost its UID, it is noted on all.
 - Headers are read first, only the tags needed; pixels one file at a time, so memory stays at one
   volume. Classic and enhanced multi-frame CT become the same planes (dicom_planes.py), and these
   one regular grid (dicom_geometry.py).
@@ -15,31 +16,33 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import pydicom
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
 
 from smartlab.data.dicom_geometry import Plane, stack_planes, straighten
+from smartlab.data.dicom_headers import (
+    CT_CLASSES,
+    SLICE_SUFFIXES,
+    damaged,
+    folders_in,
+    owner,
+    series_uid,
+    should_be_slice,
+    whole_header,
+)
 from smartlab.data.dicom_planes import PLANE_TAGS, coded, decode, frame_count, planes_of
 from smartlab.data.grid import LPS_TO_RAS
 from smartlab.errors import DataError
 
-CT_CLASSES = {
-    "1.2.840.10008.5.1.4.1.1.2",  # CT Image Storage
-    "1.2.840.10008.5.1.4.1.1.2.1",  # Enhanced CT
-    "1.2.840.10008.5.1.4.1.1.2.2",  # Legacy Converted Enhanced CT
-}
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and its multi-frame kinds, .7.1 to .7.4
-DICOMDIR = "1.2.840.10008.1.3.10"
 SCREENS = {"SCREEN SAVE", "DOSE_INFO", "CT_SOM5 PROT"}  # ImageType of pages stored as CT images
-SLICE_SUFFIXES = {".dcm", ".dicom", ".ima"}
 _TAGS = [
     "SOPClassUID",
     "SeriesInstanceUID",
@@ -93,15 +96,23 @@ class Scan:
 
     volumes: dict[str, list[Dataset]]  # series UID -> its image headers
     aside: dict[str, list[Dataset]]  # kind -> headers
-    strays: int  # files that are not DICOM
+    strays: int = 0  # files that are not DICOM
+    lost: list[Path] = field(default_factory=list)  # damaged, of one of several series, unknown which
 
 
 @disable_value_validation()  # its warnings would print header values
 def read_dicom(
-    path: Path, series: str | None = None, tilt: str = "refuse", modality: str = "CT"
+    path: Path,
+    series: str | None = None,
+    tilt: str = "refuse",
+    modality: str = "CT",
+    files: Sequence[Path] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """One DICOM series -> int16 array (columns, rows, slices), its RAS affine, and notes."""
-    scan = scan_headers(path, modality)
+    """One DICOM series -> int16 array (columns, rows, slices), its RAS affine, and notes.
+
+    Of a folder with several series only `files` are opened, where given; see `series_files`.
+    """
+    scan = scan_headers(path, modality, series, files)
     headers = _choose(scan, path, series, modality)
     planes = [plane for header in headers for plane in _planes(header, modality)]
     if path.is_file() and len(planes) == 1:
@@ -111,7 +122,10 @@ def read_dicom(
             expected="the folder of the series, or a multi-frame file",
             fix=f"give its folder instead: {path.parent}",
         )
-    stack = stack_planes(planes, path, tilt)
+    try:
+        stack = stack_planes(planes, path, tilt)
+    except DataError as error:
+        raise _perhaps_lost(error, scan) from error
     array, notes = decode(stack.planes, path, modality)
     affine = stack.affine
     if stack.offsets is not None:
@@ -132,6 +146,7 @@ def series_in(folder: str | Path) -> list[SeriesInfo]:
     return sorted(found, key=lambda s: (s.kind != "volume", -s.slices, s.uid))
 
 
+@disable_value_validation()
 def index_series(root: str | Path, thorough: bool = False) -> dict[str, Path]:
     """Series UID -> the folder below `root` that holds it, whatever the folders are called.
 
@@ -140,10 +155,24 @@ def index_series(root: str | Path, thorough: bool = False) -> dict[str, Path]:
     parent. Folders that have not changed since the last call are not opened again.
     """
     index: dict[str, Path] = {}
-    for folder, _ in _folders(Path(root)):
-        for uid in _uids_in(folder, folder.stat().st_mtime_ns, thorough):
+    for folder, names in folders_in(Path(root)):
+        for uid in filter(None, _uids_in(folder, _state(folder, names, thorough), thorough)):
             index[uid] = Path(os.path.commonpath([index.get(uid, folder), folder]))
     return index
+
+
+@disable_value_validation()
+def series_files(root: str | Path) -> dict[str, tuple[Path, ...]]:
+    """Series UID -> its files below `root`, in order, for folders that mix series.
+
+    Opens every file, but none again while the names, sizes and times in its folder stay. Under "" are
+    damaged files that have lost their UID: each could be a slice of any of the series.
+    """
+    found: dict[str, list[Path]] = defaultdict(list)
+    for folder, names in folders_in(Path(root)):
+        for uid, own in _uids_in(folder, _state(folder, names, True), True).items():
+            found[uid] += [folder / name for name in own]
+    return {uid: tuple(files) for uid, files in found.items()}
 
 
 def find_series(root: str | Path, uid: str) -> Path:
@@ -173,76 +202,93 @@ _indexes: dict[Path, dict[str, Path]] = {}
 # ---- headers -------------------------------------------------------------------------------------
 
 
-def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """(folder, names of its files) for every folder with files, hidden ones left out, in order."""
-    if not root.is_dir():
-        raise DataError("no such folder", path=root, fix="check the path, or fetch the data first")
-    for folder, inside, names in os.walk(root):
-        inside[:] = sorted(name for name in inside if not name.startswith("."))
-        names = sorted(name for name in names if not name.startswith("."))
-        if names:
-            yield Path(folder), names
+def _state(folder: Path, names: Sequence[str], thorough: bool) -> int:
+    """Changes when the folder does; if `thorough`, also when one of its files does."""
+    if not thorough:
+        return folder.stat().st_mtime_ns
+    facts = ((folder / name).stat() for name in names)
+    return hash(tuple((n, s.st_size, s.st_mtime_ns) for n, s in zip(names, facts, strict=True)))
 
 
 @cache
-def _uids_in(folder: Path, modified_ns: int, thorough: bool) -> tuple[str, ...]:
-    """Series UIDs of the files directly in a folder; of its first DICOM file only, unless `thorough`."""
-    uids: dict[str, None] = {}
+def _uids_in(folder: Path, state: int, thorough: bool) -> dict[str, tuple[str, ...]]:
+    """Series UID -> names of its files directly in a folder; "" -> damaged files that lost theirs.
+
+    Of its first DICOM file only, unless `thorough`. Damage is told by reading that series; finding
+    the others must go on."""
+    found: dict[str, list[str]] = defaultdict(list)
+    bad, others, suffixes = [], [], set()
     for file in sorted(folder.iterdir()):
         if not file.is_file() or file.name.startswith("."):
             continue
         try:
-            header = header_of(file, ["SeriesInstanceUID"])
-        except (DataError, OSError):  # reading that series will say so; finding the others must go on
+            header = whole_header(file, ["SOPClassUID", "SeriesInstanceUID", "Rows"])
+        except (DataError, OSError):
+            bad.append(file)
             continue
-        if header is not None and series_uid(header):
-            uids[series_uid(header)] = None
-            if not thorough:
-                break
-    return tuple(uids)
-
-
-def header_of(file: Path, tags: list[str]) -> Dataset | None:
-    """The named tags of a DICOM file; None if its content is not DICOM."""
-    with file.open("rb") as stream:
-        start = stream.read(132)
-    # Old archives omit the preamble; their files begin with group 0002 or 0008 directly.
-    if start[128:] != b"DICM" and start[:2] not in (b"\x08\x00", b"\x02\x00", b"\x00\x08"):
-        return None
-    try:
-        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
-        for _ in header.iterall():
-            pass  # elements parse lazily; a garbled one fails here
-        directory = header.file_meta.get("MediaStorageSOPClassUID", "") == DICOMDIR
-    except Exception as error:
-        raise _damaged(file, f"its header does not parse: {type(error).__name__}") from error
-    return None if directory else header
-
-
-def scan_headers(path: Path, modality: str | None) -> Scan:
-    """Read every header below a folder (or of one file) and sort them by what they are."""
-    files = (
-        [path] if path.is_file() else [folder / name for folder, names in _folders(path) for name in names]
-    )
-    scan = Scan(defaultdict(list), defaultdict(list), 0)
-    others: list[Path] = []
-    suffixes = set(SLICE_SUFFIXES)
-    for file in files:
-        header = header_of(file, _TAGS + PLANE_TAGS)
         if header is None:
             others.append(file)
             continue
-        if not (header.get("SOPClassUID") and series_uid(header)):
-            raise _damaged(file, "its header has no SOPClassUID or SeriesInstanceUID")
+        suffixes.add(file.suffix.lower())
+        found[series_uid(header)].append(file.name)
+        if not thorough:
+            return {uid: tuple(names) for uid, names in found.items()}
+    for file in bad:
+        found[owner(file, found)].append(file.name)
+    found[""] += [file.name for file in others if should_be_slice(file, suffixes)]
+    return {uid: tuple(names) for uid, names in found.items()}
+
+
+def scan_headers(
+    path: Path, modality: str | None, series: str | None = None, files: Sequence[Path] | None = None
+) -> Scan:
+    """Read every header below a folder (or of one file, or of `files`) and sort them by what they are.
+
+    Damage is an error; when one `series` of several is wanted, only if it is known to be its own.
+    """
+    paths = files or (
+        [path] if path.is_file() else [folder / name for folder, names in folders_in(path) for name in names]
+    )
+    scan = Scan(defaultdict(list), defaultdict(list))
+    damage: list[tuple[Path, DataError]] = []
+    others: list[Path] = []
+    suffixes = set(SLICE_SUFFIXES)
+    for file in paths:
+        try:
+            header = whole_header(file, _TAGS + PLANE_TAGS)
+        except DataError as error:
+            if series is None:
+                raise
+            damage.append((file, error))
+            continue
+        if header is None:
+            others.append(file)
+            continue
         suffixes.add(file.suffix.lower())
         kind = _kind(header, modality)
         (scan.volumes[series_uid(header)] if kind == "volume" else scan.aside[kind]).append(header)
     for file in others:
-        suffix, empty = file.suffix.lower(), file.stat().st_size == 0
-        if suffix in SLICE_SUFFIXES or (empty and suffix in suffixes):
-            raise _damaged(file, "the file is empty" if empty else "its content is not DICOM")
-    scan.strays = len(others)
+        if what := should_be_slice(file, suffixes):
+            damage.append((file, damaged(file, what)))
+        else:
+            scan.strays += 1
+    several = files is not None or len(scan.volumes) > 1
+    for file, problem in damage:
+        uid = owner(file, scan.volumes)
+        if series in (None, uid) or not several:
+            raise problem
+        scan.lost += [] if uid else [file]
     return scan
+
+
+def _perhaps_lost(error: DataError, scan: Scan) -> DataError:
+    """The same, and that a damaged file of the folder may be the reason."""
+    if not scan.lost:
+        return error
+    lost = f"{len(scan.lost)} damaged in this folder, first {scan.lost[0].name}"
+    found = f"{error.found}; {lost}" if error.found else lost
+    fix = "fetch the damaged files again, they may be of this series"
+    return DataError(error.problem, path=error.path, found=found, expected=error.expected, fix=fix)
 
 
 def _planes(header: Dataset, modality: str) -> list[Plane]:
@@ -251,17 +297,7 @@ def _planes(header: Dataset, modality: str) -> list[Plane]:
     except DataError:
         raise
     except Exception as error:  # a value of the wrong kind can fail anywhere in pydicom
-        raise _damaged(Path(str(header.filename)), f"garbled header: {type(error).__name__}") from error
-
-
-def _damaged(file: Path, what: str) -> DataError:
-    return DataError(
-        "damaged DICOM file",
-        path=file,
-        found=what,
-        expected="a complete DICOM file",
-        fix="fetch the series again, or move this file out of the folder if it is no slice",
-    )
+        raise damaged(Path(str(header.filename)), f"garbled header: {type(error).__name__}") from error
 
 
 def _kind(header: Dataset, modality: str | None) -> str:
@@ -281,10 +317,6 @@ def _kind(header: Dataset, modality: str | None) -> str:
 def _values(header: Dataset, keyword: str) -> list:
     value = header.get(keyword)
     return [] if value is None else [value] if isinstance(value, str | bytes) else list(value)
-
-
-def series_uid(header: Dataset) -> str:
-    return str(header.get("SeriesInstanceUID", "") or "")
 
 
 def _info(headers: list[Dataset], kind: str) -> SeriesInfo:
@@ -337,6 +369,11 @@ def _notes(scan: Scan, headers: list[Dataset], tilt_degrees: float) -> list[str]
     notes = [f"{n} {kind}{'s' if n > 1 else ''} set aside" for kind, n in counted.items()]
     if len(scan.volumes) > 1:
         notes.append(f"{len(scan.volumes) - 1} other series in the folder not read")
+    if scan.lost:
+        n = len(scan.lost)
+        notes.append(
+            f"{n} damaged file{'s' if n > 1 else ''} left out, of this or another series of the folder"
+        )
     if scan.strays:
         notes.append(f"{scan.strays} file{'s' if scan.strays > 1 else ''} that are not DICOM ignored")
     if any(str(header.get("LossyImageCompression", "")) == "01" for header in headers):

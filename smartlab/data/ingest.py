@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ import numpy as np
 
 from smartlab.data.body import BLOCK, body_box, find_body, occupancy
 from smartlab.data.manifest import Lesion
-from smartlab.data.privacy import identifying_words, scrub
+from smartlab.data.privacy import hashed, identifying_words, scrub
 from smartlab.data.readers import Volume, read_labels, read_volume
 from smartlab.data.resample import LabelPainter, resample, target_grid, to_hounsfield
-from smartlab.errors import DataError
+from smartlab.errors import DataError, UseError
 
 FORMAT = 1  # raise it when the code below would store other bytes
 SUFFIX = ".tmp"
@@ -56,6 +57,10 @@ class Settings:
     tilt: str = "refuse"  # or "correct": what read_volume does with a gantry-tilted series
     format: int = FORMAT
 
+    def __post_init__(self) -> None:
+        if self.tilt not in ("refuse", "correct"):
+            raise UseError("unknown tilt setting", found=self.tilt, expected="'refuse' or 'correct'")
+
 
 @dataclass(frozen=True)
 class LabelSource:
@@ -71,28 +76,52 @@ class LabelSource:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a worker needs for one image. Holds paths: it is never written or logged."""
+    """Everything a worker needs for one image. Holds paths and the salt: it is never written or logged."""
 
     key: str
     path: Path
     series: str | None
     out: Path
     settings: Settings
+    salt: bytes = field(repr=False)
+    files: tuple[Path, ...] | None = None  # of this series, where several share the folder `path`
     lesions: tuple[tuple[str, Lesion], ...] = ()  # (case key, lesion)
     labels: tuple[LabelSource, ...] = ()
     organs: tuple[int, ...] = ()  # values a label map may hold
     words: tuple[str, ...] = ()  # what identifies this case, for scrubbing
 
     @property
-    def sources(self) -> tuple[Path, ...]:
-        return (self.path, *(source.path for source in self.labels))
+    def sources(self) -> dict[Path, list[Path]]:
+        """File or folder -> the files read from it."""
+        image = {self.path: _files(self.path) if self.files is None else list(self.files)}
+        return image | {source.path: _files(source.path) for source in self.labels}
 
     @property
     def request(self) -> str:
         """Hash of what is asked for: with the content of the sources it decides the stored bytes."""
         lesions = [(case, lesion.model_dump()) for case, lesion in self.lesions]
         labels = [(source.value, source.series, source.roi) for source in self.labels]
-        return _hash([asdict(self.settings), self.series, lesions, labels, self.organs])
+        facts = [asdict(self.settings), self.series, lesions, labels, self.organs]
+        return hashed(self.salt, "request", json.dumps(facts, sort_keys=True))
+
+    @property
+    def stat(self) -> str:
+        """Hash of names, sizes and times: tells without reading whether a source may have changed."""
+        facts = [
+            (file.relative_to(source).as_posix(), file.stat().st_size, file.stat().st_mtime_ns)
+            for source, files in self.sources.items()
+            for file in files
+        ]
+        return hashed(self.salt, "stat", json.dumps(facts))
+
+    @property
+    def content(self) -> str:
+        """SHA-256 over the bytes of every source file, in order of name."""
+        digest = hashlib.sha256()
+        for file in chain(*self.sources.values()):
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -117,11 +146,11 @@ class Outcome:
 def ingest(job: Job, previous: dict[str, Any] | None = None) -> Outcome:
     """Build one image. `previous` is its row from an earlier run: kept when the content is the same."""
     try:
-        content = _content(job.sources)
+        content = job.content
         made_from = (job.request, content)
         same = previous and (previous["request"], previous["content"]) == made_from
         if previous and same and files_present(job.out, previous):  # copied or touched, not changed
-            return _outcome({**previous, "stat": stat_of(job.sources)}, built=False)
+            return _outcome({**previous, "stat": job.stat}, built=False)
         return _outcome(_build(job, content), built=True)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -144,7 +173,7 @@ def _outcome(row: dict[str, Any], built: bool) -> Outcome:
 
 
 def _build(job: Job, content: str) -> dict[str, Any]:
-    volume = read_volume(job.path, series=job.series, tilt=job.settings.tilt)
+    volume = read_volume(job.path, series=job.series, tilt=job.settings.tilt, files=job.files)
     shape, affine = target_grid(volume.shape, volume.affine, job.settings.spacing)
     array = to_hounsfield(resample(volume.array, volume.affine, shape, affine), volume.array)
     spacing = (job.settings.spacing,) * 3
@@ -158,7 +187,7 @@ def _build(job: Job, content: str) -> dict[str, Any]:
     array = np.ascontiguousarray(array[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))])
 
     # a changed source or setting gives a new name: a store in use is never written over
-    name = f"{job.key}-{_hash([job.request, content])[:12]}"
+    name = f"{job.key}-{hashed(job.salt, 'file', job.request + content)[:12]}"
     file, size = write_array(job.out, f"volumes/{name}.b2nd", array, CT_CODEC)
     row = {
         "key": job.key,
@@ -178,7 +207,7 @@ def _build(job: Job, content: str) -> dict[str, Any]:
         "array": hashlib.sha256(array.tobytes()).hexdigest(),
         "content": content,
         "request": job.request,
-        "stat": stat_of(job.sources),
+        "stat": job.stat,
     }
     if masks or (job.labels and job.settings.labels):
         row["labels"] = _write_labels(job, name, masks, array.shape, affine)
@@ -342,25 +371,6 @@ def files_present(out: Path, row: dict[str, Any]) -> bool:
         return False
 
 
-def stat_of(sources: Iterable[Path]) -> str:
-    """Hash of names, sizes and times: tells without reading whether a source may have changed."""
-    facts = [
-        (f.relative_to(s).as_posix(), f.stat().st_size, f.stat().st_mtime_ns)
-        for s in sources
-        for f in _files(s)
-    ]
-    return _hash(facts)
-
-
-def _content(sources: Iterable[Path]) -> str:
-    """SHA-256 over the bytes of every source file, in order of name."""
-    digest = hashlib.sha256()
-    for file in (f for source in sources for f in _files(source)):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
-
-
 def _files(source: Path) -> list[Path]:
     """The files a source is read from; a header with its data file beside it is two."""
     if source.is_dir():
@@ -373,17 +383,13 @@ def _files(source: Path) -> list[Path]:
     return [source]
 
 
-def _hash(facts: Any) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
 def _reason(job: Job, error: BaseException) -> str:
     """The error in words that identify nobody: paths, ids, file names and header texts taken out."""
     text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
     text = getattr(error, "public", text)  # readers keep header texts out of this form
     words = {*job.words}
-    for source in job.sources:
+    for source, files in job.sources.items():
         words |= {str(source), str(source.resolve()), source.name}
-        if source.exists():
-            words |= identifying_words(source)
+        for file in filter(Path.exists, files):
+            words |= {*file.relative_to(source).parts} | identifying_words(file)
     return scrub(text, words, instead="<image>")

@@ -6,6 +6,7 @@ The only place where ids and paths of a cohort meet the keys they are stored und
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ class Cohort:
     """The images of a manifest below a root, as jobs for `ingest`."""
 
     def __init__(self, man: Manifest, root: Path, out: Path, settings: Settings, salt: bytes) -> None:
-        self.root, self.out, self.settings = root, out, settings
+        self.root, self.out, self.settings, self.salt = root, out, settings, salt
         self.groups = man.images()
         self.keys = [hashed(salt, "image", group.key) for group in self.groups]
         self.case_keys = {case.id: hashed(salt, "case", case.id) for case in man.cases}
@@ -27,6 +28,7 @@ class Cohort:
         self.values = label_values(man) if settings.labels else {}
         self.rois: dict[str, str] = man.source.parameters.get("segments", {})
         self.series = self._find_series(man)
+        self.files = self._mixed(man)
 
     def job(self, number: int) -> Job | Failure:
         """What to do for image `number`, or why it cannot be done."""
@@ -38,9 +40,29 @@ class Cohort:
             lesions = tuple((self.case_keys[c.id], c.lesion) for c in group.cases if c.lesion)
             series = first.series_uid if path.is_dir() else None
             labels = tuple(self._label_sources(group)) if self.settings.labels else ()
-            return Job(key, path, series, self.out, self.settings, lesions, labels, self.organs, words)
+            files = self._own_files(path, series)
+            return Job(
+                key,
+                path,
+                series,
+                self.out,
+                self.settings,
+                self.salt,
+                files,
+                lesions,
+                labels,
+                self.organs,
+                words,
+            )
         except SmartlabError as error:
             return Failure(key, None, scrub(str(error), words, instead="<image>"))
+
+    def _own_files(self, folder: Path, series: str | None) -> tuple[Path, ...] | None:
+        """The files of a series that shares its folder, and damaged ones that may be of it; else None."""
+        found = self.files.get(folder, {})
+        if series not in found:
+            return None
+        return tuple(sorted((*found[series], *found.get("", ()))))
 
     def _label_sources(self, group: ImageGroup) -> Iterator[LabelSource]:
         maps = dict.fromkeys(c.label_map for c in group.cases if c.label_map)
@@ -56,7 +78,9 @@ class Cohort:
             # else (one mask, one structure) whatever it is called
             several = sum(other == place for _, other in masks) > 1
             roi = self.rois.get(name, name if several else None)
-            yield LabelSource(self._folder_of(uid), self.values[name], uid, roi)
+            folder = self._folder_of(uid)
+            own = self.files.get(folder, {}).get(uid, ())
+            yield LabelSource(own[0] if len(own) == 1 else folder, self.values[name], uid, roi)
 
     def _below(self, place: str) -> Path:
         try:
@@ -85,6 +109,22 @@ class Cohort:
             if wanted - found.keys():
                 found = index_series(self.root, thorough) | found
         return found
+
+    def _mixed(self, man: Manifest) -> dict[Path, dict[str, tuple[Path, ...]]]:
+        """Folders that hold several images of the manifest -> the files of every series there.
+
+        Each image is then read and watched by its own files: damage or change of one leaves the rest.
+        """
+        named = {case.series_uid: case for case in man.cases if case.series_uid}
+        places = [
+            self.series.get(uid) if _by_series(case) else self.root / (case.image or "")
+            for uid, case in named.items()
+        ]
+        folders = [place for place in places if place is not None and place.is_dir()]
+        images = Counter(above for place in folders for above in (place, *place.parents))
+        from smartlab.data.dicom import series_files
+
+        return {folder: series_files(folder) for folder in {*folders} if images[folder] > 1}
 
 
 def _by_series(case: Case) -> bool:

@@ -14,7 +14,7 @@ import gzip
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
@@ -87,13 +87,19 @@ class Volume:
 
 
 def read_volume(
-    path: str | Path, *, series: str | None = None, tilt: str = "refuse", modality: str = "CT"
+    path: str | Path,
+    *,
+    series: str | None = None,
+    tilt: str = "refuse",
+    modality: str = "CT",
+    files: Sequence[Path] | None = None,
 ) -> Volume:
     """Read NIfTI, NRRD, MetaImage, a DICOM folder or an enhanced multi-frame DICOM file.
 
     series:    which SeriesInstanceUID to take where a DICOM folder holds several; no effect elsewhere.
     tilt:      "refuse" a gantry-tilted DICOM series, or "correct" it by shifting slices in-plane.
     modality:  what the file must hold. Only "CT" is clipped at −1024 and must have a rescale.
+    files:     those of `series` in a DICOM folder of many, to open no others (`dicom.series_files`).
 
     >>> read_volume("scan.nii.gz").spacing                                  # doctest: +SKIP
     (0.977, 0.977, 3.27)
@@ -105,7 +111,7 @@ def read_volume(
         if _format(path) == "dicom":
             from smartlab.data.dicom import read_dicom
 
-            array, affine, notes = read_dicom(path, series, tilt, modality)
+            array, affine, notes = read_dicom(path, series, tilt, modality, files)
             return _finish(array, affine, path, modality, notes)
         values, affine, notes = _read_file(path)
     floor = AIR if modality == "CT" else -32768

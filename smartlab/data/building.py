@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,9 +100,9 @@ def build_store(
         total = len(build.cohort.groups)
         todo = [i for i in range(total) if build.pending(i)]
         build.report.skipped = total - len(todo)
-        with _bar(man.name, total, build.report.skipped, progress) as bar:
+        results = run_bounded(_work, build.tasks(todo), workers, scheduler, stop)
+        with _bar(man.name, total, build.report.skipped, progress) as bar, closing(results):
             build.check_disk(len(todo))
-            results = run_bounded(_work, build.tasks(todo), workers, scheduler, stop) if todo else ()
             for left, result in zip(range(len(todo) - 1, -1, -1), results, strict=False):
                 build.take(*_numbered(result))
                 bar.set_postfix_str(build.forecast(left), refresh=False)

@@ -11,9 +11,9 @@ import logging
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Generic, TypeVar
 
 from smartlab.errors import UseError
@@ -58,7 +58,7 @@ class Lost(Generic[T]):
 
 def run_bounded(
     function: Callable[[T], R], jobs: Iterable[T], workers: int, scheduler: str | None, stop: StopRequest
-) -> Iterator[R | Lost[T]]:
+) -> Generator[R | Lost[T], None, None]:
     """Results in order of completion. workers=0 without a scheduler runs here, one by one.
 
     The function must catch its own errors: an exception of it is a fault of the program.
@@ -69,20 +69,23 @@ def run_bounded(
                 return
             yield function(job)
         return
+    waiting = iter(jobs)
+    if (first := list(islice(waiting, 1))) == []:
+        return  # no cluster for nothing
     from distributed import KilledWorker, as_completed
 
     with ExitStack() as stack:
         cluster = _connect(scheduler) if scheduler else stack.enter_context(_local(workers))
         client = stack.enter_context(_client(cluster))
         width = 2 * (workers or sum(client.nthreads().values()) or 1)
-        waiting, jobs_of = iter(jobs), {}
+        jobs_of = {}
 
         def submit(job: T) -> Any:
             future = client.submit(function, job, pure=False)
             jobs_of[future.key] = job
             return future
 
-        running = as_completed([submit(job) for job in islice(waiting, width)])
+        running = as_completed([submit(job) for job in chain(first, islice(waiting, width - 1))])
         for future in running:
             job = jobs_of.pop(future.key)
             try:

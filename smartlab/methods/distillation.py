@@ -66,6 +66,39 @@ class Centre(nn.Module):
         self.value.lerp_(mean, 1 - self.momentum)
 
 
+class Standardise(nn.Module):
+    """(x − mean) / spread by running statistics over batches and ranks, without gradient through them.
+
+    An image token pooled from hundreds of tokens is nearly the same for every view: its head sees a large
+    constant and a small signal. Batch norm would help, but not with four views in a batch.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor
+
+    def __init__(self, dim: int, slowest: float = 0.02) -> None:
+        super().__init__()
+        self.slowest = slowest
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("variance", torch.ones(dim))
+        self.register_buffer("batches", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self._update(x.detach().float())
+        return (x.float() - self.mean) / (self.variance.sqrt() + 1e-3)
+
+    @torch.no_grad()
+    def _update(self, x: Tensor) -> None:
+        share = (1 / (self.batches + 1)).clamp_min(self.slowest)
+        mean = mean_over_ranks(x.mean(0))
+        self.mean.lerp_(torch.where(torch.isfinite(mean), mean, self.mean), share)
+        spread = mean_over_ranks((x - self.mean).square().mean(0))
+        self.variance.lerp_(torch.where(torch.isfinite(spread), spread, self.variance), share)
+        self.batches += 1
+
+
 def prototype_loss(student: Tensor, target: Tensor, temperature: float) -> Tensor:
     """Cross-entropy H(target, softmax(student / temperature)), averaged over tokens; (…, K) each."""
     return -(target * F.log_softmax(student.float() / temperature, -1)).sum(-1).mean()

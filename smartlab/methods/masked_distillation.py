@@ -24,6 +24,7 @@ from smartlab.config import Config
 from smartlab.masking import head_diversity, informativeness, make_mask, uniform, upsample
 from smartlab.methods.distillation import (
     Centre,
+    Standardise,
     TokenHead,
     centred,
     collapse_signs,
@@ -84,6 +85,8 @@ class MaskedDistillation(nn.Module):
         )
         self.patch_centre = Centre(size, config.distill.centre_momentum)
         self.image_centre = Centre(size, config.distill.centre_momentum)
+        channels = self.student.encoder.channels
+        self.standardise = Standardise(channels) if config.distill.standardise else nn.Identity()
         self.register_buffer("informed", torch.zeros(()))  # running informativeness of the teacher
         self.informed: Tensor
 
@@ -96,14 +99,15 @@ class MaskedDistillation(nn.Module):
         teacher = self.look(x, clock, generator)
         hidden = self.choose(teacher, x, clock, generator)
         student = self.student.encoder(x, hidden=hidden)
+        image_token = self.standardise(student.cls)
         losses = {"amip": self.predict_voxels(student, x, hidden)}
         metrics = self.watch(student, teacher, hidden)
         if teacher is not None:
             losses["ampd"] = self.match_tokens(student, teacher, hidden, clock)
-            losses["itd"], signs = self.match_images(student, teacher, clock)
+            losses["itd"], signs = self.match_images(image_token, teacher, clock)
             metrics |= signs
         if self.coarse is not None:
-            losses["coarse"] = F.l1_loss(self.coarse(student.cls), self.coarse.target(x))
+            losses["coarse"] = F.l1_loss(self.coarse(image_token), self.coarse.target(x))
         weights = {"amip": weight.amip, "ampd": weight.patch, "itd": weight.image, "coarse": weight.coarse}
         loss = torch.stack([weights[name] * value.float() for name, value in losses.items()]).sum()
         return loss, metrics | {f"loss_{name}": value.detach() for name, value in losses.items()}
@@ -193,12 +197,12 @@ class MaskedDistillation(nn.Module):
         return prototype_loss(said, target, d.student_temperature)
 
     def match_images(
-        self, student: Encoded, teacher: Encoded, clock: Clock
+        self, image_token: Tensor, teacher: Encoded, clock: Clock
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """ITD: the teacher's image token of the other view (or of the same one, by setting)."""
         assert self.teacher is not None and self.student.image_head is not None
-        d, half = self.config.distill, student.cls.shape[0] // 2
-        said = self.student.image_head(student.cls).view(half, 2, -1)
+        d, half = self.config.distill, image_token.shape[0] // 2
+        said = self.student.image_head(image_token).view(half, 2, -1)
         if d.kind == "regression":
             taught, target = teacher.cls.float().view(half, 2, -1), None
             across = taught.flip(1) if d.cross_view else taught
@@ -206,11 +210,16 @@ class MaskedDistillation(nn.Module):
             self.image_centre.update(taught)
         else:
             with torch.no_grad():
-                logits = self.teacher.image_head(teacher.cls).view(half, 2, -1)  # type: ignore[misc]
+                logits = self.teacher.image_head(self._as_student(teacher.cls)).view(half, 2, -1)  # type: ignore[misc]
                 target = self.assign(logits, self.image_centre, clock)
                 self.image_centre.update(logits)
             loss = prototype_loss(said, target.flip(1) if d.cross_view else target, d.student_temperature)
         return loss, collapse_signs(target, teacher.cls)
+
+    def _as_student(self, cls: Tensor) -> Tensor:
+        """Teacher image tokens on the student's scale, without moving its statistics."""
+        s = self.standardise
+        return (cls.float() - s.mean) / (s.variance.sqrt() + 1e-3) if isinstance(s, Standardise) else cls
 
     def assign(self, logits: Tensor, centre: Centre, clock: Clock) -> Tensor:
         """Teacher logits -> teacher distribution, by the chosen assignment."""

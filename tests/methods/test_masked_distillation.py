@@ -10,7 +10,7 @@ import torch
 
 import smartlab as sl
 from smartlab.config import TeacherConfig, TrainConfig
-from smartlab.methods.distillation import Centre, centred, prototype_loss, sinkhorn
+from smartlab.methods.distillation import Centre, Standardise, centred, prototype_loss, sinkhorn
 from smartlab.methods.masked_distillation import Clock, MaskedDistillation
 from smartlab.training.loop import overfit_one_batch, parameter_groups
 from smartlab.training.schedules import cosine, momentum
@@ -73,6 +73,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
         {"distill.kind": "prototype", "distill.assignment": "sinkhorn"},
         {"distill.kind": "prototype", "distill.share_heads": True},
         {"distill.cross_view": False},
+        {"distill.standardise": True},
         {"semantic.similarity": "cosine"},
         {"loss.coarse": 1.0},
         {"loss.patch": 0.0},
@@ -218,6 +219,19 @@ def test_centres_are_running_means():
     torch.testing.assert_close(centre.value, torch.tensor([1.0, 2, 3, 4]))
     centre.update(torch.full((1, 4), float("nan")))
     assert torch.isfinite(centre.value).all()
+
+
+def test_standardised_tokens_have_no_constant_and_unit_spread():
+    scale = Standardise(6)
+    torch.manual_seed(0)
+    for _ in range(400):
+        out = scale(5 + 0.05 * torch.randn(8, 6))
+    assert out.mean().abs() < 0.5 and abs(scale.variance.sqrt().mean() - 0.05) < 0.01
+    before = scale.mean.clone()
+    scale(torch.full((8, 6), float("nan")))
+    assert torch.equal(scale.mean, before)
+    scale.eval()(torch.zeros(8, 6))
+    assert torch.equal(scale.mean, before), "evaluation moves nothing"
 
 
 def test_weight_decay_skips_norms_biases_and_single_tokens():

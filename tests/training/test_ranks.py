@@ -52,7 +52,7 @@ def free_port():
     [
         {"distill.kind": "prototype", "distill.assignment": "centre", "mask.strategy": "attention_hint"},
         {"distill.kind": "prototype", "distill.assignment": "sinkhorn", "mask.p_attention": 0.5},
-        {"distill.kind": "regression", "teacher.noise_std": 0.05},
+        {"distill.kind": "regression", "teacher.noise_std": 0.05, "distill.standardise": True},
     ],
     ids=["centre", "sinkhorn", "regression"],
 )

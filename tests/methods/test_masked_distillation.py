@@ -12,8 +12,8 @@ import smartlab as sl
 from smartlab.config import TeacherConfig, TrainConfig
 from smartlab.methods.distillation import Centre, Standardise, centred, prototype_loss, sinkhorn
 from smartlab.methods.masked_distillation import Clock, MaskedDistillation
-from smartlab.training.loop import overfit_one_batch, parameter_groups
 from smartlab.training.schedules import cosine, momentum
+from smartlab.training.setup import overfit_one_batch, parameter_groups
 
 SMALL = {
     "encoder.preset": "custom",

@@ -153,7 +153,9 @@ class DistillConfig(_Section):
     centre_momentum: float = Field(0.9, ge=0, lt=1)  # [smit], averaged over all ranks
     freeze_last_epochs: float = Field(1.0, ge=0)  # [smit]
     cross_view: bool = True  # [CLS] of one view against the other view's
-    standardise: bool = False  # image tokens by running mean and spread before the heads: small batches [ours]
+    standardise: bool = (
+        False  # image tokens by running mean and spread before the heads: small batches [ours]
+    )
 
 
 class LossConfig(_Section):

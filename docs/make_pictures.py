@@ -5,6 +5,7 @@ Each function draws one picture below docs/images; all of them follow from seeds
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 from smartlab.data.phantoms import breast, ct, mammo
 from smartlab.data.phantoms.organs import ORGANS
 from smartlab.data.phantoms.patient import Patient, affine, draw_patient, world
+from smartlab.viewers.plots import OKABE_ITO
 
 IMAGES = Path(__file__).parent / "images"
 LUNG, SOFT = (-1350, 150), (-150, 250)
@@ -141,7 +143,42 @@ def _save(fig: plt.Figure, name: str, step: int = 6) -> None:
     plt.close(fig)
 
 
-PICTURES = {"phantom-ct": phantom_ct, "phantom-mammo": phantom_mammo}
+def attention() -> None:
+    """The recorded run of benchmarks/attention.py: what [CLS] attention falls on, as it forms."""
+    report = json.loads((IMAGES.parents[1] / "benchmarks" / "results" / "attention.json").read_text("utf-8"))
+    rows = report["checkpoints"]
+    steps = [row["step"] for row in rows]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.1), layout="constrained")
+    for ax, names in (
+        (left, {"informativeness of views": ("attention informativeness", OKABE_ITO[4])}),
+        (
+            right,
+            {
+                "lift lesion": ("lesions", OKABE_ITO[5]),
+                "lift organ": ("labelled organs", OKABE_ITO[2]),
+                "lift body": ("body", OKABE_ITO[7]),
+            },
+        ),
+    ):
+        for name, (title, colour) in names.items():
+            value, low, high = np.array([row[name][:3] for row in rows]).T
+            ax.plot(steps, value, color=colour, label=title, marker="o", ms=3)
+            ax.fill_between(steps, low, high, color=colour, alpha=0.18, lw=0)
+        ax.axvline(report["guard"]["first_guided_step"], color="0.5", lw=1, ls=":")
+        ax.set_xlabel("step")
+        ax.spines[["top", "right"]].set_visible(False)
+    left.set_title("How far from uniform", loc="left", fontsize=10)
+    left.text(
+        report["guard"]["first_guided_step"] + 20, 0.004, "masks guided from here", fontsize=8, color="0.35"
+    )
+    left.set_ylim(0)
+    right.axhline(1, color="0.5", lw=1)
+    right.set_title("What it falls on (1 = chance)", loc="left", fontsize=10)
+    right.legend(frameon=False, fontsize=8)
+    _save(fig, "attention")
+
+
+PICTURES = {"phantom-ct": phantom_ct, "phantom-mammo": phantom_mammo, "attention": attention}
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or PICTURES:

@@ -30,6 +30,9 @@ _PUBLIC = {
     "Run": "smartlab.training.run",
     "load_encoder": "smartlab.interop",
     "export": "smartlab.interop",
+    "evaluate": "smartlab.evaluation.evaluate",
+    "compare": "smartlab.evaluation.compare",
+    "Result": "smartlab.evaluation.result",
     "DataError": "smartlab.errors",
     "UseError": "smartlab.errors",
     "SmartlabError": "smartlab.errors",
@@ -47,6 +50,9 @@ if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.data.store import build_store, open_store
     from smartlab.data.verify import verify_manifest
     from smartlab.errors import DataError, SmartlabError, UseError
+    from smartlab.evaluation.compare import compare
+    from smartlab.evaluation.evaluate import evaluate
+    from smartlab.evaluation.result import Result
     from smartlab.interop import export, load_encoder
     from smartlab.training.loop import pretrain
     from smartlab.training.run import Run

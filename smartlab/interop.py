@@ -16,6 +16,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -53,13 +55,17 @@ _WRAPPERS = (
 )
 
 
+_OLD = re.compile(r"\.fc[12]\.|^module\.|(^|\.)layers\.\d\.|rotation_head")  # SMIT, MONAI's SSL weights
+
+
 def load_encoder(
-    source: str | Path, role: Literal["teacher", "student"] = "teacher", *, merging: str = "monai"
+    source: str | Path, role: Literal["teacher", "student"] = "teacher", *, merging: str | None = None
 ) -> Encoder:
     """An encoder from a run folder, an exported file, or any file described above.
 
     role:    which encoder of a run folder.
-    merging: the patch-merging order of a foreign file, one of `MERGE_ORDERS`.
+    merging: the patch-merging order of a foreign file, one of `MERGE_ORDERS`; no file tells it. "monai" by
+             default, with a warning for names that come from elsewhere or from before MONAI 1.5.
 
     >>> enc = sl.load_encoder("runs/a", role="teacher")
     """
@@ -73,7 +79,14 @@ def load_encoder(
         encoder = _fresh(config)
         _load_all(encoder, load_file(path), path)
         return encoder.eval().requires_grad_(False)
-    weights = convert(read_weights(path), path, merging)
+    found = read_weights(path)
+    if merging is None and any(_OLD.search(key) for key in found):
+        warnings.warn(
+            f"{path}: the order of its patch merging is not in the file; taken as 'monai'. If it was trained with "
+            f"another, say merging=… (one of {', '.join(MERGE_ORDERS)}): the features are wrong otherwise",
+            stacklevel=2,
+        )
+    weights = convert(found, path, merging or "monai")
     encoder = _fresh(config_of(weights, path))
     _load_all(encoder.swin, weights, path)
     return encoder.eval().requires_grad_(False)
@@ -98,7 +111,7 @@ def export(
         torch.save({"state_dict": weights}, temporary)
     elif to == "safetensors":
         state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
-        save_file(state, temporary, _card(encoder, run, role))
+        save_file(state, temporary, _card(encoder, run, source, role))
     else:
         raise UseError(f"cannot export to {to!r}", expected="monai or safetensors")
     os.replace(temporary, out)
@@ -226,15 +239,21 @@ def _load_all(module: torch.nn.Module, weights: Mapping[str, Tensor], path: Path
     module.load_state_dict(dict(weights))
 
 
-def _card(encoder: Encoder, run: Run | None, role: str) -> dict[str, str]:
+def _card(encoder: Encoder, run: Run | None, source: Any, role: str) -> dict[str, str]:
     """What the safetensors file says about itself."""
     card = {
         "format": "smartlab encoder",
         "role": role,
         "config": json.dumps(encoder.config.model_dump(mode="json")),
     }
-    if run is not None and len(run.history):
-        last = {k: v for k, v in run.history.iloc[-1].to_dict().items() if v == v}
-        facts = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))
-        card |= {"metrics": json.dumps(last), "data": facts["data"], "step": str(run.step)}
+    if run is not None:
+        card["role"] = role if run.config.teacher.enabled else "student"
+        card["step"] = str(run.step)
+        card["data"] = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))["data"]
+        history = run.history[run.history.step <= run.step]
+        if len(history):  # the numbers of the exported step, not of a run that went on
+            last = {k: v for k, v in history.iloc[-1].to_dict().items() if v == v}
+            card["metrics"] = json.dumps(last)
+    elif not isinstance(source, Encoder) and Path(source).suffix == ".safetensors":
+        card = header_of(Path(source)) | {"format": card["format"], "config": card["config"]}
     return card

@@ -55,7 +55,7 @@ def make_mask(
     device = torch.device(device) if attention is None else importance.device
     if not 0 < ratio < 1:
         raise UseError(f"mask ratio {ratio} hides nothing or everything", expected="a number between 0 and 1")
-    k = math.ceil(ratio * n - 1e-9)  # 0.7 · 10 is 7, not 8
+    k = hidden_count(ratio, n)
     noise = uniform((rows, n), device, generator, shard)
     if strategy == "random":
         score = noise
@@ -76,6 +76,11 @@ def make_mask(
         guided = uniform((rows, 1), device, generator, shard) < p_attention
         mask = torch.where(guided, mask, _top(noise, k))
     return mask
+
+
+def hidden_count(ratio: float, units: int) -> int:
+    """k = ⌈ratio · units⌉, the number of hidden units per sample."""
+    return math.ceil(ratio * units - 1e-9)  # 0.7 · 10 is 7, not 8
 
 
 def upsample(mask: Tensor, grid: tuple[int, int, int], factor: int) -> Tensor:
@@ -203,3 +208,16 @@ def head_diversity(attention: Tensor) -> dict[str, Tensor]:
         "cosine": 1 - similarity / (heads * (heads - 1)),
         "jensen_shannon": ((entropy_mean - mean_entropy) / math.log(heads)).clamp_min(0),
     }
+
+
+def lift(attention: Tensor, share: Tensor) -> Tensor:
+    """Attention on a region over what uniform attention would put there: 1 is chance.
+
+    attention: (B, N), each row summing to 1; share: (B, N), the part of each unit in the region.
+    """
+    return (attention * share).sum() * attention.shape[-1] / share.sum()
+
+
+def hidden_share(hidden: Tensor, share: Tensor) -> Tensor:
+    """The fraction of a region's volume that lies in hidden units; (B, N) each."""
+    return (hidden * share).sum() / share.sum()

@@ -131,3 +131,16 @@ def test_presets_are_plain_yaml_mappings():
 def test_numbers_are_finite(word):
     with pytest.raises(UseError, match="finite number"):
         load_config("tiny", parse_overrides([word]))
+
+
+def test_a_method_named_in_an_override_replaces_that_of_the_file(tmp_path):
+    """What SimMIM stands for beats the file's values, and nothing of the file's own method stays behind."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("method: {preset: dagman}\nloss: {patch: 0.7, coarse: 2.0}\ntrain: {lr: 0.003}\n")
+    simmim = load_config(file, {"method.preset": "simmim"})
+    assert simmim.loss.patch == 0 and simmim.loss.coarse == 0 and not simmim.teacher.enabled
+    assert simmim.train.lr == 0.003  # the method says nothing about it
+    smit = load_config(file, {"method.preset": "smit"})
+    assert smit.teacher.patch_dropout == 0 and smit.loss.patch == 0.7
+    assert load_config(file, {"method.preset": "smit", "loss.coarse": 1.0}).loss.coarse == 1.0
+    assert load_config(file, {"method.preset": "dagman"}).loss.patch == 0.7

@@ -75,6 +75,10 @@ def cases_from_folder(manifest: Manifest, root: str | Path) -> Manifest:
     if layout is None:
         raise UseError(f"{manifest.name} lists its cases itself and has no folder layout")
     root = Path(root)
+    if "stacks" in layout:
+        from smartlab.data.png_stacks import scan_png_stacks
+
+        return scan_png_stacks(root, manifest)
     cases = list(_samples(layout, root) if "npz" in layout else _images(layout, root))
     if not cases:
         raise DataError(

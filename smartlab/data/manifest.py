@@ -268,10 +268,21 @@ def shipped_manifests() -> list[str]:
     return sorted(p.stem for p in manifest_folder().glob("*.json") if p.stem != "schema")
 
 
-def load_manifest(name: str | Path | Manifest) -> Manifest:
-    """A manifest by name (`"lidc-nodules"`), by path, or itself."""
-    if isinstance(name, Manifest):
-        return name
+def load_manifest(name: str | Path | Manifest, root: str | Path | None = None) -> Manifest:
+    """A manifest by name (`"lidc-nodules"`), by path, or itself.
+
+    root: the folder of the images. A manifest whose cases are listed only once the data are there
+    (`nodules-png`, archives) is completed from it; others list their cases themselves.
+    """
+    man = name if isinstance(name, Manifest) else _load(name)
+    if root is None or man.all_cases or "layout" not in man.source.parameters:
+        return man
+    from smartlab.data.compose import cases_from_folder
+
+    return cases_from_folder(man, root)
+
+
+def _load(name: str | Path) -> Manifest:
     path = Path(name)
     if path.suffix != ".json":
         path = path / "manifest.json" if path.is_dir() else manifest_folder() / f"{name}.json"

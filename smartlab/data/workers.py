@@ -50,7 +50,7 @@ def draining() -> Iterator[StopRequest]:
 
 
 class Lost(Generic[T]):
-    """The worker died with the job, more than once: killed for memory, or crashed in a codec."""
+    """The worker died with this job and no other, again and again: out of memory, or a crash in a codec."""
 
     def __init__(self, job: T) -> None:
         self.job = job
@@ -85,17 +85,24 @@ def run_bounded(
             jobs_of[future.key] = job
             return future
 
+        suspects = []  # a dying worker also takes the jobs that waited on it
         running = as_completed([submit(job) for job in chain(first, islice(waiting, width - 1))])
         for future in running:
             job = jobs_of.pop(future.key)
             try:
-                result: R | Lost[T] = future.result()
+                yield future.result()
             except KilledWorker:
-                result = Lost(job)
-            yield result
+                suspects.append(job)
             del future  # lets the scheduler forget it
             for following in () if stop.asked else islice(waiting, 1):
                 running.add(submit(following))
+        for job in suspects:  # each alone: who dies now is guilty
+            if stop.asked:
+                return
+            try:
+                yield submit(job).result()
+            except KilledWorker:
+                yield Lost(job)
 
 
 @contextmanager

@@ -135,18 +135,17 @@ def regress_patches(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def collapse_signs(target: Tensor | None, features: Tensor) -> dict[str, Tensor]:
+def collapse_signs(target: Tensor, features: Tensor) -> dict[str, Tensor]:
     """Numbers that show a collapse: teacher entropy and KL to uniform, feature spread, effective rank.
 
-    target: (…, K) teacher distributions, or None for regression. features: (B, C) image tokens.
+    target: (…, K) teacher distributions (for regression: softmax over the centred channels). features: (B, C) image tokens.
     """
     x = features.float().nan_to_num()  # a batch that will be skipped must not stop the run here
     signs = {"feature_std": F.normalize(x, dim=-1).std(0, correction=0).mean() * math.sqrt(x.shape[-1])}
     spectrum = torch.linalg.svdvals(x - x.mean(0))
     share = spectrum / spectrum.sum().clamp_min(1e-12)
     signs["effective_rank"] = torch.special.entr(share).sum().exp()
-    if target is not None:
-        entropy = torch.special.entr(target.float()).sum(-1).mean()
-        signs["teacher_entropy"] = entropy
-        signs["teacher_kl_uniform"] = math.log(target.shape[-1]) - entropy
+    entropy = torch.special.entr(target.float()).sum(-1).mean()
+    signs["teacher_entropy"] = entropy
+    signs["teacher_kl_uniform"] = math.log(target.shape[-1]) - entropy
     return signs

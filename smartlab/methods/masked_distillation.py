@@ -21,7 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smartlab.config import Config
-from smartlab.masking import head_diversity, informativeness, make_mask, uniform, upsample
+from smartlab.masking import (
+    head_diversity,
+    hidden_count,
+    hidden_share,
+    informativeness,
+    lift,
+    make_mask,
+    uniform,
+    upsample,
+)
 from smartlab.methods.distillation import (
     Centre,
     Standardise,
@@ -90,18 +99,34 @@ class MaskedDistillation(nn.Module):
         self.register_buffer("informed", torch.zeros(()))  # running informativeness of the teacher
         self.informed: Tensor
 
+    def train(self, mode: bool = True) -> MaskedDistillation:
+        """The teacher's only noise is its own: no stochastic depth in its targets and its attention."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
     def forward(
-        self, views: Tensor, clock: Clock, generator: torch.Generator
+        self,
+        views: Tensor,
+        clock: Clock,
+        generator: torch.Generator,
+        shares: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """views (B, 2, 1, D, H, W) in [0, 1] -> loss and the step's metrics."""
+        """views (B, 2, 1, D, H, W) in [0, 1] -> loss and the step's metrics.
+
+        shares: by region ("body", "organ", "lesion"), the part (2B, N) of each unit in it; only watched.
+        """
         weight = self.config.loss
         x = views.flatten(0, 1)  # (2B, 1, D, H, W): u0, v0, u1, v1, …
         teacher = self.look(x, clock, generator)
         hidden = self.choose(teacher, x, clock, generator)
-        student = self.student.encoder(x, hidden=hidden)
+        rows, units = hidden.shape
+        shown = rows * (units - hidden_count(self.config.mask.ratio, units))
+        student = self.student.encoder(x, hidden=hidden, visible=shown)
         image_token = self.standardise(student.cls)
         losses = {"amip": self.predict_voxels(student, x, hidden)}
-        metrics = self.watch(student, teacher, hidden)
+        metrics = self.watch(student, teacher, hidden, shares or {})
         if teacher is not None:
             losses["ampd"] = self.match_tokens(student, teacher, hidden, clock)
             losses["itd"], signs = self.match_images(image_token, teacher, clock)
@@ -123,7 +148,7 @@ class MaskedDistillation(nn.Module):
             noise = uniform((rows, *x.shape[1:], 2), x.device, generator, shard).clamp_min(1e-7)
             gauss = (-2 * noise[..., 0].log()).sqrt() * (2 * math.pi * noise[..., 1]).cos()
             x = x + settings.noise_std * gauss
-        dropped = None
+        dropped = seen = None
         if settings.patch_dropout:
             encoder = self.teacher.encoder
             cell = encoder.unit_patches if settings.dropout_unit == "mask_unit" else 1
@@ -131,7 +156,12 @@ class MaskedDistillation(nn.Module):
             grid = (cells[0], cells[1], cells[2])
             units = uniform((rows, math.prod(grid)), x.device, generator, shard) < settings.patch_dropout
             dropped = upsample(units, grid, cell)
-        return self.teacher.encoder(x, dropped=dropped, received=self.config.mask.importance == "received")
+            if (
+                x.device.type == "cpu" and settings.dropout_unit == "mask_unit"
+            ):  # elsewhere counting would wait
+                seen = int((~units).sum())
+        received = self.config.mask.importance == "received"
+        return self.teacher.encoder(x, dropped=dropped, received=received, visible=seen, units_only=True)
 
     @torch.no_grad()
     def choose(self, teacher: Encoded | None, x: Tensor, clock: Clock, generator: torch.Generator) -> Tensor:
@@ -151,11 +181,12 @@ class MaskedDistillation(nn.Module):
         )
         if teacher is None or teacher.attention is None:
             return plain
-        now = mean_over_ranks(informativeness(teacher.attention).mean()).nan_to_num()
+        importance = teacher.attention if m.importance == "cls" else teacher.received
+        assert importance is not None
+        now = mean_over_ranks(informativeness(importance).mean()).nan_to_num()
         self.informed.lerp_(now, 1.0 if clock.step == 0 else 0.1)
         if not guided:
             return plain
-        importance = teacher.attention if m.importance == "cls" else teacher.received
         aimed = make_mask(
             m.strategy,
             importance,
@@ -183,7 +214,7 @@ class MaskedDistillation(nn.Module):
     def match_tokens(self, student: Encoded, teacher: Encoded, hidden: Tensor, clock: Clock) -> Tensor:
         """AMPD: the teacher's tokens of the hidden units; gathered first, so that heads see only these."""
         assert self.teacher is not None and self.student.patch_head is not None
-        k = math.ceil(self.config.mask.ratio * hidden.shape[1] - 1e-9)
+        k = hidden_count(self.config.mask.ratio, hidden.shape[1])
         where = hidden.to(torch.uint8).topk(k, -1).indices[..., None].expand(-1, -1, student.tokens.shape[-1])
         said = self.student.patch_head(student.tokens.gather(1, where))
         taught = teacher.tokens.gather(1, where)
@@ -204,9 +235,11 @@ class MaskedDistillation(nn.Module):
         d, half = self.config.distill, image_token.shape[0] // 2
         said = self.student.image_head(image_token).view(half, 2, -1)
         if d.kind == "regression":
-            taught, target = teacher.cls.float().view(half, 2, -1), None
+            taught = teacher.cls.float().view(half, 2, -1)
             across = taught.flip(1) if d.cross_view else taught
             loss = regress_image(said, across, self.image_centre.value.clone())
+            # no prototypes: the channels take their place, only to be watched
+            target = centred(taught, self.image_centre.value, self.teacher_temperature(clock))
             self.image_centre.update(taught)
         else:
             with torch.no_grad():
@@ -235,14 +268,18 @@ class MaskedDistillation(nn.Module):
         return t.temperature_start + (t.temperature - t.temperature_start) * share
 
     @torch.no_grad()
-    def watch(self, student: Encoded, teacher: Encoded | None, hidden: Tensor) -> dict[str, Tensor]:
-        """How informative and how diverse the attention is, and what share of it is hidden."""
+    def watch(
+        self, student: Encoded, teacher: Encoded | None, hidden: Tensor, shares: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """How informative and how diverse the attention is, what it falls on, and what is hidden."""
         seen = teacher if teacher is not None else student
+        found = {f"hidden_{name}": hidden_share(hidden, share) for name, share in shares.items()}
         if seen.attention is None:
-            return {}
+            return found
+        found |= {f"lift_{name}": lift(seen.attention.mean(1), share) for name, share in shares.items()}
         diversity = head_diversity(seen.attention)
         a = seen.attention.float()
-        return {
+        return found | {
             "head_diversity": diversity["cosine"].mean(),
             "head_divergence": diversity["jensen_shannon"].mean(),
             "attention_entropy": torch.special.entr(a).sum(-1).mean(),

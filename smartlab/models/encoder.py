@@ -19,7 +19,7 @@ from smartlab.config import Config
 from smartlab.errors import UseError
 from smartlab.masking import upsample
 from smartlab.models.semantic import SemanticAttention
-from smartlab.models.swin import Grid, Swin
+from smartlab.models.swin import Grid, Repeats, Swin
 
 if TYPE_CHECKING:
     from smartlab.data.readers import Volume
@@ -67,7 +67,9 @@ class Encoder(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         base = (config.data.view // s.stride,) * 3
         self.semantic = (
-            SemanticAttention(self.channels, base, s.blocks, s.heads, s.kind, s.similarity)
+            SemanticAttention(
+                self.channels, base, s.blocks, s.heads, s.kind, s.similarity, s.position, s.registers
+            )
             if s.enabled
             else None
         )
@@ -78,12 +80,21 @@ class Encoder(nn.Module):
         return d, h, w
 
     def forward(
-        self, x: Tensor, hidden: Tensor | None = None, dropped: Tensor | None = None, received: bool = False
+        self,
+        x: Tensor,
+        hidden: Tensor | None = None,
+        dropped: Tensor | None = None,
+        received: bool = False,
+        visible: int | None = None,
+        units_only: bool = False,
     ) -> Encoded:
         """Windowed images (B, 1, D, H, W) -> `Encoded`.
 
         hidden:  (B, N) bool, mask units whose patch embeddings become the mask token (the student).
         dropped: (B, D/2, H/2, W/2) bool, patch embeddings set to zero (the noisy teacher).
+        visible: units that `hidden` or `dropped` leave, in all rows together, where that is known (and
+                 whole units are dropped): saves time.
+        units_only: stop at the stage of the mask units, which is all that a teacher is asked for.
         """
         tokens = self.swin.embed(x)
         grid = self.grid(x.shape)
@@ -92,7 +103,12 @@ class Encoder(nn.Module):
             tokens = torch.where(where, self.mask_token.to(tokens.dtype), tokens)
         if dropped is not None:
             tokens = tokens.masked_fill(dropped[..., None], 0.0)
-        stages = self.swin.stages(tokens)
+        repeats, same = None, hidden
+        if hidden is None and dropped is not None:  # one patch stands for its unit
+            same = dropped[:, :: self.unit_patches, :: self.unit_patches, :: self.unit_patches].flatten(1)
+        if same is not None and visible is not None and visible < same.numel():
+            repeats = Repeats.of(same, visible, self.unit_patches)
+        stages = self.swin.stages(tokens, repeats, self.stage if units_only else 4)
         units = stages[self.stage]
         if self.semantic is None:
             normed = F.layer_norm(units, units.shape[-1:]).flatten(1, 3)
@@ -108,8 +124,8 @@ class Encoder(nn.Module):
     ) -> dict[str, Any]:
         """Features of a scan: "cls" (B, C), "tokens" (B, N, C), "grid" (D, H, W), "stages" list of (B, C_i, …).
 
-        volume: a `Volume` (HU, on the training spacing), an array (D, H, W), or a tensor (B, 1, D, H, W)
-                in HU. Sizes are padded with air to whole strides.
+        volume: a `Volume` in HU, resampled to the training spacing if it has another, or an array (D, H, W)
+                or tensor (B, 1, D, H, W) of HU at that spacing. Padded with air to whole strides.
         window: side of the sliding windows in voxels; None: the training view where the scan is larger
                 than twice that, else the scan at once.
         """
@@ -169,7 +185,7 @@ class Encoder(nn.Module):
     def _prepare(self, volume: Volume | np.ndarray | Tensor) -> tuple[Tensor, torch.device]:
         """HU in any accepted form -> windowed (B, 1, D, H, W) padded with air to whole strides."""
         device = self.mask_token.device
-        array = volume if isinstance(volume, (np.ndarray, Tensor)) else volume.array
+        array = volume if isinstance(volume, (np.ndarray, Tensor)) else self._on_grid(volume)
         x = torch.as_tensor(array).to(device, torch.float32)
         if x.dim() == 3:
             x = x[None, None]
@@ -184,6 +200,17 @@ class Encoder(nn.Module):
         total = self.config.encoder.stride(4)
         d, h, w = (-length % total for length in x.shape[2:])
         return F.pad(x, (0, w, 0, h, 0, d)), device
+
+    def _on_grid(self, volume: Volume) -> np.ndarray:
+        """HU at the voxel size of training, whose features these weights know."""
+        spacing = self.config.data.spacing
+        if all(abs(s - spacing) < 0.01 * spacing for s in volume.spacing):
+            return volume.array
+        from smartlab.data.grid import AIR
+        from smartlab.data.resample import resample, target_grid
+
+        shape, affine = target_grid(volume.array.shape, volume.affine, spacing)
+        return resample(volume.array, volume.affine, shape, affine, fill=AIR)
 
     def _window(self, x: Tensor, window: int | None) -> int:
         if window is not None:

@@ -23,18 +23,26 @@ class ReconstructionHead(nn.Module):
 
 
 class CoarseHead(nn.Module):
-    """[CLS] alone (B, C) -> a coarse version of the view, (B, 1, side, side, side)."""
+    """[CLS] alone (B, C) -> a coarse version of the view: mean and spread of every cell, (B, 2, side³).
+
+    The spread (standard deviation, times 4 to be on the scale of the mean) marks edges and small
+    structures, a nodule in a lung say, which the mean of a cell hides.
+    """
+
+    SPREAD = 4.0
 
     def __init__(self, dim: int, side: int = 8) -> None:
         super().__init__()
         self.side = side
-        self.net = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, side**3))
+        self.net = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 2 * side**3))
 
     def forward(self, cls: Tensor) -> Tensor:
-        return self.net(cls).view(-1, 1, self.side, self.side, self.side)
+        return self.net(cls).view(-1, 2, self.side, self.side, self.side)
 
     def target(self, view: Tensor) -> Tensor:
-        return F.adaptive_avg_pool3d(view, self.side)
+        mean = F.adaptive_avg_pool3d(view, self.side)
+        square = F.adaptive_avg_pool3d(view.square(), self.side)
+        return torch.cat([mean, self.SPREAD * (square - mean.square()).clamp_min(0).sqrt()], 1)
 
 
 class PrototypeHead(nn.Module):

@@ -9,6 +9,11 @@ patches stay as they are (class attention: Touvron et al., "Going deeper with im
 `similarity="dot"` is the usual scaled product, whose logits start so small that attention starts, and
 for long stays, uniform. `"cosine"` compares directions and learns a scale per head (Liu et al., "Swin
 Transformer V2"), so that attention is selective from the first step and its ranking is trained early.
+
+Without `position`, [CLS] has to choose by what a token shows, not by where it is: empty air, which tells
+where the body is, then tells it nothing, and attention goes to what differs from scan to scan. `registers` are
+learned tokens beside [CLS] that a head can attend to when it looks for nothing; without them it rests on
+tokens that show nothing, here air (Darcet et al., "Vision transformers need registers", 2024).
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smartlab.models.swin import Grid, Mlp
+from smartlab.models.swin import Grid, Mlp, keyless
 
 
 class Semantic(NamedTuple):
@@ -43,18 +48,24 @@ class SemanticAttention(nn.Module):
         heads: int = 4,
         kind: str = "full",
         similarity: str = "dot",
+        position: bool = True,
+        registers: int = 0,
     ) -> None:
         super().__init__()
+        self.first = 1 + registers  # where the patch tokens begin
         self.norm_in = nn.LayerNorm(channels)
-        self.cls = nn.Parameter(torch.zeros(1, 1, channels))
-        self.position = nn.Parameter(torch.zeros(1, channels, *base))
+        self.cls = nn.Parameter(torch.zeros(1, self.first, channels))  # [CLS], then the registers
+        self.position = nn.Parameter(torch.zeros(1, channels, *base)) if position else None
         self.blocks = nn.ModuleList(SemanticBlock(channels, heads, kind, similarity) for _ in range(blocks))
         self.norm = nn.LayerNorm(channels)
         nn.init.trunc_normal_(self.cls, std=0.02)
-        nn.init.trunc_normal_(self.position, std=0.02)
+        if self.position is not None:
+            nn.init.trunc_normal_(self.position, std=0.02)
 
-    def positions(self, grid: Grid) -> Tensor:
-        """Position embedding on this grid, (1, N, C)."""
+    def positions(self, grid: Grid) -> Tensor | float:
+        """Position embedding on this grid, (1, N, C); nothing where positions are off."""
+        if self.position is None:
+            return 0.0
         table: Tensor = self.position
         if tuple(table.shape[2:]) != grid:
             table = F.interpolate(table, size=grid, mode="trilinear", align_corners=False)
@@ -66,13 +77,13 @@ class SemanticAttention(nn.Module):
         x = torch.cat([self.cls.expand(batch, -1, -1).to(x.dtype), x], 1)
         for block in self.blocks[:-1]:
             x = block(x)
-        attention, incoming = cast(SemanticBlock, self.blocks[-1]).look(x, received)
-        x = self.norm(self.blocks[-1](x))
-        return Semantic(x[:, 0], x[:, 1:], attention, incoming)
+        x, attention, incoming = cast(SemanticBlock, self.blocks[-1]).look(x, self.first, received)
+        x = self.norm(x)
+        return Semantic(x[:, 0], x[:, self.first :], attention, incoming)
 
 
 class SemanticBlock(nn.Module):
-    """One pre-norm transformer block over [CLS] and N patch tokens, (B, 1 + N, C)."""
+    """One pre-norm transformer block over [CLS], registers and N patch tokens, (B, 1 + R + N, C)."""
 
     def __init__(self, channels: int, heads: int, kind: str, similarity: str = "dot") -> None:
         super().__init__()
@@ -88,7 +99,7 @@ class SemanticBlock(nn.Module):
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v, each (B, heads, 1 + N, C / heads)."""
         batch, n, channels = x.shape
-        qkv = self.qkv(self.norm1(x)).view(batch, n, 3, self.heads, channels // self.heads)
+        qkv = keyless(self.qkv, self.norm1(x)).view(batch, n, 3, self.heads, channels // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if self.log_scale is not None:  # SDPA divides by √(C/heads): undo it
             scale = self.log_scale.clamp(max=math.log(100.0)).exp() * q.shape[-1] ** 0.5
@@ -96,19 +107,23 @@ class SemanticBlock(nn.Module):
         return q, k, v
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._split(x)
+        return self._attend(x, *self._split(x))
+
+    def _attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         who = slice(0, 1) if self.kind == "class" else slice(None)  # who attends
         out = F.scaled_dot_product_attention(q[:, :, who], k, v).transpose(1, 2).flatten(2)
         changed = x[:, who] + self.proj(out)
         changed = changed + self.mlp(self.norm2(changed))
         return torch.cat([changed, x[:, 1:]], 1) if self.kind == "class" else changed
 
-    def look(self, x: Tensor, received: bool) -> tuple[Tensor, Tensor | None]:
-        """The attention this block pays, in fp32: [CLS] row per head, and received attention."""
-        q, k, _ = (part.float() for part in self._split(x))
+    def look(self, x: Tensor, first: int, received: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """forward(x), and the attention paid to the patches x[:, first:] in fp32: [CLS] row per head, received."""
+        q, k, v = self._split(x)
+        out = self._attend(x, q, k, v)
+        q, k = q.detach().float(), k.detach().float()  # attention is looked at, never trained through
         scale = q.shape[-1] ** -0.5
-        rows = (q[:, :, :1] @ k.transpose(-2, -1) * scale)[..., 0, 1:].softmax(-1)  # over patches only
+        rows = (q[:, :, :1] @ k.transpose(-2, -1) * scale)[..., 0, first:].softmax(-1)
         if not received:
-            return rows, None
-        every = (q @ k.transpose(-2, -1) * scale).softmax(-1)[..., 1:].mean((1, 2))
-        return rows, every / every.sum(-1, keepdim=True)
+            return out, rows, None
+        every = (q @ k.transpose(-2, -1) * scale).softmax(-1)[..., first:].mean((1, 2))
+        return out, rows, every / every.sum(-1, keepdim=True)

@@ -4,11 +4,13 @@ The state dict has the keys of `monai.networks.nets.swin_unetr.SwinTransformer` 
 equal, so weights move freely. Design choices:
 
 - tokens stay channels-last, (B, D, H, W, C), from the embedding to the last stage: no transposes;
-- attention is `scaled_dot_product_attention`, in training too. The shift mask depends on the
+- attention is fused (`attend`), in training too. The shift mask depends on the
   window and the position bias on the head, never on the sample: windows are folded into the head
   dimension, so that the sum is (1, windows·heads, n, n) and is not repeated over the batch;
 - shift masks depend on the grid only: built once per grid, shared by all blocks, never saved, and
   not built at all where a stage has no shifted block or a window covers the whole grid;
+- masked units all look the same until windows shift: their share of the first block (of the whole first
+  stage where it has one block) is computed once, `Repeats`; exact, and 70% of the highest resolution;
 - plain tensors in and out, no data-dependent branches: `torch.compile(fullgraph=True)` works.
 
 Liu et al., "Swin Transformer" (2021); Hatamizadeh et al., "Swin UNETR" (2022).
@@ -16,13 +18,15 @@ Liu et al., "Swin Transformer" (2021); Hatamizadeh et al., "Swin UNETR" (2022).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from smartlab.models.attend import attend
 
 Grid = tuple[int, int, int]
 
@@ -75,11 +79,15 @@ class Swin(nn.Module):
         """Image (B, C_in, D, H, W) -> tokens (B, D/2, H/2, W/2, C)."""
         return self.patch_embed(x)
 
-    def stages(self, tokens: Tensor) -> list[Tensor]:
-        """Tokens (B, D, H, W, C) -> the five token grids, channels last, not normalised."""
+    def stages(self, tokens: Tensor, repeats: Repeats | None = None, upto: int = 4) -> list[Tensor]:
+        """Tokens (B, D, H, W, C) -> the five token grids, channels last, not normalised.
+
+        repeats: which cells of the tokens are equal (masked units): computed once, until windows shift.
+        upto:    the last stage wanted.
+        """
         outputs = [tokens]
-        for layer in self._layers():
-            outputs.append(layer(outputs[-1]))
+        for layer in self._layers()[:upto]:
+            outputs.append(layer(outputs[-1], repeats if len(outputs) == 1 else None))
         return outputs
 
     def _layers(self) -> list[nn.Module]:
@@ -91,6 +99,34 @@ class Swin(nn.Module):
         if normalize:
             maps = [F.layer_norm(m, m.shape[-1:]) for m in maps]
         return [m.permute(0, 4, 1, 2, 3) for m in maps]
+
+
+class Repeats(NamedTuple):
+    """Cells of side³ tokens of which many are equal, because they are masked: only one of these is computed.
+
+    Exact as long as nothing crosses a cell: unshifted windows that tile it, perceptrons, norms, merging.
+    """
+
+    side: int
+    rows: Tensor  # cells to compute, of all B·N: the visible ones, then one that is masked
+    place: Tensor  # (B·N,) where each cell finds its result among these
+
+    @classmethod
+    def of(cls, hidden: Tensor, visible: int, side: int) -> Repeats:
+        """hidden (B, N) with exactly `visible` units shown in all rows together."""
+        flat = hidden.flatten()
+        rows = flat.byte().argsort(stable=True)[: visible + 1]
+        place = torch.where(flat, visible, (~flat).cumsum(0) - 1)
+        return cls(side, rows, place)
+
+    def apply(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """layer(x) for x (B, D, H, W, C), by way of the distinct cells."""
+        (b, d, h, w, _), s = x.shape, self.side
+        x = x.view(b, d // s, s, h // s, s, w // s, s, -1).permute(0, 1, 3, 5, 2, 4, 6, 7)
+        cells = layer(x.reshape(-1, s, s, s, x.shape[-1])[self.rows])
+        s = cells.shape[1]
+        x = cells.index_select(0, self.place).view(b, *x.shape[1:4], s, s, s, -1)
+        return x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, *(n * s for n in x.shape[1:4]), -1)
 
 
 class PatchEmbed(nn.Module):
@@ -127,19 +163,29 @@ class Stage(nn.Module):
         self.downsample = PatchMerging(dim)
         self._masks = ShiftMasks()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, repeats: Repeats | None = None) -> Tensor:
         """(B, D, H, W, C) -> (B, D/2, H/2, W/2, 2C)."""
+        if repeats is not None and repeats.side % self.window_size == 0 and not self.blocks[0].drop_path:
+            if len(self.blocks) == 1:
+                return repeats.apply(self._run, x)
+            return self._run(repeats.apply(lambda cells: self._run(cells, 0, 1), x), 1)
+        return self._run(x)
+
+    def _run(self, x: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
+        """Blocks `first` to `stop`; without `stop` all that follow, and the merging."""
         grid: Grid = tuple(x.shape[1:4])  # type: ignore[assignment]
         window, shift = clip_window(grid, self.window_size)
-        shifted = len(self.blocks) > 1 and any(shift)
+        numbers = range(len(self.blocks))[first:stop]
+        shifted = any(shift) and any(number % 2 for number in numbers)
         mask = self._masks(grid, window, shift, x.device) if shifted else None
-        for number, block in enumerate(self.blocks):
+        for number in numbers:
+            block = self.blocks[number]
             how = (window, shift, mask) if number % 2 and shifted else (window, None, None)
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, *how, use_reentrant=False)
             else:
                 x = block(x, *how)
-        return self.downsample(x)
+        return x if stop else self.downsample(x)
 
 
 class Block(nn.Module):
@@ -202,16 +248,18 @@ class WindowAttention(nn.Module):
         (nd, nh, nw), n = (d // window[0], h // window[1], w // window[2]), window[0] * window[1] * window[2]
         windows, heads = nd * nh * nw, self.heads
         # 3 × (B, windows, heads, n, head channels): the one copy that partitioning needs
-        qkv = self.qkv(x).view(batch, nd, window[0], nh, window[1], nw, window[2], 3, heads, c // heads)
+        qkv = keyless(self.qkv, x).view(
+            batch, nd, window[0], nh, window[1], nw, window[2], 3, heads, c // heads
+        )
         qkv = qkv.permute(7, 0, 1, 3, 5, 8, 2, 4, 6, 9).reshape(3, batch, windows, heads, n, c // heads)
         bias = self.bias(n)  # (heads, n, n)
         if mask is None:
             q, k, v = qkv.flatten(1, 2)  # (B·windows, heads, n, c)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None])
+            out = attend(q, k, v, bias.to(q.dtype)[None])
         else:
             q, k, v = qkv.flatten(2, 3)  # (B, windows·heads, n, c)
             folded = (bias[None] + mask[:, None]).flatten(0, 1)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=folded.to(q.dtype)[None])
+            out = attend(q, k, v, folded.to(q.dtype)[None])
         out = out.reshape(batch, nd, nh, nw, heads, *window, c // heads)
         return self.proj(out.permute(0, 1, 5, 2, 6, 3, 7, 4, 8).reshape(batch, d, h, w, c))
 
@@ -219,6 +267,18 @@ class WindowAttention(nn.Module):
         """Position bias (heads, n, n). A window clipped to a small grid takes the first n rows."""
         index = self.relative_position_index[:n, :n]
         return self.relative_position_bias_table[index].permute(2, 0, 1)
+
+
+def keyless(qkv: nn.Linear, x: Tensor) -> Tensor:
+    """qkv(x), with the bias of the keys held fixed.
+
+    A key bias shifts all logits of a query alike, so softmax ignores it: its gradient is rounding noise,
+    which Adam would blow up to full steps and which differs from machine to machine.
+    """
+    if qkv.bias is None:
+        return qkv(x)
+    q, k, v = qkv.bias.chunk(3)
+    return F.linear(x, qkv.weight, torch.cat([q, k.detach(), v]))
 
 
 class Mlp(nn.Module):

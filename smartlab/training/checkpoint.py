@@ -102,6 +102,29 @@ def header_of(file: Path) -> dict[str, str]:
         return json.loads(opened.read(length)).get("__metadata__", {})
 
 
+def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """What differs between two checkpoint headers, as "key: old → new"; more steps are no difference."""
+    from smartlab.config import flatten
+
+    before, after = (dict(flatten(json.loads(h["config"]))) for h in (old, new))
+    harmless = {
+        "train.log_every",
+        "train.picture_every",
+        "train.checkpoint_every",
+        "train.keep_last",
+        "train.keep_every",
+        "data.workers",
+    }
+    found = [
+        f"{k}: {before.get(k)} → {after.get(k)}"
+        for k in after
+        if before.get(k) != after.get(k) and k not in harmless
+    ]
+    if old["data"] != new["data"]:
+        found.append("the data have another fingerprint")
+    return found
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

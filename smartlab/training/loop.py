@@ -13,9 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -26,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from smartlab.config import Config, load_config
-from smartlab.data.augment import augment, window
+from smartlab.data.augment import window
 from smartlab.data.crops import CropLoader, ViewDataset
 from smartlab.data.prepare import prepare_store
 from smartlab.errors import DataError, UseError
@@ -35,8 +33,11 @@ from smartlab.methods.masked_distillation import Clock, MaskedDistillation
 from smartlab.training import checkpoint, schedules
 from smartlab.training.monitor import Monitor
 from smartlab.training.picture import reconstruction_picture
+from smartlab.training.requests import Requests
 from smartlab.training.run import Run
-from smartlab.training.setup import make_accelerator, parameter_groups
+from smartlab.training.setup import keep_freed_memory, make_accelerator, parameter_groups
+from smartlab.training.sharding import gathered, scattered, shard
+from smartlab.training.views import prepare
 
 if TYPE_CHECKING:
     from smartlab.data.store import Store
@@ -105,12 +106,19 @@ class Trainer:
         if there:
             state = self._load(there[-1], allow_changes)
         self.method.to(accelerator.device)
-        self.optimiser = torch.optim.AdamW(parameter_groups(self.method), lr=config.train.lr)
-        model: nn.Module = torch.compile(self.method) if config.train.compile else self.method  # type: ignore[assignment]
-        self.model, self.optimiser = accelerator.prepare(model, self.optimiser)
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
+        self.sharded = config.train.sharding == "fsdp" and self.world > 1
+        model: nn.Module = shard(self.method) if self.sharded else self.method  # type: ignore[assignment]
+        self.model: Any = torch.compile(model) if config.train.compile else model
+        if not self.sharded:
+            self.model = accelerator.prepare(self.model)
+        self.optimiser = torch.optim.AdamW(parameter_groups(self.method), lr=config.train.lr, fused=True)
+        self.optimiser = accelerator.prepare(self.optimiser)
         self.skipped, self.bad_in_a_row = 0, 0
         if state is not None:
-            self.optimiser.load_state_dict(state["optimiser"])
+            held = [p for group in self.optimiser.param_groups for p in group["params"]]
+            self.optimiser.load_state_dict(scattered(state["optimiser"], held))
             self.loader.load_state_dict(state["loader"])
             self.skipped = int(state["skipped"])
             if accelerator.scaler is not None and "scaler" in state:
@@ -121,8 +129,7 @@ class Trainer:
             "resume" if state else "start", step=self.step, images=len(store), processes=self.world
         )
         self._batches = self._endless()
-        self._request = ""
-        self._signals = self._listen()
+        self.requests = Requests(accelerator.device, self.world)
 
     # ---- the loop
 
@@ -133,7 +140,7 @@ class Trainer:
             metrics = self.one_step()
             self.step += 1
             seen += 2 * train.batch * train.accumulate * self.world
-            if self.step % train.log_every == 0 or self.step in (1, train.steps):
+            if self._logs(self.step):
                 elapsed = max(time.monotonic() - began, 1e-9)
                 metrics |= {
                     "views_per_second": seen / elapsed,
@@ -144,15 +151,19 @@ class Trainer:
                 began, seen, waited = time.monotonic(), 0, self.loader.wait_seconds
             if self.monitor.enabled:
                 self.monitor.tick(float(metrics["loss"]))
-            if self.main and (self.step % train.picture_every == 0 or self.step == train.steps):
+            if (
+                self.main
+                and not self.sharded
+                and (self.step % train.picture_every == 0 or self.step == train.steps)
+            ):
                 self._picture()
-            request = self._agree()
+            request = self.requests.agreed()
             if self.step % train.checkpoint_every == 0 or self.step == train.steps or request:
                 self.save()
             if request == "stop":
                 self.monitor.event("stopped", step=self.step)
                 return
-        self.monitor.event("finished", step=self.step)
+        self.monitor.finish(self.step)
 
     def one_step(self) -> dict[str, Any]:
         """Forward and backward over the micro-batches, then the optimiser, then the teacher."""
@@ -164,31 +175,43 @@ class Trainer:
             group["lr"], group["weight_decay"] = lr, decay if group["decays"] else 0.0
         self.model.train()
         totals: dict[str, Tensor] = {}
-        images: list[int] = []
+        drawn: list[tuple[list[int], Tensor]] = []  # images and loss of every micro-batch, for blame
         for micro in range(train.accumulate):
             batch = next(self._batches)
-            images += [int(i) for i in batch["image"]]
             generator = torch.Generator().manual_seed(mix(self.config.seed, step, micro))
             torch.manual_seed(mix(self.config.seed, step, micro, self.rank))
+            views, shares = prepare(
+                batch,
+                self.config,
+                self.device_run.device,
+                generator,
+                (self.rank, self.world),
+                self.store.label_names if self._logs(step + 1) else None,
+            )
             clock = Clock(step, train.steps, self.per_epoch, self.rank, self.world)
             last = micro == train.accumulate - 1
+            if self.sharded:
+                self.method.set_requires_gradient_sync(last)  # type: ignore[operator]
             with nullcontext() if last else self.device_run.no_sync(self.model):
                 with self.device_run.autocast():
-                    loss, metrics = self.model(self._views(batch["views"], generator), clock, generator)
+                    loss, metrics = self.model(views, clock, generator, shares)
                 self.device_run.backward(loss / train.accumulate)
+            drawn.append(([int(i) for i in batch["image"]], loss.detach()))
             for name, value in (metrics | {"loss": loss.detach()}).items():
                 totals[name] = totals.get(name, 0.0) + value / train.accumulate
         self._freeze(clock)
-        norm = self.device_run.clip_grad_norm_(self._trained(), train.clip)
-        finite = bool(torch.isfinite(mean_over_ranks(totals["loss"])))
-        if finite:
+        norm = gathered(self.device_run.clip_grad_norm_(self._trained(), train.clip))
+        # one infinite gradient would make every weight NaN through clipping, whatever the loss
+        finite = bool(torch.isfinite(mean_over_ranks(totals["loss"])) & torch.isfinite(norm))
+        if finite or self.device_run.scaler is not None:  # fp16: the scaler skips by itself, and learns
             self.optimiser.step()
+        if finite:
             self.method.update_teacher(momentum)
             self.bad_in_a_row = 0
         else:
-            self._skip(images)
+            self._skip(drawn)
         self.optimiser.zero_grad(set_to_none=True)
-        guided = self.config.mask.strategy.startswith("attention") and self.method.guides(clock)
+        guided = self.config.mask.strategy.startswith("attention")
         return totals | {
             "grad_norm": norm,
             "step": step + 1,
@@ -197,28 +220,31 @@ class Trainer:
             "weight_decay": decay,
             "momentum": momentum,
             "teacher_temperature": self.method.teacher_temperature(clock),
-            "guided": float(guided),
+            "guided": self.method.guides(clock).float() if guided else 0.0,
             "skipped": self.skipped,
         }
+
+    def _logs(self, step: int) -> bool:
+        return step % self.config.train.log_every == 0 or step in (1, self.config.train.steps)
 
     def save(self) -> None:
         """Write a whole checkpoint of the current step."""
         state = {
-            "optimiser": self.optimiser.state_dict(),
+            "optimiser": gathered(self.optimiser.state_dict()),
             "loader": self.loader.state_dict(),
             "skipped": self.skipped,
         }
         if self.device_run.scaler is not None:
             state["scaler"] = self.device_run.scaler.state_dict()
+        weights = gathered(self.method.state_dict())
         if self.main:
-            checkpoint.save(self.out, self.step, self.method.state_dict(), state, self.header)
+            checkpoint.save(self.out, self.step, weights, state, self.header)
             checkpoint.prune(self.out, self.config.train.keep_last, self.config.train.keep_every)
             self.monitor.event("saved", step=self.step)
         self.device_run.wait_for_everyone()
 
     def close(self) -> None:
-        for number, handler in self._signals.items():
-            signal.signal(number, handler)
+        self.requests.close()
         self._batches.close()  # type: ignore[attr-defined]
         self.loader.close()
         self.monitor.close()
@@ -239,6 +265,7 @@ class Trainer:
             min_overlap=d.min_overlap,
             draws=draws,
             images=training,
+            labels=bool(self.store.label_names),
         )
         return CropLoader(
             dataset, train.batch, workers=d.workers, seed=self.config.seed, rank=self.rank, world=self.world
@@ -248,45 +275,47 @@ class Trainer:
         while True:
             yield from self.loader
 
-    def _views(self, hu: Tensor, generator: torch.Generator) -> Tensor:
-        """int16 HU (B, 2, D, H, W) -> windowed and augmented (B, 2, 1, D, H, W) on the device."""
-        d = self.config.data
-        x = window(hu.to(self.device_run.device, non_blocking=True), *d.window)
-        shard = (self.rank, self.world)
-        return augment(x, generator, flip=d.flip, intensity=d.intensity, shard=shard)[:, :, None]
-
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.method.parameters() if p.requires_grad]
 
     def _freeze(self, clock: Clock) -> None:
-        """Gradients that must not act: prototypes in the first epochs, and key biases always.
+        """Prototypes stand still in the first epochs."""
+        if clock.epoch < self.config.distill.freeze_last_epochs:
+            for name, parameter in self.method.student.named_parameters():
+                if name.endswith("net.last"):
+                    parameter.grad = None
 
-        A key bias shifts all logits of a query alike, so softmax ignores it: its gradient is rounding
-        noise, which Adam would blow up to full steps and which differs from machine to machine.
-        """
-        early = clock.epoch < self.config.distill.freeze_last_epochs
-        for name, parameter in self.method.student.named_parameters():
-            if early and name.endswith("net.last"):
-                parameter.grad = None
-            elif name.endswith("qkv.bias") and parameter.grad is not None:
-                parameter.grad.chunk(3)[1].zero_()
-
-    def _skip(self, images: list[int]) -> None:
+    def _skip(self, drawn: list[tuple[list[int], Tensor]]) -> None:
+        """Count a step that was not taken, and name the images of all ranks whose loss was not finite."""
         self.skipped, self.bad_in_a_row = self.skipped + 1, self.bad_in_a_row + 1
-        keys = [str(self.store.rows[i]["key"]) for i in images]
-        self.monitor.event("skipped", step=self.step + 1, reason="non-finite loss", images=keys)
+        bad = [images for images, loss in drawn if not bool(torch.isfinite(loss))]
+        found: list[Any] = [[self._keys(bad), self._keys([images for images, _ in drawn])]] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(found, found[0])
+        blamed = [key for keys, _ in found for key in keys] or [key for _, keys in found for key in keys]
+        reason = "non-finite loss" if any(keys for keys, _ in found) else "non-finite gradient"
+        self.monitor.event("skipped", step=self.step + 1, reason=reason, images=blamed)
         if self.bad_in_a_row >= self.config.train.max_bad_steps:
             raise DataError(
-                f"{self.bad_in_a_row} steps in a row had a non-finite loss",
+                f"{self.bad_in_a_row} steps in a row had a non-finite loss or gradient",
                 path=self.out,
                 found=f"learning rate {self.optimiser.param_groups[0]['lr']:.2g}, precision {self.config.train.precision}",
                 fix="lower train.lr, use train.precision=bf16 or fp32, or look at the images named in events.jsonl",
             )
 
+    def _keys(self, batches: list[list[int]]) -> list[str]:
+        return [str(self.store.rows[i]["key"]) for images in batches for i in images]
+
     def _scalars(self, metrics: dict[str, Any]) -> dict[str, float]:
         out = {}
         for name, value in metrics.items():
-            out[name] = float(mean_over_ranks(value)) if isinstance(value, Tensor) else float(value)
+            if not isinstance(value, Tensor):
+                out[name] = float(value)
+            elif name.startswith(("lift_", "hidden_")):  # not every rank has seen a lesion
+                seen = mean_over_ranks(value.isfinite().float())
+                out[name] = float(mean_over_ranks(value.nan_to_num()) / seen)
+            else:
+                out[name] = float(mean_over_ranks(value))
         return out
 
     def _picture(self) -> None:
@@ -321,7 +350,7 @@ class Trainer:
 
     def _load(self, step: int, allow_changes: bool) -> dict[str, Any]:
         method, state = checkpoint.load(checkpoint.folder(self.out, step))
-        changed = differences(state["header"], self.header)
+        changed = checkpoint.differences(state["header"], self.header)
         if changed and not allow_changes:
             raise UseError(
                 "cannot resume: the settings or the data changed since",
@@ -333,31 +362,6 @@ class Trainer:
         self.step = step
         return state
 
-    def _listen(self) -> dict[int, Any]:
-        """Take SIGTERM, SIGINT and SIGUSR1, where Python allows it; returns the handlers to put back."""
-        if threading.current_thread() is not threading.main_thread():
-            return {}
-        requests = {signal.SIGTERM: "stop", signal.SIGINT: "stop"}
-        if hasattr(signal, "SIGUSR1"):
-            requests[signal.SIGUSR1] = "save"
-
-        def note(number: int, frame: Any) -> None:
-            if number == signal.SIGINT and self._request == "stop":
-                raise KeyboardInterrupt  # a second Ctrl-C does not wait
-            self._request = requests[signal.Signals(number)]
-
-        return {number: signal.signal(number, note) for number in requests}
-
-    def _agree(self) -> str:
-        """What was asked for by a signal, the same on all ranks."""
-        code = {"": 0, "save": 1, "stop": 2}[self._request]
-        if self.world > 1:
-            asked = torch.tensor([float(code)], device=self.device_run.device)
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-            code = int(asked)
-        self._request = ""
-        return ("", "save", "stop")[code]
-
 
 def mix(*numbers: int) -> int:
     """One 63-bit seed from several numbers; neighbours give unrelated seeds."""
@@ -366,29 +370,6 @@ def mix(*numbers: int) -> int:
         value = (value ^ (number + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9 % 2**64
         value ^= value >> 31
     return value >> 1
-
-
-def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    """What differs between two checkpoint headers, as "key: old → new"; more steps are no difference."""
-    from smartlab.config import flatten
-
-    before, after = (dict(flatten(json.loads(h["config"]))) for h in (old, new))
-    harmless = {
-        "train.log_every",
-        "train.picture_every",
-        "train.checkpoint_every",
-        "train.keep_last",
-        "train.keep_every",
-        "data.workers",
-    }
-    found = [
-        f"{k}: {before.get(k)} → {after.get(k)}"
-        for k in after
-        if before.get(k) != after.get(k) and k not in harmless
-    ]
-    if old["data"] != new["data"]:
-        found.append("the data have another fingerprint")
-    return found
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from smartlab.config import Config
+from smartlab.training.live import Live, in_notebook
 
 COLUMNS = [
     "step",
@@ -35,6 +36,12 @@ COLUMNS = [
     "attention_entropy",
     "attention_informativeness",
     "attention_hidden",
+    "lift_body",
+    "lift_organ",
+    "lift_lesion",
+    "hidden_body",
+    "hidden_organ",
+    "hidden_lesion",
     "guided",
     "teacher_entropy",
     "teacher_kl_uniform",
@@ -53,19 +60,22 @@ class Monitor:
     def __init__(self, run: Path, config: Config, enabled: bool, progress: bool, start: int) -> None:
         self.run, self.config, self.enabled = run, config, enabled
         self.alarms: dict[str, int] = {}
+        self._guided: float | None = None
         self._started, self._first = time.monotonic(), start
         self._bar: Any = None
         self._board: Any = None
+        self._live: Live | None = None
         if not enabled:
             return
         rewind(run / "metrics.csv", start)
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
-        if progress:
+        if progress and in_notebook():
+            self._live = Live(run.name, config.train.steps, start)
+        elif progress:
             from tqdm.auto import tqdm
 
-            # under papermill a log keeps every refresh: show a few, not thousands
             self._bar = tqdm(
                 total=config.train.steps,
                 initial=start,
@@ -82,7 +92,7 @@ class Monitor:
         path = self.run / "metrics.csv"
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        if not path.exists():
+        if not path.exists() or not path.stat().st_size:
             writer.writerow(COLUMNS)
         writer.writerow([_text(values.get(name)) for name in COLUMNS])
         with path.open("a", encoding="utf-8") as file:  # one write per row: a killed run leaves whole rows
@@ -90,6 +100,8 @@ class Monitor:
         for name, value in values.items():
             if name not in ("step", "epoch") and math.isfinite(value):
                 self._board.add_scalar(name, value, int(values["step"]))
+        if self._live is not None:
+            self._live.update(values)
         self._alarm(values)
 
     def tick(self, loss: float, steps: int = 1) -> None:
@@ -110,7 +122,20 @@ class Monitor:
             self.event("warning", about=kind, step=step, message=message)
             if self._bar is not None:
                 self._bar.write(f"warning at step {step}: {message}")
+            if self._live is not None:
+                self._live.note(f"step {step}: {message}")
         self.alarms[kind] = step
+
+    def finish(self, step: int) -> None:
+        """The last word: also if the guard never let attention choose the masks."""
+        if self._guided == 0.0 and self.config.mask.strategy.startswith("attention"):
+            self.warn(
+                "never_guided",
+                step,
+                f"masks ended random: attention informativeness was below mask.informativeness="
+                f"{self.config.mask.informativeness}, or mask.warmup_epochs not over; train longer",
+            )
+        self.event("finished", step=step)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -122,6 +147,17 @@ class Monitor:
         """Collapse and near-uniform attention, in words."""
         step, d = int(row["step"]), self.config.distill
         found = {}
+        if self._guided is not None and row.get("guided") != self._guided:
+            self.event("masks", step=step, now="guided" if row["guided"] else "random")
+        self._guided = row.get("guided")
+        uniform = row.get("teacher_entropy", 1.0) + row.get("teacher_kl_uniform", 0.0)  # ln K
+        if step > 50 and row.get("teacher_entropy", 1.0) < 0.02 * uniform:
+            found["one_answer"] = (
+                f"the teacher gives nearly the same answer to every view (entropy {row['teacher_entropy']:.3f} "
+                f"of ln K = {uniform:.2f}): collapse"
+            )
+        if step > 50 and row.get("effective_rank", 2.0) < 1.05:
+            found["one_dimension"] = "image tokens vary along one direction only (effective rank < 1.05)"
         if d.kind == "prototype" and self.config.teacher.enabled and step > 50:
             ceiling = math.log(d.prototypes)
             for term, weight in (("ampd", self.config.loss.patch), ("itd", self.config.loss.image)):
@@ -157,6 +193,6 @@ def rewind(path: Path, step: int) -> None:
 
 
 def _text(value: float | None) -> str:
-    if value is None:
+    if value is None or math.isnan(value):
         return ""
     return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(float(value))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +19,35 @@ if TYPE_CHECKING:
 
 
 def make_accelerator(config: Config) -> Accelerator:
-    """accelerate, configured: precision, and DDP or FSDP where there are several processes."""
+    """accelerate, configured: precision, and DDP where there are several processes."""
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
 
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.train.precision]
     if precision == "fp16" and not torch.cuda.is_available():
         raise UseError("train.precision=fp16 needs a GPU", fix="use fp32 or bf16")
-    plugin = FullyShardedDataParallelPlugin() if config.train.sharding == "fsdp" else None
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    return Accelerator(mixed_precision=precision, kwargs_handlers=[ddp], fsdp_plugin=plugin)
+    # without image and coarse loss nothing trains the query of [CLS]
+    idle = config.semantic.enabled and not (config.loss.image or config.loss.coarse)
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=idle)
+    if not torch.distributed.is_initialized():
+        # a second run in the same notebook may want another precision
+        AcceleratorState._reset_state(reset_partial_state=True)
+    plain = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    # said outright, because accelerate overlooks the processes of torchrun on a machine without a GPU
+    return Accelerator(cpu=plain, mixed_precision=precision, kwargs_handlers=[ddp])
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next step instead of giving it back each time.
+
+    On a CPU, fetching fresh pages for every large activation costs about a tenth of a step.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL("libc.so.6")
+        trim, top_pad, map_above = -1, -2, -3  # names in malloc.h
+        for option, size in ((map_above, 1 << 30), (trim, (1 << 31) - 1), (top_pad, 64 << 20)):
+            libc.mallopt(option, size)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -25,6 +25,12 @@ SMALL = {
     "distill.hidden": 32,
     "distill.bottleneck": 16,
     "distill.prototypes": 32,
+    # the method itself, without what the tiny preset adds for small batches
+    "mask.warmup_epochs": 0,
+    "semantic.similarity": "dot",
+    "semantic.registers": 0,
+    "distill.standardise": False,
+    "loss.coarse": 0.0,
 }
 METHODS = ("simmim", "smit", "smart", "dagman")
 
@@ -75,6 +81,8 @@ def test_the_loss_is_the_weighted_sum_of_its_terms():
         {"distill.cross_view": False},
         {"distill.standardise": True},
         {"semantic.similarity": "cosine"},
+        {"semantic.position": False},
+        {"semantic.registers": 2},
         {"loss.coarse": 1.0},
         {"loss.patch": 0.0},
         {"loss.image": 0.0},
@@ -127,6 +135,24 @@ def test_one_teacher_pass_per_step_gives_masks_and_targets(monkeypatch):
     importance, mask = passes[0].attention.mean(1), hidden[0]
     for row, chosen in zip(importance, mask, strict=True):
         assert row[chosen].min() >= row[~chosen].max(), "the student's mask is the teacher's top attention"
+
+
+def test_stochastic_depth_is_the_students_alone():
+    """Two looks of a clean teacher at the same views are the same, whatever `encoder.drop_path`."""
+    net = make(**{"encoder.drop_path": 0.5, "teacher.patch_dropout": 0.0}).train()
+    x = views().flatten(0, 1)
+    a, b = (net.look(x, Clock(0, 100, 10), torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(a.cls, b.cls) and torch.equal(a.attention, b.attention)
+    assert not torch.equal(net.student.encoder(x).cls, net.student.encoder(x).cls)
+
+
+def test_the_guard_judges_the_map_that_guides():
+    net = make(**{"mask.informativeness": 0.5, "mask.importance": "received"})
+    seen = net.look(views().flatten(0, 1), Clock(0, 100, 10), torch.Generator().manual_seed(0))
+    sharp = seen._replace(attention=(1000 * seen.attention.log()).softmax(-1))
+    flat = sharp._replace(received=torch.full_like(seen.received, 1 / seen.received.shape[1]))
+    net.choose(flat, views().flatten(0, 1), Clock(0, 100, 10), torch.Generator().manual_seed(0))
+    assert not net.guides(Clock(0, 100, 10))
 
 
 def test_no_gradient_reaches_the_teacher_and_the_student_learns_everywhere():

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from monai.networks.nets.swin_unetr import SwinTransformer
 
-from smartlab.config import ENCODERS, EncoderConfig
+from smartlab.config import ENCODERS, EncoderConfig, load_config
+from smartlab.models.attend import attend
+from smartlab.models.encoder import Encoder
 from smartlab.models.swin import Swin, shift_mask
 
 PRESETS = [name for name in ENCODERS if name != "custom"]
@@ -83,3 +86,52 @@ def test_compiles_as_one_graph():
     expected = net(x)
     for mine, reference in zip(torch.compile(net, fullgraph=True)(x), expected, strict=True):
         torch.testing.assert_close(mine, reference, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "window_size, depths", [(4, (1, 1, 2, 1)), (4, (2, 2, 2, 2)), (2, (2, 1, 1, 1)), (7, (2, 1, 1, 1))]
+)
+def test_masked_units_computed_once_change_nothing(window_size, depths):
+    """The shortcut equals encoding every masked unit, in all stages and in all gradients."""
+    more = {"encoder.window_size": window_size, "encoder.depths": depths, "encoder.preset": "custom"}
+    encoder = Encoder(load_config("tiny", more)).double()
+    x = torch.rand(2, 1, 64, 64, 64, dtype=torch.float64)
+    hidden = torch.rand(2, 512) < 0.7
+    found = []
+    for visible in (None, int((~hidden).sum())):
+        encoder.zero_grad()
+        seen = encoder(x, hidden=hidden, visible=visible)
+        (seen.cls.square().sum() + seen.tokens.square().mean() + seen.stages[-1].square().sum()).backward()
+        grads = {n: p.grad.clone() for n, p in encoder.named_parameters()}
+        found.append((seen.stages, grads))
+    for dense, quick in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(quick, dense, atol=1e-9, rtol=1e-9)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-8, rtol=1e-6, msg=name)
+
+
+def test_masked_units_are_computed_once(monkeypatch):
+    """With 70% hidden, the first stage of `tiny` sees the visible units and one more."""
+    encoder = Encoder(load_config("tiny"))
+    cells = []
+    block = encoder.swin.layers1[0].blocks[0]
+    block.register_forward_pre_hook(lambda module, inputs: cells.append(inputs[0].shape[0]))
+    hidden = torch.zeros(2, 512, dtype=torch.bool)
+    hidden[:, :359] = True
+    encoder(torch.rand(2, 1, 64, 64, 64), hidden=hidden, visible=2 * (512 - 359))
+    assert cells == [2 * (512 - 359) + 1]
+
+
+@pytest.mark.parametrize("shape", [(300, 2, 64, 12), (4, 64, 64, 8), (1, 3, 50, 16)])
+def test_attention_in_pieces_is_attention(shape):
+    """The processor's own form agrees with the library's, gradients of the bias included."""
+    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    bias = torch.randn(1, shape[1], shape[2], shape[2], dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(shape, dtype=torch.float64)
+    for form in (attend, lambda q, k, v, b: F.scaled_dot_product_attention(q, k, v, attn_mask=b)):
+        out = form(q, k, v, bias)
+        grads = torch.autograd.grad((out * weight).sum(), (q, k, v, bias))
+        if form is attend:
+            expected = (out, *grads)
+    for mine, theirs in zip(expected, (out, *grads), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-8)

@@ -23,6 +23,7 @@ SMALL = {
     "train.checkpoint_every": 3,
     "train.picture_every": 1000,
     "mask.informativeness": 0.0,
+    "mask.warmup_epochs": 0,
 }
 
 

@@ -86,13 +86,16 @@ def test_killed_and_resumed_equals_never_stopped(method, more, settings, tmp_pat
     settings = settings | {"method.preset": method} | more
     whole = start(settings, tmp_path / "whole")
     killed = start(settings, tmp_path / "killed", slow=0.15)
-    wait_for_step(tmp_path / "killed", random.Random(method + str(more)).randint(1, 7), killed)
+    wait_for_step(tmp_path / "killed", random.Random(method + str(more)).randint(4, 7), killed)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
+    assert checkpoint.steps(tmp_path / "killed"), "there is something to resume from"
     assert whole.wait() == 0, whole.stderr.read().decode()
     again = start(settings, tmp_path / "killed")
     assert again.wait() == 0, again.stderr.read().decode()
     assert_same_run(tmp_path / "whole", tmp_path / "killed", 8)
+    assert "resume" in [e["event"] for e in sl.Run(tmp_path / "killed").events]
+    assert sl.Run(tmp_path / "whole").history.guided.any() == (method == "dagman")
 
 
 @pytest.mark.slow
@@ -120,7 +123,7 @@ def test_stopping_in_the_middle_of_an_epoch_changes_nothing(settings, tmp_path, 
 
     def stop_at_four(self):
         if next(count) == 3:
-            self._request = "stop"
+            self.requests.asked = "stop"
         return original(self)
 
     monkeypatch.setattr(Trainer, "one_step", stop_at_four)
@@ -209,11 +212,11 @@ def test_rewinding_keeps_whole_rows_up_to_the_checkpoint(tmp_path):
 
 
 def test_a_bad_batch_is_skipped_counted_and_named(settings, tmp_path, monkeypatch):
-    from smartlab.training import loop
+    from smartlab.training import views as training_views
 
-    original, calls = loop.window, iter(range(1000))
+    original, calls = training_views.window, iter(range(1000))
     monkeypatch.setattr(
-        loop, "window", lambda hu, *a: original(hu, *a) * (float("nan") if next(calls) == 1 else 1)
+        training_views, "window", lambda hu, *a: original(hu, *a) * (float("nan") if next(calls) == 1 else 1)
     )
     run = sl.pretrain(sl.load_config("tiny", settings | {"train.steps": 4}), tmp_path / "r", progress=False)
     skipped = [e for e in run.events if e["event"] == "skipped"]
@@ -223,11 +226,61 @@ def test_a_bad_batch_is_skipped_counted_and_named(settings, tmp_path, monkeypatc
     assert run.history.loss.notna().tolist() == [True, False, True, True]
 
 
-def test_too_many_bad_batches_stop_the_run_with_a_diagnosis(settings, tmp_path, monkeypatch):
-    from smartlab.training import loop
+def test_one_infinite_gradient_costs_one_step_and_no_weights(settings, tmp_path, monkeypatch):
+    """The loss may be finite all the same: the step is not taken, and what was learned stays."""
+    from smartlab.training.loop import Trainer
 
-    original = loop.window
-    monkeypatch.setattr(loop, "window", lambda hu, *a: original(hu, *a) * float("nan"))
+    freeze, calls = Trainer._freeze, iter(range(1000))
+
+    def spoil(self, clock):
+        freeze(self, clock)
+        if next(calls) == 1:
+            self._trained()[0].grad.view(-1)[0] = float("inf")
+
+    monkeypatch.setattr(Trainer, "_freeze", spoil)
+    run = sl.pretrain(sl.load_config("tiny", settings | {"train.steps": 4}), tmp_path / "r", progress=False)
+    skipped = [e for e in run.events if e["event"] == "skipped"]
+    assert [e["step"] for e in skipped] == [2] and skipped[0]["reason"] == "non-finite gradient"
+    assert run.history.skipped.tolist() == [0, 1, 1, 1] and run.history.loss.notna().all()
+    assert all(torch.isfinite(v).all() for v in weights(run.path, 4).values())
+
+
+def test_two_runs_in_one_process_may_differ_in_precision(settings, tmp_path):
+    for precision in ("fp32", "bf16"):
+        more = {"train.steps": 1, "train.precision": precision}
+        run = sl.pretrain(sl.load_config("tiny", settings | more), tmp_path / precision, progress=False)
+        assert run.finished
+
+
+def test_a_stop_is_not_forgotten_for_a_later_save():
+    import os
+
+    from smartlab.training.requests import Requests
+
+    requests = Requests(torch.device("cpu"), 1)
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert requests.agreed() == "stop" and requests.agreed() == ""
+    finally:
+        requests.close()
+
+
+def test_a_guard_that_never_opened_is_told(settings, tmp_path):
+    """Masks that were meant to be guided and never were: the run says so at its end."""
+    run = sl.pretrain(
+        sl.load_config("tiny", settings | {"train.steps": 2, "mask.informativeness": 0.99}),
+        tmp_path / "r",
+        progress=False,
+    )
+    assert "never_guided" in [e.get("about") for e in run.events]
+
+
+def test_too_many_bad_batches_stop_the_run_with_a_diagnosis(settings, tmp_path, monkeypatch):
+    from smartlab.training import views as training_views
+
+    original = training_views.window
+    monkeypatch.setattr(training_views, "window", lambda hu, *a: original(hu, *a) * float("nan"))
     with pytest.raises(DataError, match="3 steps in a row had a non-finite loss"):
         sl.pretrain(
             sl.load_config("tiny", settings | {"train.max_bad_steps": 3}), tmp_path / "r", progress=False

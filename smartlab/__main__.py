@@ -1,0 +1,5 @@
+"""`python -m smartlab`: the command line, also under launchers such as torchrun."""
+
+from smartlab.cli import main
+
+main()

@@ -1,0 +1,372 @@
+"""Whether features of the same organ lie together, without any fine-tuning.
+
+Features are standardised per dimension over the table, then, with classes k = 1 … K (organs), members
+x_i of class k, their centroid m_k, and Euclidean distances:
+
+- intra   mean over classes of the root mean square distance of members to their centroid,
+          intra_k = √(mean_i ‖x_i − m_k‖²)
+- inter   mean over the K(K − 1)/2 pairs of classes of ‖m_k − m_l‖
+- ratio   inter / intra; free of scale, so comparable between feature spaces
+- silhouette   mean over rows of (b − a) / max(a, b): a, b the mean distance to rows of its own, of the
+          nearest other class (Rousseeuw 1987)
+- knn_purity   share of a row's k nearest neighbours *in other patients* that are of its organ, mean over
+          rows; `knn_purity_chance` is what neighbours drawn at random from other patients would give
+- ari, nmi     adjusted Rand index and normalised mutual information of k-means (K clusters) with organs
+
+inter, intra, ratio, silhouette and knn_purity are computed in feature space ("features/…") and in every
+embedding ("umap/…"), where distances have no meaning beyond that picture. Stability of UMAP over
+seeds: `umap/stability`, the share of a row's k nearest neighbours that two seeds agree on (mean over
+rows and pairs of seeds), and `umap/ratio_seed_sd`, the standard deviation of the ratio over seeds.
+
+Intervals are by patient bootstrap. That of inter, intra and ratio is the value ± t standard errors of the
+bootstrap, whose own mean is off: drawing rows again adds noise to centroids a second time, and
+noise in many dimensions pushes centroids apart. (Once it does so in the values too: compare tables of
+the same size only.) For silhouette, knn_purity, ari and nmi the neighbours and the
+clusters stay as they are and the patients that are scored are drawn; embeddings stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from smartlab.errors import DataError, UseError
+from smartlab.evaluation.means import error_interval, interval, patient_means, patient_weights
+from smartlab.evaluation.result import Estimate, Result
+from smartlab.evaluation.table import FeatureTable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EMBEDDINGS = ("umap", "pca", "tsne")
+MARKERS = ("o", "s", "^", "D", "P", "X", "v", "*")
+_LINKS = ("case", "patient", "image", "split", "fold")  # what a viewer needs to find a point's image
+
+
+def clusters(
+    table: FeatureTable,
+    *,
+    label: str = "organ",
+    embeddings: Sequence[str] = EMBEDDINGS,
+    k: int = 10,
+    umap_seeds: int = 3,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Result:
+    """Cluster structure of the rows' features with respect to a label, by default the organ.
+
+    embeddings: some of umap, pca, tsne. Without umap-learn (or numba) UMAP is replaced by PCA and
+                facts["notes"] says so.
+    k:          neighbours of knn_purity and of the stability.
+
+    Classes with a single row have no spread and are left out (facts["left_out"]). With one patient
+    there are no neighbours in other patients and no intervals.
+
+    table: a row per feature: case, patient, image, …, the label, its k-means cluster, silhouette, purity
+           and coordinates "umap_x", "umap_y", ….
+
+    >>> result = clusters(features_per_organ)            # doctest: +SKIP
+    >>> result.metrics["features/ratio"], result.metrics["ari"]  # doctest: +SKIP
+    """
+    if unknown := [name for name in embeddings if name not in EMBEDDINGS]:
+        raise UseError(f"no embedding {unknown[0]!r}", expected=", ".join(EMBEDDINGS))
+    if k < 1 or umap_seeds < 1:
+        raise UseError(
+            "k and umap_seeds count neighbours and seeds", found=f"{k}, {umap_seeds}", expected="≥ 1"
+        )
+    kept, y, classes, left_out = _rows(table, label)
+    x = standardised(kept.x)
+    patients = kept.about.patient.to_numpy(str)
+    notes = [] if len(set(patients)) > 1 else ["one patient: no intervals, no neighbours in other patients"]
+    if not x.any():
+        notes.append("all features are constant: nothing is told apart")
+    places, repeats = _embed(x, [*embeddings], umap_seeds, seed, notes)
+    about = kept.about[[c for c in _LINKS if c in kept.about]].copy()
+    about[label] = [classes[i] for i in y]
+    about["cluster"] = _kmeans(x, len(classes), seed)
+    metrics: dict[str, Estimate] = {}
+    for name, space in ({"features": x} | places).items():
+        rows = _row_scores(space, y, patients, k)
+        means = patient_means(np.stack([*rows.values()], 1), patients, draws, seed)
+        found = spread_estimates(space, y, patients, draws, seed) | dict(zip(rows, means, strict=True))
+        chance = found.pop("knn_purity_chance")
+        metrics |= {f"{name}/{key}": value for key, value in found.items()}
+        if name == "features":
+            about["silhouette"], about["knn_purity"] = rows["silhouette"], rows["knn_purity"]
+            metrics["knn_purity_chance"] = chance
+    metrics |= _agreement(y, about.cluster.to_numpy(), patients, draws, seed)
+    metrics |= _stability(repeats, y, k)
+    metrics = {name: value for name, value in metrics.items() if not np.isnan(value.value)}
+    for name, place in places.items():
+        about[f"{name}_x"], about[f"{name}_y"] = place[:, 0], place[:, 1]
+    facts = dict(table.facts) | {"label": label, "classes": classes, "left_out": left_out, "notes": notes}
+    facts |= {"rows": len(y), "patients": len(set(patients)), "k": k, "seed": seed, "draws": draws}
+    draw = partial(_draw, places, y, classes, metrics)
+    return Result("clusters", metrics, about, draw, facts)
+
+
+def _rows(table: FeatureTable, label: str) -> tuple[FeatureTable, np.ndarray, list[str], list[str]]:
+    """Rows of classes with two rows or more; class positions and names; names left out."""
+    kept, values, names = table.labelled(label)
+    if values.ndim != 1 or not names:
+        raise UseError(
+            f"label {label!r} does not sort rows into classes", expected="a binary or multiclass label"
+        )
+    number = np.bincount(values, minlength=len(names))
+    enough = number >= 2
+    if enough.sum() < 2:
+        raise DataError(
+            "clusters need two classes of two rows or more",
+            found=f"{enough.sum()} such classes among {(number > 0).sum()}, {len(values)} rows",
+            fix="add patients, or take several rows per organ with `organ_tokens`",
+        )
+    rows = enough[values]
+    classes = [name for name, keep in zip(names, enough, strict=True) if keep]
+    left_out = [name for name, n in zip(names, number, strict=True) if n == 1]
+    return kept.take(rows), (np.cumsum(enough) - 1)[values[rows]], classes, left_out
+
+
+def standardised(x: np.ndarray) -> np.ndarray:
+    """Zero mean and unit variance per dimension; constant dimensions become zero."""
+    x = x.astype(np.float64) - x.mean(0, dtype=np.float64)
+    scale = x.std(0)
+    constant = scale <= 1e-7 * np.abs(x).max(initial=1e-30)
+    return np.where(constant, 0, x / np.where(constant, 1, scale)).astype(np.float32)
+
+
+def spread(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """inter, intra and ratio, (draws, 3), for every row of weights (draws, rows).
+
+    A class of which a draw has no row is left out of that draw.
+    """
+    number = int(y.max()) + 1
+    centres = np.full((len(weights), number, x.shape[1]), np.nan, np.float32)
+    intra = np.full((len(weights), number), np.nan)
+    for c in range(number):
+        part, w = x[y == c], weights[:, y == c].astype(np.float32)
+        middle = part.mean(0)  # sums of squares around it keep their digits
+        apart, total = part - middle, w.sum(1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            moved = (w @ apart) / total[:, None]
+            square = (w @ (apart**2).sum(1)) / total - (moved**2).sum(1)
+        centres[:, c], intra[:, c] = middle + moved, np.sqrt(np.maximum(square, 0))
+    first, second = np.triu_indices(number, 1)
+    inter = np.empty(len(weights))
+    for draw, centre in enumerate(centres):
+        far = np.linalg.norm(centre[first] - centre[second], axis=1)
+        inter[draw] = far[np.isfinite(far)].mean() if np.isfinite(far).any() else np.nan
+    within = np.nanmean(intra, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.stack([inter, within, np.where(within > 0, inter / within, np.nan)], 1)
+
+
+def spread_estimates(
+    x: np.ndarray, y: np.ndarray, patients: np.ndarray, draws: int, seed: int
+) -> dict[str, Estimate]:
+    """inter, intra and ratio with intervals from patient-bootstrap standard errors."""
+    weights, position = patient_weights(patients, draws, seed)
+    drawn = [spread(x, y, part[:, position]) for part in np.array_split(weights, max(1, draws // 50))]
+    value, every = spread(x, y, np.ones((1, len(y))))[0], np.concatenate(drawn)
+    return {
+        name: error_interval(value[i], every[:, i], weights.shape[1])
+        for i, name in enumerate(("inter", "intra", "ratio"))
+    }
+
+
+def _row_scores(x: np.ndarray, y: np.ndarray, patients: np.ndarray, k: int) -> dict[str, np.ndarray]:
+    from sklearn.metrics import silhouette_samples
+
+    flat = not np.ptp(x, axis=0).any()
+    alone = np.zeros(len(y)) if flat else silhouette_samples(x, y)
+    purity, chance = knn_purity(x, y, patients, k)
+    return {"silhouette": alone, "knn_purity": purity, "knn_purity_chance": chance}
+
+
+def knn_purity(x: np.ndarray, y: np.ndarray, patients: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Per row: share of its k nearest rows of other patients that are of its class, and the same by chance.
+
+    Where the k-th distance is shared by several rows, they count in equal parts. Not-a-number where
+    there is no other patient.
+    """
+    size = (x**2).sum(1)
+    purity, chance = np.full(len(y), np.nan), np.full(len(y), np.nan)
+    for start in range(0, len(y), 512):
+        rows = slice(start, start + 512)
+        far = np.maximum(size[rows, None] + size[None] - 2 * (x[rows] @ x.T), 0)
+        other = patients[rows, None] != patients[None]
+        same = y[rows, None] == y[None]
+        number = other.sum(1)
+        far[~other] = np.inf
+        for i, count in enumerate(number):
+            if count == 0:
+                continue
+            taken = min(k, int(count))
+            edge = np.partition(far[i], taken - 1)[taken - 1]
+            below, tied = far[i] < edge, far[i] == edge
+            part = (taken - below.sum()) / tied.sum()
+            purity[start + i] = (same[i, below].sum() + part * same[i, tied].sum()) / taken
+            chance[start + i] = (same[i] & other[i]).sum() / count
+    return purity, chance
+
+
+def _kmeans(x: np.ndarray, number: int, seed: int) -> np.ndarray:
+    import warnings
+
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():  # fewer distinct rows than clusters: fewer clusters, which is right
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return KMeans(number, n_init=10, random_state=seed).fit_predict(x)
+
+
+def _agreement(
+    y: np.ndarray, found: np.ndarray, patients: np.ndarray, draws: int, seed: int
+) -> dict[str, Estimate]:
+    """ARI and NMI of two partitions with patient-bootstrap intervals."""
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    weights, position = patient_weights(patients, min(draws, 500), seed)
+    scores: dict[str, Callable[..., float]] = {
+        "ari": adjusted_rand_score,
+        "nmi": normalized_mutual_info_score,
+    }
+    estimates = {}
+    rows = [np.repeat(np.arange(len(y)), w[position]) for w in weights]
+    for name, score in scores.items():
+        drawn = np.array([score(y[r], found[r]) for r in rows])
+        estimates[name] = interval(float(score(y, found)), drawn, weights.shape[1])
+    return estimates
+
+
+def _embed(
+    x: np.ndarray, wanted: list[str], seeds: int, seed: int, notes: list[str]
+) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+    """Embedding name -> (rows, 2), and the UMAP of every seed."""
+    if "umap" in wanted and len(x) < 5:
+        notes.append("fewer than five rows: no UMAP, PCA instead")
+        wanted = [name for name in wanted if name != "umap"]
+    repeats: list[np.ndarray] = []
+    if "umap" in wanted:
+        try:
+            repeats = _umap(x, seeds, seed)
+        except ImportError as error:
+            notes.append(f"no UMAP, PCA instead: {error}")
+    places: dict[str, np.ndarray] = {"umap": repeats[0]} if repeats else {}
+    if "pca" in wanted or not places:
+        places["pca"] = _pca(x, 2)
+    if "tsne" in wanted and len(x) > 3:
+        from sklearn.manifold import TSNE
+
+        # 50 components keep what neighbours are made of and save most of the time
+        tsne = TSNE(2, perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed, max_iter=500)
+        places["tsne"] = tsne.fit_transform(_pca(x, 50)) if x.any() else np.zeros((len(x), 2), np.float32)
+    return places, repeats
+
+
+def _pca(x: np.ndarray, components: int) -> np.ndarray:
+    """Coordinates along the first principal axes, padded with zeros where there are fewer."""
+    from sklearn.decomposition import PCA
+
+    number = min(components, *x.shape)
+    if not x.any():
+        return np.zeros((len(x), components), np.float32)
+    found = PCA(number, svd_solver="covariance_eigh" if len(x) > x.shape[1] else "full").fit_transform(x)
+    return np.pad(found, ((0, 0), (0, components - number)))
+
+
+def _umap(x: np.ndarray, seeds: int, seed: int) -> list[np.ndarray]:
+    """UMAP of several seeds, all from exact neighbours and from PCA: what differs is the layout by chance."""
+    import warnings
+
+    from sklearn.neighbors import NearestNeighbors
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numba's and umap's remarks about threads and reuse
+        from umap import UMAP
+
+        number = min(15, len(x) - 1)
+        distances, indices = NearestNeighbors(n_neighbors=number).fit(x).kneighbors(x)
+        start = _pca(x, 2)
+        start = (10 * start / max(np.abs(start).max(), 1e-12)).astype(np.float32)
+        return [
+            UMAP(
+                n_neighbors=number,
+                init=start,
+                n_epochs=200 if len(x) > 2000 else None,
+                random_state=seed + i,
+                precomputed_knn=(indices, distances.astype(np.float32)),
+            ).fit_transform(x)
+            for i in range(seeds)
+        ]
+
+
+def _stability(repeats: list[np.ndarray], y: np.ndarray, k: int) -> dict[str, Estimate]:
+    from sklearn.neighbors import NearestNeighbors
+
+    if len(repeats) < 2:
+        return {}
+    k = min(k, len(y) - 1)
+    near = [NearestNeighbors(n_neighbors=k).fit(place).kneighbors(return_distance=False) for place in repeats]
+    pairs = [
+        np.mean(
+            [len(np.intersect1d(a, b, assume_unique=True)) / k for a, b in zip(first, second, strict=True)]
+        )
+        for first, second in combinations(near, 2)
+    ]
+    ratios = [spread(place, y, np.ones((1, len(y))))[0, 2] for place in repeats]
+    return {
+        "umap/stability": Estimate(float(np.mean(pairs)), float(min(pairs)), float(max(pairs)), len(pairs)),
+        "umap/ratio_seed_sd": Estimate(float(np.std(ratios, ddof=1)), n=len(ratios)),
+    }
+
+
+def style(index: int) -> dict[str, Any]:
+    """Colour and marker of a class: eight Okabe-Ito colours in each of eight shapes."""
+    from smartlab.viewers.plots import OKABE_ITO
+
+    size = len(OKABE_ITO)
+    return {"color": OKABE_ITO[index % size], "marker": MARKERS[(index // size) % len(MARKERS)]}
+
+
+def _draw(
+    places: dict[str, np.ndarray], y: np.ndarray, classes: list[str], metrics: dict[str, Estimate]
+) -> Figure:
+    """The embeddings side by side, coloured by class, with one legend."""
+    import matplotlib.pyplot as plt
+
+    columns = -(-len(classes) // 20)
+    figure, axes = plt.subplots(
+        1,
+        len(places),
+        figsize=(4.3 * len(places) + 1.9 * columns, 4.6),
+        layout="constrained",
+        squeeze=False,
+    )
+    size = float(np.clip(9000 / len(y), 5, 45))
+    for ax, (name, place) in zip(axes[0], places.items(), strict=True):
+        for c, label in enumerate(classes):
+            rows = y == c
+            ax.scatter(*place[rows].T, s=size, label=label, linewidths=0.3, edgecolors="#333333", **style(c))
+        found = metrics.get(f"{name}/ratio")
+        shown = {"umap": "UMAP", "pca": "PCA", "tsne": "t-SNE"}[name]
+        ax.set_title(shown + (f"   inter/intra {found.value:.2f}" if found else ""), fontsize=10)
+        ax.set_xticks([])
+        ax.set_yticks([])
+        ax.set_box_aspect(1)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        [name.replace("_", " ") for name in labels],
+        loc="outside right center",
+        ncols=columns,
+        frameon=False,
+        fontsize=8,
+        scatterpoints=1,
+        markerscale=max(1.0, (25 / size) ** 0.5),
+    )
+    return figure

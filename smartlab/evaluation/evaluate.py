@@ -1,0 +1,252 @@
+"""One `evaluate` for every task, encoder and dataset: from an encoder and a manifest to a `Result`.
+
+It prepares what a task needs (an open store, features, the random-initialised encoder of the same
+architecture and trivial baselines beside) and calls the task; every setting of the task goes through.
+
+    probe, knn, fewshot   a label of the lesions (or scans), from frozen features
+    outcome               an outcome of the patients
+    clusters              organs in feature space; unsupervised: organs from clustered tokens
+    heads, localize       the attention itself
+    classify, segment     fine-tuning
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from smartlab.config import DataConfig
+from smartlab.data.manifest import Manifest, load_manifest
+from smartlab.data.prepare import prepare_store
+from smartlab.errors import UseError
+from smartlab.evaluation.encoders import as_encoder, random_encoder
+from smartlab.evaluation.result import Result
+from smartlab.evaluation.table import FeatureTable
+from smartlab.training.run import Run
+
+if TYPE_CHECKING:
+    from smartlab.data.store import Store
+    from smartlab.evaluation.encoders import EncoderSource
+
+LABELLED = ("probe", "knn", "fewshot", "outcome")
+FINE_TUNING = ("classify", "segment")
+Rows = Literal["lesion", "image", "patient"]
+TASKS = (*LABELLED, "clusters", "unsupervised", "heads", "localize", *FINE_TUNING)
+
+
+def evaluate(
+    source: EncoderSource,
+    task: str,
+    manifest: str | Path | Manifest = "phantom-ct",
+    *,
+    root: str | Path | None = None,
+    store: Store | None = None,
+    label: str | None = None,
+    rows: Rows | None = None,
+    pooling: str | None = None,
+    role: str = "teacher",
+    beside: bool = True,
+    out: str | Path | None = None,
+    phantom_cases: int | None = None,
+    workers: int = 2,
+    seed: int = 0,
+    progress: bool = True,
+    **settings: Any,
+) -> Result:
+    """Evaluate an encoder (a run, its folder, an exported file or the encoder itself) on a task.
+
+    manifest: name or path; `root` is the folder of its images, `store` an open store of them (else the
+              one that belongs to the root is built or opened, at the voxel size of training).
+    label:    what to predict; by default the manifest's first binary label.
+    rows:     "lesion", "image" or "patient"; by default lesions where the cases have them.
+    pooling:  features as in `features.py`; by default "cls+tokens" ("tokens" for clusters).
+    beside:   also a random-initialised encoder and trivial baselines, on the same folds.
+    out:      folder for result.json, table.csv and figure.png.
+    settings: whatever else the task takes.
+
+    >>> sl.evaluate("runs/a", "probe", "phantom-ct", label="malignancy").metrics["auc"]
+    >>> sl.evaluate("runs/a", "clusters", "phantom-ct", out="runs/a/evaluation/clusters")
+    """
+    if task not in TASKS:
+        raise UseError(f"no task {task!r}", expected=f"one of {', '.join(TASKS)}")
+    if task in FINE_TUNING and out is None:
+        raise UseError(f"{task} trains and needs a folder", fix="give out=…")
+    encoder, facts = as_encoder(source, role)
+    given = manifest if isinstance(manifest, Manifest) else load_manifest(manifest)
+    data = DataConfig(
+        manifest=str(manifest) if not isinstance(manifest, Manifest) else given.name,
+        root=None if root is None else str(root),
+        spacing=encoder.config.data.spacing,
+        phantom_cases=phantom_cases,
+        workers=workers,
+    )
+    job = Job(encoder, facts, given, data, store, rows, pooling, seed, progress)
+    settings["seed"] = seed
+    if task in LABELLED:
+        result = _labelled(job, task, label, beside, settings)
+    elif task == "clusters":
+        result = _clusters(job, beside, settings)
+    elif task == "heads":
+        from smartlab.evaluation.heads import heads
+
+        result = heads(_run_of(source) or encoder, job.store, progress=progress, **settings)
+    elif task in FINE_TUNING:
+        result = _fine_tune(job, task, label, Path(out or "."), settings)
+    else:
+        result = _attention_task(task)(encoder, job.store, progress=progress, **settings)
+    result.facts = {**facts, "manifest": given.name, **result.facts}
+    if out is not None:
+        result.save(out)
+    return result
+
+
+@dataclass
+class Job:
+    """What the tasks of one call share, made when first needed."""
+
+    encoder: Any
+    facts: dict[str, Any]
+    given: Manifest
+    data: DataConfig
+    opened: Store | None
+    rows: Rows | None
+    pooling: str | None
+    seed: int
+    progress: bool
+
+    @property
+    def stacks(self) -> bool:
+        """Whether the dataset is a folder of PNG stacks, which needs no store."""
+        return "stacks" in self.given.source.parameters.get("layout", {})
+
+    @cached_property
+    def prepared(self) -> tuple[Manifest, Store]:
+        if self.opened is not None:
+            return self.given, self.opened
+        return prepare_store(self.data, self.progress)
+
+    @property
+    def store(self) -> Store:
+        if self.stacks:
+            raise UseError(f"{self.given.name} holds nodules cut out, no scans: this task needs whole scans")
+        return self.prepared[1]
+
+    def label(self, asked: str | None) -> str:
+        if asked is not None:
+            return asked
+        first = next((name for name, spec in self.given.labels.items() if spec.kind == "binary"), None)
+        if first is None:
+            known = ", ".join(self.given.labels) or "none"
+            raise UseError(
+                f"which label? {self.given.name} has no binary one", expected=f"label= one of {known}"
+            )
+        return first
+
+    def table(self, encoder: Any) -> FeatureTable:
+        """Features of the rows asked for."""
+        from smartlab.evaluation import features
+
+        pooling = self.pooling or "cls+tokens"
+        if self.stacks:
+            return features.stack_features(
+                encoder, self.given, self._root(), pooling=pooling, progress=self.progress
+            )
+        man, store = self.prepared
+        has_lesions = bool(store.cases.center_mm.notna().any())
+        rows: Rows = self.rows or ("lesion" if has_lesions else "image")
+        if rows == "lesion":
+            return features.lesion_features(encoder, store, man, pooling=pooling, progress=self.progress)
+        return features.scan_features(
+            encoder,
+            store,
+            man,
+            pooling=pooling,
+            by=rows,
+            progress=self.progress,  # type: ignore[arg-type]
+        )
+
+    def beside(self) -> dict[str, FeatureTable]:
+        """The random-initialised encoder, and what a ruler and a histogram know."""
+        from smartlab.evaluation.baselines import lesion_baselines, stack_baselines
+
+        others = {"random encoder": self.table(random_encoder(self.encoder.config, self.seed))}
+        if self.stacks:
+            return others | stack_baselines(self.given, self._root())
+        man, store = self.prepared
+        if self.rows in (None, "lesion") and store.cases.center_mm.notna().any():
+            window = self.encoder.config.data.window
+            others |= lesion_baselines(store, man, window=window, progress=self.progress)
+        return others
+
+    def organs(self, encoder: Any) -> FeatureTable:
+        """A row per organ and scan; of a single scan its tokens, a row per organ would be too few."""
+        from smartlab.evaluation.features import organ_features
+        from smartlab.evaluation.unsupervised import organ_tokens
+
+        store, man = self.store, self.prepared[0]
+        if len(store) == 1:
+            return organ_tokens(encoder, store, seed=self.seed)
+        return organ_features(encoder, store, man, pooling=self.pooling or "tokens", progress=self.progress)
+
+    def _root(self) -> str:
+        if self.data.root is None:
+            raise UseError(f"where are the images of {self.given.name}?", fix="give root=DIR (--root DIR)")
+        return self.data.root
+
+
+def _labelled(job: Job, task: str, label: str | None, beside: bool, settings: dict[str, Any]) -> Result:
+    from smartlab.evaluation import fewshot, outcome, probe
+
+    label = job.label(label)
+    tasks: dict[str, Callable[..., Result]] = {
+        "probe": probe.probe,
+        "knn": probe.knn,
+        "fewshot": fewshot.fewshot,
+        "outcome": outcome.outcome,
+    }
+    others = job.beside() if beside else None
+    return tasks[task](job.table(job.encoder), label, beside=others, **settings)
+
+
+def _clusters(job: Job, beside: bool, settings: dict[str, Any]) -> Result:
+    """Organs in feature space, and the same of a random encoder: "random features/ratio", …"""
+    from smartlab.evaluation.clusters import clusters
+
+    result = clusters(job.organs(job.encoder), **settings)
+    if beside:
+        plain = settings | {"embeddings": ("pca",)}
+        random = clusters(job.organs(random_encoder(job.encoder.config, job.seed)), **plain)
+        kept = {k: v for k, v in random.metrics.items() if not k.startswith("pca/")}
+        result.metrics |= {f"random {name}": value for name, value in kept.items()}
+    return result
+
+
+def _attention_task(task: str) -> Callable[..., Result]:
+    if task == "localize":
+        from smartlab.evaluation.localize import localize
+
+        return localize
+    from smartlab.evaluation.unsupervised import unsupervised
+
+    return unsupervised
+
+
+def _fine_tune(job: Job, task: str, label: str | None, out: Path, settings: dict[str, Any]) -> Result:
+    from smartlab.evaluation.finetune import classify, segment
+
+    store, man = job.store, job.prepared[0]
+    more = {"progress": job.progress, **settings}
+    if task == "classify":
+        return classify.classify(job.encoder, store, man, out, label=job.label(label), **more)
+    root = job.data.root
+    return segment.segment(job.encoder, store, man, out, root=root, **more)
+
+
+def _run_of(source: EncoderSource) -> Run | None:
+    """The run behind an encoder, where there is one: some tasks look at all its checkpoints."""
+    if isinstance(source, (str, Path)) and (Path(source) / "config.yaml").is_file():
+        return Run(source)
+    return source if isinstance(source, Run) else None

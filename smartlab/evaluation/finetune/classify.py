@@ -1,0 +1,346 @@
+"""Classification by fine-tuning: lesions, benign or malignant, by the encoder and a linear head.
+
+The network sees lesion-centred crops and is tested on patients it has not learned from. Three ways to
+start are compared: "full", "frozen" (only the head learns) and "scratch"; with all training patients,
+or with k patients per class (few-shot), drawn several times.
+
+Classes are rarely balanced. `balance="sampling"` shows every class equally often, "loss" weighs cases
+instead (multi-label always does, having no one class per case). Either way the network learns a world
+in which classes are equally frequent; its predictions are brought back to the frequencies of the
+training cases by adding their log odds, so that probabilities mean what they say. Few-shot draws are
+balanced by design: there, too, the frequencies are those of all training cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from smartlab.data.augment import augment, window
+from smartlab.data.crops import LesionDataset
+from smartlab.data.manifest import Manifest, load_manifest
+from smartlab.data.store import Store
+from smartlab.errors import DataError, UseError
+from smartlab.evaluation import metrics, stats
+from smartlab.evaluation.finetune import classifier, picture
+from smartlab.evaluation.finetune.draws import LesionDraws
+from smartlab.evaluation.finetune.trainer import (
+    Mode,
+    Settings,
+    check_modes,
+    device_of,
+    fit,
+    hold_out,
+    make_settings,
+    weights_hash,
+)
+from smartlab.evaluation.folds import Plan, Split, make_plan, present_classes
+from smartlab.evaluation.predictions import to_table
+from smartlab.evaluation.result import Estimate, Result
+from smartlab.evaluation.table import FeatureTable
+
+if TYPE_CHECKING:
+    from smartlab.models.encoder import Encoder
+
+Balance = Literal["sampling", "loss", "none"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The labelled cases, and everything that the trainings of one call share."""
+
+    encoder: Encoder
+    store: Store
+    size: int
+    spacing: float | None
+    about: pd.DataFrame
+    y: np.ndarray  # (n,) positions in classes, or (n, classes) 0/1 of multi-label
+    kind: str
+    classes: list[str]
+    out: Path
+    balance: Balance
+    augmentation: dict[str, Any]  # of `augment`
+    seed: int
+    settings: Settings
+    resume: bool
+    progress: bool
+
+    def part(self, rows: np.ndarray) -> LesionDataset:
+        """The crops of some of the cases."""
+        return LesionDataset(
+            self.store, size=self.size, spacing=self.spacing, cases=list(self.about.case.iloc[rows])
+        )
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(n, classes) 0/1."""
+        return self.y if self.y.ndim == 2 else np.eye(len(self.classes), dtype=np.int8)[self.y]
+
+
+def classify(
+    encoder: Encoder,
+    store: Store,
+    manifest: Manifest | str | Path,
+    out: str | Path,
+    *,
+    label: str,
+    modes: Sequence[Mode] = ("full",),
+    shots: Sequence[int] = (),
+    draws: int = 5,
+    split: Split = "auto",
+    folds: int = 5,
+    size: int = 64,
+    spacing: float | None = None,
+    balance: Balance = "sampling",
+    flip: bool = True,
+    intensity: float = 0.1,
+    seed: int = 0,
+    bootstraps: int = 2000,
+    resume: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> Result:
+    """Fine-tune to predict `label` of lesions, and measure on patients that were not trained on.
+
+    out:     folder of the trainings and histories; `resume=True` goes on in it.
+    label:   a binary, multiclass or multilabel label of the manifest.
+    shots:   also train on k patients per class, for each k, `draws` times; scored by the mean over draws.
+    split:   as in `make_plan`: the manifest's split or folds, else `folds` patient folds.
+    size, spacing: of the crops in voxels and mm; None: the store's own voxels.
+    flip, intensity: augmentation of the crops, as in `augment`.
+    settings: of the training, see `Settings`.
+
+    >>> result = classify(sl.load_encoder("runs/a"), store, "phantom-ct", "runs/a/malignancy", label="malignancy")
+    >>> result.metrics["auc"]
+    """
+    man = load_manifest(manifest)
+    check_modes(modes, size, encoder)
+    if balance not in ("sampling", "loss", "none"):
+        raise UseError(f"balance={balance!r}", expected="sampling, loss or none")
+    about, y, kind, classes = _cases(store, man, label)
+    task = Task(
+        encoder=encoder,
+        store=store,
+        size=size,
+        spacing=spacing,
+        about=about,
+        y=y,
+        kind=kind,
+        classes=classes,
+        out=Path(out),
+        balance=balance,
+        augmentation={"flip": flip, "intensity": intensity},
+        seed=seed,
+        settings=make_settings(**settings),
+        resume=resume,
+        progress=progress,
+    )
+    plan = make_plan(about, y, classes, split=split, folds=folds, seed=seed)
+    facts = _facts(task) | {"manifest": man.name, "label": label, "split": plan.how, "draws": draws}
+    return _compare(task, plan, modes, (None, *sorted(set(shots), reverse=True)), draws, bootstraps, facts)
+
+
+def _facts(task: Task) -> dict[str, Any]:
+    """What a reader needs to believe the numbers."""
+    crops = {"size": task.size, "spacing": task.spacing, "balance": task.balance}
+    return {
+        "encoder": weights_hash(task.encoder),
+        "data": task.store.fingerprint,
+        "classes": task.classes,
+        "n": {"cases": len(task.about), "patients": int(task.about.patient.nunique())},
+        "seed": task.seed,
+        "settings": crops | task.augmentation | task.settings.model_dump(),
+    }
+
+
+def _compare(
+    task: Task,
+    plan: Plan,
+    modes: Sequence[Mode],
+    shots: Sequence[int | None],
+    draws: int,
+    bootstraps: int,
+    facts: dict[str, Any],
+) -> Result:
+    """Every way to start, with all training patients (None) and with k per class."""
+    runs: list[tuple[str, str]] = []  # name on the axis, suffix of its metrics
+    estimates: dict[str, Estimate] = {}
+    tables: list[pd.DataFrame] = []
+    histories: dict[str, pd.DataFrame] = {}
+    for mode in modes:
+        for k in shots:
+            suffix = "" if not runs else f" ({mode}{'' if k is None else f', {k} per class'})"
+            predictions = []
+            for draw in range(1 if k is None else draws):
+                name = f"{mode}-{'all' if k is None else f'{k}shot-draw{draw}'}"
+                probability, history = _predict(task, plan, mode, name, k, draw)
+                predictions.append(probability)
+                histories |= history if draw == 0 else {}
+                table = _table(task, plan, probability)
+                tables.append(table.assign(mode=mode, shots="all" if k is None else str(k), draw=draw))
+            found = _estimates(task, plan.predicted, predictions, bootstraps)
+            estimates |= {name + suffix: value for name, value in found.items()}
+            runs.append((mode if k is None else f"{mode}, k = {k}", suffix))
+    return Result(
+        "classify",
+        estimates,
+        pd.concat(tables, ignore_index=True),
+        lambda: picture.classification(estimates, histories, runs, "auc"),
+        facts,
+    )
+
+
+def _cases(store: Store, man: Manifest, label: str) -> tuple[pd.DataFrame, np.ndarray, str, list[str]]:
+    """The lesions that have the label -> (about, labels, kind, classes); see `FeatureTable.labelled`."""
+    if label in man.labels and man.labels[label].kind not in ("binary", "multiclass", "multilabel"):
+        raise UseError(f"label {label!r} has no classes", found=man.labels[label].kind)
+    placed = store.cases[store.cases.center_mm.notna()]
+    about = pd.DataFrame(
+        {
+            "case": placed.index,
+            "patient": placed.patient.to_numpy(),
+            "split": placed["split"].to_numpy(),
+            "fold": placed.fold.to_numpy(),
+            f"label:{label}": [labels.get(label) for labels in placed.labels],
+        }
+    )
+    table = FeatureTable(np.zeros((len(about), 1), np.float32), about, man.labels)
+    table, y, classes = table.labelled(label)
+    y, classes, _ = present_classes(y, classes, man.labels[label])
+    return table.about, y, man.labels[label].kind, classes
+
+
+def _predict(
+    task: Task, plan: Plan, mode: Mode, name: str, k: int | None, draw: int
+) -> tuple[np.ndarray, dict[str, pd.DataFrame]]:
+    """Probabilities of the predicted rows, and the history of every training."""
+    histories: dict[str, pd.DataFrame] = {}
+
+    def fit_and_predict(train: np.ndarray, test: np.ndarray) -> np.ndarray:
+        fold = f"{name}-fold{len(histories)}" if len(plan.pairs) > 1 else name
+        probability, histories[fold] = _one(task, fold, train, test, mode, k, draw)
+        return probability
+
+    return plan.predict(fit_and_predict), histories
+
+
+def _one(
+    task: Task, name: str, train: np.ndarray, test: np.ndarray, mode: Mode, k: int | None, draw: int
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """One training -> probabilities of the test rows, and its history."""
+    s = task.settings
+    device, hu_window = device_of(s), task.encoder.config.data.window
+    frequency = task.targets[train].mean(0)
+    if k is None:
+        split = task.about["split"].to_numpy()
+        train, held_out = hold_out(task.about.patient.to_numpy(), task.y, train, split, task.seed)
+    else:  # few-shot: no cases to spare for choosing when to stop
+        train, held_out = (
+            few(task.about.patient.to_numpy(), task.targets, train, k, task.seed + draw),
+            train[:0],
+        )
+    share = task.targets[train].mean(0)
+    by_loss = task.balance == "loss" or (task.balance == "sampling" and task.kind == "multilabel")
+    by_sampling = task.balance == "sampling" and not by_loss
+    draws = LesionDraws(
+        task.part(train),
+        s.steps * s.batch,
+        seed=task.seed,
+        weights=1 / share[task.y[train]] if by_sampling else None,
+    )
+    net = classifier.build(task.encoder, len(task.classes), pretrained=mode != "scratch", seed=task.seed)
+    classifier.standardise(net.to(device), draws, hu_window, task.seed, task.augmentation)
+    measure = classifier.measure_of(
+        task.kind, torch.from_numpy(share).float().to(device) if by_loss else None
+    )
+    learn, stop = (torch.from_numpy(task.targets[rows]).float().to(device) for rows in (train, held_out))
+
+    def loss(batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        x = augment(window(batch["crop"], *hu_window), generator, **task.augmentation)
+        return measure(net(x[:, None]).float(), learn[batch["row"]])
+
+    def said(rows: np.ndarray) -> Tensor:
+        return classifier.logits(net, task.part(rows), hu_window, s.batch, s.precision)
+
+    fitted = fit(
+        net,
+        draws,
+        loss,
+        task.out / name,
+        s,
+        mode=mode,
+        encoder=classifier.ENCODER,
+        seed=task.seed,
+        facts=_depends_on(task, train, held_out),
+        validate=(lambda: -float(measure(said(held_out), stop))) if len(held_out) else None,
+        resume=task.resume,
+        progress=task.progress,
+    )
+    learned = np.full(len(task.classes), 0.5 if task.kind == "multilabel" else 1 / len(task.classes))
+    learned = share if task.balance == "none" else learned
+    logits = said(test).cpu().numpy()
+    return classifier.probability(task.kind, logits, learned, frequency), fitted.history
+
+
+def _depends_on(task: Task, train: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
+    """What a training follows from, besides its settings."""
+    keys = task.about.case.to_numpy()
+    return {
+        "data": task.store.fingerprint,
+        "encoder": weights_hash(task.encoder),
+        "classes": task.classes,
+        "size": task.size,
+        "spacing": task.spacing,
+        "balance": task.balance,
+        **task.augmentation,
+        "train": keys[train].tolist(),
+        "held_out": keys[held_out].tolist(),
+    }
+
+
+def few(patients: np.ndarray, targets: np.ndarray, train: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """k training rows of each class, from k different patients."""
+    rng = np.random.default_rng((seed, k))
+    chosen: set[int] = set()
+    for column in range(targets.shape[1]):
+        rows = rng.permutation(train[targets[train, column] == 1])
+        _, first = np.unique(patients[rows], return_index=True)  # a case of each patient
+        if len(first) < k:
+            raise UseError(
+                f"too few patients for {k} per class",
+                found=f"{len(first)} with class number {column + 1}",
+                fix="ask for fewer shots",
+            )
+        chosen |= set(rows[rng.permutation(first)[:k]].tolist())
+    return np.array(sorted(chosen))
+
+
+def _table(task: Task, plan: Plan, probability: np.ndarray) -> pd.DataFrame:
+    about, truth = task.about.iloc[plan.predicted], task.y[plan.predicted]
+    return to_table(task.kind, list(about.case), list(about.patient), truth, probability, task.classes)
+
+
+def _estimates(
+    task: Task, rows: np.ndarray, predictions: list[np.ndarray], bootstraps: int
+) -> dict[str, Estimate]:
+    """Scores with patient-bootstrap intervals; of several draws the mean, with the interval over draws."""
+    truth, patients = task.y[rows], task.about.patient.to_numpy()[rows]
+
+    def score(truth: np.ndarray, probability: np.ndarray) -> dict[str, float]:
+        return metrics.scores(task.kind, truth, probability, task.classes)
+
+    if len(predictions) > 1:
+        each = pd.DataFrame([score(truth, p) for p in predictions])
+        return {
+            str(name): stats.t_interval(each[name].to_numpy()) for name in each if each[name].notna().all()
+        }
+    if len(set(patients)) < 2:
+        raise DataError("one test patient only", fix='use split="cross"')
+    return dict(stats.bootstrap(score, patients, truth, predictions[0], draws=bootstraps, seed=task.seed))

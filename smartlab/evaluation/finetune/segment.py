@@ -1,0 +1,379 @@
+"""Segmentation by fine-tuning: what pretraining is worth when voxels are labelled.
+
+SwinUNETR around the pretrained Swin learns from random crops (DiceCE), and whole scans of patients it
+has not seen are segmented by sliding windows. Three ways to start are compared: "full" (everything is
+trained), "frozen" (the encoder stands still) and "scratch" (the same network, not pretrained); and
+how many training patients are used, each smaller part inside the larger.
+
+Dice and HD95 (mm) are measured per scan and structure on the store's grid, where training, validation
+and all comparisons live; the means have patient-bootstrap intervals. Predictions are written on the
+source scan's own voxels (`masks.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from smartlab.data.manifest import Case, Manifest, load_manifest
+from smartlab.data.readers import read_volume
+from smartlab.data.store import Store
+from smartlab.errors import DataError, UseError
+from smartlab.evaluation import metrics, stats
+from smartlab.evaluation.finetune import masks, picture, segmenter
+from smartlab.evaluation.finetune.draws import ForegroundCrops
+from smartlab.evaluation.finetune.trainer import (
+    Fitted,
+    Mode,
+    Settings,
+    check_modes,
+    device_of,
+    fit,
+    hold_out,
+    make_settings,
+    weights_hash,
+)
+from smartlab.evaluation.folds import Plan, Split, make_plan
+from smartlab.evaluation.result import Estimate, Result
+
+if TYPE_CHECKING:
+    from smartlab.models.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the trainings of one call share."""
+
+    encoder: Encoder
+    store: Store
+    out: Path
+    names: dict[int, str]  # value in the label volumes -> structure, those to segment
+    sources: dict[int, tuple[Case, Path]]  # image -> its case and data root; empty: write no predictions
+    size: int
+    flip: bool
+    intensity: float
+    overlap: float
+    seed: int
+    settings: Settings
+    resume: bool
+    progress: bool
+
+    @property
+    def table(self) -> np.ndarray:
+        return segmenter.class_table(list(self.names))
+
+
+def segment(
+    encoder: Encoder,
+    store: Store,
+    manifest: Manifest | str | Path,
+    out: str | Path,
+    *,
+    root: str | Path | None = None,
+    labels: Sequence[str] | None = None,
+    modes: Sequence[Mode] = ("full",),
+    fractions: Sequence[float] = (1.0,),
+    split: Split = "auto",
+    folds: int = 5,
+    size: int = 64,
+    flip: bool = False,
+    intensity: float = 0.1,
+    overlap: float = 0.5,
+    seed: int = 0,
+    bootstraps: int = 2000,
+    resume: bool = False,
+    progress: bool = True,
+    **settings: Any,
+) -> Result:
+    """Fine-tune to segment `labels`, and measure on patients that were not trained on.
+
+    out:       folder of the trainings, histories and predictions; `resume=True` goes on in it.
+    root:      the images of the manifest: predictions are written on their voxels. None: not written.
+    labels:    structures by their names in the store; default: all organs, or all masks if there are none.
+    modes:     ways to start, each trained and measured: "full", "frozen", "scratch".
+    fractions: shares of the training patients.
+    split:     as in `make_plan`: the manifest's split or folds, else `folds` patient folds.
+    size:      side of the crops in voxels. flip: mirror crops; not where structures have sides.
+    settings:  of the training, see `Settings`.
+
+    >>> result = segment(sl.load_encoder("runs/a"), store, "phantom-ct", "runs/a/segment", labels=["liver"])
+    >>> result.metrics["dice"], result.metrics["hd95:liver"]
+    """
+    man = load_manifest(manifest)
+    _check(modes, fractions, size, encoder)
+    names = _names(store, man, labels)
+    job = Job(
+        encoder,
+        store,
+        Path(out),
+        names,
+        {} if root is None else _sources(store, man, Path(root)),
+        size,
+        flip,
+        intensity,
+        overlap,
+        seed,
+        make_settings(**settings),
+        resume,
+        progress,
+    )
+    about, unlabelled = _images(store, set(names))
+    plan = make_plan(about, np.zeros(len(about)), [], split=split, folds=folds, seed=seed)
+    table, histories = _every(job, about, plan, modes, sorted(fractions, reverse=True))
+    estimates = _estimates(table, modes, max(fractions), bootstraps, seed)
+    facts = _facts(job, man, about) | {"split": plan.how, "images_without_these_labels": unlabelled}
+    example = job.out / next(iter(histories)) / "example.npz"
+    return Result(
+        "segment", estimates, table, lambda: picture.segmentation(table, estimates, histories, example), facts
+    )
+
+
+def _every(
+    job: Job, about: pd.DataFrame, plan: Plan, modes: Sequence[Mode], fractions: Sequence[float]
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """All trainings: the table of their test scans, and their histories by name."""
+    tables, histories = [], {}
+    for mode in modes:
+        for fraction in fractions:
+            for fold, (train, test) in enumerate(plan.pairs):
+                name = f"{mode}-{100 * fraction:g}pct" + (f"-fold{fold}" if len(plan.pairs) > 1 else "")
+                fitted, rows = _one(job, name, about, train, test, mode, fraction)
+                tables.append(rows.assign(mode=mode, fraction=fraction, fold=fold))
+                histories[name] = fitted.history
+    return pd.concat(tables, ignore_index=True), histories
+
+
+def _facts(job: Job, man: Manifest, about: pd.DataFrame) -> dict[str, Any]:
+    """What a reader needs to believe the numbers."""
+    crops = {"size": job.size, "flip": job.flip, "intensity": job.intensity, "overlap": job.overlap}
+    return {
+        "encoder": weights_hash(job.encoder),
+        "data": job.store.fingerprint,
+        "manifest": man.name,
+        "labels": list(job.names.values()),
+        "spacing_mm": job.store.spacing,
+        "n": {"images": len(about), "patients": int(about.patient.nunique())},
+        "seed": job.seed,
+        "settings": crops | job.settings.model_dump(),
+    }
+
+
+def _one(
+    job: Job, name: str, about: pd.DataFrame, train: np.ndarray, test: np.ndarray, mode: Mode, fraction: float
+) -> tuple[Fitted, pd.DataFrame]:
+    """One training and its test scans."""
+    store, s, hu_window = job.store, job.settings, job.encoder.config.data.window
+    official = about["split"].to_numpy()
+    train, held_out = hold_out(about.patient.to_numpy(), np.zeros(len(about)), train, official, job.seed)
+    train = nested(about.patient.to_numpy(), train, fraction, job.seed)
+    images = about.image.to_numpy()
+    net = segmenter.build(job.encoder, 1 + len(job.names), pretrained=mode != "scratch", seed=job.seed)
+    crops = {
+        "train": ForegroundCrops(
+            store, images[train], job.table, size=job.size, items=s.steps * s.batch, seed=job.seed
+        ),
+        "held out": ForegroundCrops(
+            store, images[held_out], job.table, size=job.size, items=2 * len(held_out), seed=job.seed + 1
+        ),
+    }
+    score = segmenter.score_of(
+        net, crops["held out"], 1 + len(job.names), hu_window, device_of(s), s.precision
+    )
+    fitted = fit(
+        net,
+        crops["train"],
+        segmenter.loss_of(
+            net,
+            hu_window,
+            weights=segmenter.class_weights(_voxels(store, images[train], job.names)),
+            flip=job.flip,
+            intensity=job.intensity,
+        ),
+        job.out / name,
+        s,
+        mode=mode,
+        encoder=segmenter.ENCODER,
+        seed=job.seed,
+        facts={
+            "data": store.fingerprint,
+            "encoder": weights_hash(job.encoder),
+            "labels": list(job.names.values()),
+            "size": job.size,
+            "flip": job.flip,
+            "intensity": job.intensity,
+            "train": [int(i) for i in images[train]],
+            "held_out": [int(i) for i in images[held_out]],
+        },
+        validate=score if len(held_out) else None,
+        resume=job.resume,
+        progress=job.progress,
+    )
+    rows = [_measure(job, net, about.iloc[row], job.out / name) for row in test]
+    return fitted, pd.concat(rows, ignore_index=True).assign(trained_on=about.patient.iloc[train].nunique())
+
+
+def _measure(job: Job, net: torch.nn.Module, row: pd.Series, folder: Path) -> pd.DataFrame:
+    """Segment one scan, write the prediction, and compare it with the truth: a row per structure."""
+    image, store = int(row.image), job.store
+    hu = store.array(image)[:]
+    stored = store.labels(image)
+    assert stored is not None  # images without labels are left out before
+    probability = segmenter.probabilities(
+        net,
+        hu,
+        job.size,
+        job.encoder.config.data.window,
+        overlap=job.overlap,
+        precision=job.settings.precision,
+    )
+    said, truth = probability.argmax(0), job.table[stored[:]]
+    if job.sources:
+        _write(job, image, probability, folder / "predictions")
+    if not (folder / "example.npz").exists():
+        picture.keep_example(folder / "example.npz", hu, said, truth)
+    spacing = (store.spacing,) * 3
+    return pd.DataFrame(
+        {
+            "case": row.key,
+            "patient": row.patient,
+            "structure": name,
+            "dice": metrics.dice(said == c, truth == c),
+            "hd95": metrics.hd95(said == c, truth == c, spacing),
+            "truth_ml": float((truth == c).sum()) * store.spacing**3 / 1000,
+            "said_ml": float((said == c).sum()) * store.spacing**3 / 1000,
+        }
+        for c, name in enumerate(job.names.values(), 1)
+    )
+
+
+def _write(job: Job, image: int, probability: np.ndarray, folder: Path) -> None:
+    """The prediction on the source's voxels: NIfTI, and DICOM SEG where the source is DICOM."""
+    case, root = job.sources[image]
+    path, key = case.locate(root), str(job.store.rows[image]["key"])
+    volume = read_volume(path, series=case.series_uid, tilt=job.store.header["settings"]["tilt"])
+    labels = masks.to_source(probability, job.store.affine(image), volume, list(job.names))
+    masks.write_nifti(folder / f"{key}.nii.gz", labels, volume)
+    if masks.is_dicom(path) and labels.any():
+        masks.write_seg(folder / f"{key}.seg.dcm", labels, volume, job.names, case.series_uid)
+
+
+def _voxels(store: Store, images: np.ndarray, names: dict[int, str]) -> np.ndarray:
+    """Voxels of background and of each structure in some images, from the store's index."""
+    total = sum(int(np.prod(store.shape(int(i)))) for i in images)
+    found = [store.rows[int(i)]["labels"]["voxels"] for i in images]
+    each = [sum(int(voxels.get(str(value), 0)) for voxels in found) for value in names]
+    return np.array([total - sum(each), *each], float)
+
+
+def nested(patients: np.ndarray, rows: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Rows of the first share of the patients, in an order by seed: a smaller part lies in every larger."""
+    names = np.unique(patients[rows])
+    order = np.random.default_rng(seed).permutation(len(names))
+    chosen = names[order[: max(1, round(fraction * len(names)))]]
+    return rows[np.isin(patients[rows], chosen)]
+
+
+def _estimates(
+    table: pd.DataFrame, modes: Sequence[Mode], largest: float, draws: int, seed: int
+) -> dict[str, Estimate]:
+    """Means over scans with intervals over patients; the first mode on all patients has the plain names."""
+    out: dict[str, Estimate] = {}
+    means: dict[tuple[str, float], pd.Series] = {}
+    for mode, fraction in table[["mode", "fraction"]].drop_duplicates().itertuples(index=False):
+        suffix = "" if (mode, fraction) == (modes[0], largest) else f" ({mode}, {100 * fraction:g}%)"
+        rows = table[(table["mode"] == mode) & (table.fraction == fraction)]
+        columns: dict[str, pd.Series] = {}
+        for kind in ("dice", "hd95"):
+            wide = rows.pivot(index=["patient", "case"], columns="structure", values=kind)
+            columns[kind] = wide.mean(axis="columns")
+            columns |= {f"{kind}:{structure}": wide[structure] for structure in rows.structure.unique()}
+        means[mode, fraction] = columns["dice"]
+        patients = columns["dice"].index.get_level_values("patient").to_numpy()
+        values = np.column_stack([column.to_numpy(float) for column in columns.values()])
+        for name, estimate in _means(list(columns), patients, values, draws, seed).items():
+            out[name + suffix] = estimate
+    for mode in modes[1:]:  # the same scans: their differences are paired
+        first, other = means[modes[0], largest], means[mode, largest]
+        patients = first.index.get_level_values("patient").to_numpy()
+        difference = (first - other.reindex(first.index)).to_numpy()[:, None]
+        name = f"dice: {modes[0]} minus {mode}"
+        out |= _means([name], patients, difference, draws, seed)
+    return out
+
+
+def _means(
+    names: list[str], patients: np.ndarray, values: np.ndarray, draws: int, seed: int
+) -> dict[str, Estimate]:
+    if len(set(patients)) < 2:  # a mean, but no interval
+        return {name: Estimate(float(v), n=1) for name, v in zip(names, values.mean(0), strict=True)}
+
+    def mean(rows: np.ndarray) -> dict[str, float]:
+        return dict(zip(names, rows.mean(0).tolist(), strict=True))
+
+    return stats.bootstrap(mean, patients, values, draws=draws, seed=seed)
+
+
+# ---- what there is to segment ---------------------------------------------------------------------
+
+
+def _check(modes: Sequence[str], fractions: Sequence[float], size: int, encoder: Encoder) -> None:
+    check_modes(modes, size, encoder)
+    if size < 2 * encoder.config.encoder.stride(4):
+        raise UseError(
+            f"crops of {size} voxels are one token in the deepest stage, which cannot be normalised",
+            expected=f"at least {2 * encoder.config.encoder.stride(4)}",
+        )
+    if not fractions or not all(0 < f <= 1 for f in fractions) or len(set(fractions)) < len(fractions):
+        raise UseError(
+            "fractions of the training patients", found=fractions, expected="each above 0, up to 1"
+        )
+
+
+def _names(store: Store, man: Manifest, labels: Sequence[str] | None) -> dict[int, str]:
+    """Value -> name of the structures to segment, in order of value."""
+    known = store.label_names
+    if labels is None:
+        labels = [name for name in known.values() if name in man.organs.values()] or list(known.values())
+    unknown = sorted(set(labels) - set(known.values()))
+    if unknown or not labels:
+        raise UseError(
+            "no such structure" if unknown else "there is nothing to segment",
+            path=store.path,
+            found=", ".join(unknown) or "a store without labels",
+            expected=f"some of {', '.join(known.values())}"
+            if known
+            else "label maps or masks in the manifest",
+        )
+    return {value: name for value, name in known.items() if name in set(labels)}
+
+
+def _images(store: Store, values: set[int]) -> tuple[pd.DataFrame, int]:
+    """One row per image that has any of the structures, and how many images have none."""
+    owners = store.cases.drop_duplicates("image").set_index("image")[["patient", "split", "fold"]]
+    rows = []
+    for image, row in enumerate(store.rows):
+        present = {int(v) for v in row["labels"]["voxels"]} if row["labels"] else set()
+        if image in owners.index and present & values:
+            rows.append({"key": row["key"], "image": image, **owners.loc[image].to_dict()})
+    if not rows:
+        raise DataError("no image of the store has any of these structures", path=store.path)
+    return pd.DataFrame(rows), len(store) - len(rows)
+
+
+def _sources(store: Store, man: Manifest, root: Path) -> dict[int, tuple[Case, Path]]:
+    """Image of the store -> a case of the manifest on it."""
+    found, images = {}, store.cases.image.to_dict()
+    for group in man.images():
+        for case in group.cases:
+            try:
+                found[int(images[store.key_of(case)])] = case, root
+                break
+            except DataError:  # this case failed to build; another of the same image may have not
+                continue
+    return found

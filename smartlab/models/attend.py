@@ -1,0 +1,25 @@
+"""Softmax attention behind one function, by whichever kernel is fastest where the tensors live.
+
+On a GPU, and under `torch.compile`, that is `scaled_dot_product_attention`. On a CPU its kernels do badly
+with small windows and few channels, and with a trained bias they give up a fused form anyway: there the
+same is written out in pieces that stay in the cache (about twice as fast for 64 tokens of 12 channels).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CACHE = 1 << 19  # numbers per piece: 2 MB in float32
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q kᵀ / √c + bias) v; q, k, v (B, heads, n, c), bias (1, heads, n, n)."""
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    rows = max(1, CACHE // (q.shape[1] * q.shape[2] * k.shape[2]))
+    scale = q.shape[-1] ** -0.5
+    pieces = zip(q.split(rows), k.split(rows), v.split(rows), strict=True)
+    parts = [((a * scale) @ b.transpose(-2, -1)).add_(bias).softmax(-1) @ c for a, b, c in pieces]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,112 @@
+"""The run as one self-updating table in a notebook: what is measured, now and since the start.
+
+Drawn as plain HTML with small inline curves, refreshed in place at most once a second, so that a long run
+leaves one short output behind and not a flood.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import time
+from typing import Any
+
+ROWS = {  # column of metrics.csv -> what to call it
+    "loss": "loss",
+    "loss_amip": "hidden voxels (AMIP)",
+    "loss_ampd": "hidden tokens (AMPD)",
+    "loss_itd": "image tokens (ITD)",
+    "attention_informativeness": "attention informativeness",
+    "head_diversity": "head diversity",
+    "hidden_lesion": "lesions hidden",
+    "views_per_second": "views per second",
+}
+EVERY = 1.0  # seconds between two refreshes
+
+
+def in_notebook() -> bool:
+    """Whether this process is a Jupyter kernel (papermill's included)."""
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    shell = get_ipython()
+    return shell is not None and hasattr(shell, "kernel")
+
+
+class Live:
+    """A table that follows a run of `total` steps from `start`."""
+
+    def __init__(self, name: str, total: int, start: int = 0) -> None:
+        from IPython.display import HTML, display
+
+        self.name, self.total, self.start, self.began = name, total, start, time.monotonic()
+        self.history: dict[str, list[float]] = {}
+        self.notes: list[str] = []
+        self.row: dict[str, float] = {"step": start}
+        self._drawn, self._html = 0.0, HTML
+        self._handle: Any = display(HTML(self.render()), display_id=True)
+
+    def update(self, row: dict[str, float]) -> None:
+        self.row = row
+        for name in ROWS:
+            if (value := row.get(name)) is not None and math.isfinite(value):
+                self.history.setdefault(name, []).append(value)
+        if time.monotonic() - self._drawn > EVERY or row["step"] == self.total:
+            self.draw()
+
+    def note(self, text: str) -> None:
+        self.notes = [*self.notes[-3:], text]
+        self.draw()
+
+    def draw(self) -> None:
+        self._drawn = time.monotonic()
+        self._handle.update(self._html(self.render()))
+
+    def render(self) -> str:
+        """The table as HTML."""
+        step = int(self.row["step"])
+        done = step - self.start
+        left = (time.monotonic() - self.began) / done * (self.total - step) if done else math.nan
+        ends = "finished" if step == self.total else f"{clock(left)} left" if done else "starting"
+        masks = "" if "guided" not in self.row else f" · masks {'guided' if self.row['guided'] else 'random'}"
+        head = f"<b>{html.escape(self.name)}</b>: step {step} of {self.total} · {ends}{masks}"
+        lines = "".join(
+            f"<tr><td style='text-align:left'>{label}</td><td>{values[0]:.4g}</td>"
+            f"<td><b>{values[-1]:.4g}</b></td><td>{sparkline(values)}</td></tr>"
+            for name, label in ROWS.items()
+            if (values := self.history.get(name))
+        )
+        table = (
+            f"<table><tr><th></th><th>first</th><th>now</th><th>since the start</th></tr>{lines}</table>"
+            if lines
+            else ""
+        )
+        notes = "".join(f"<div>⚠ {html.escape(text)}</div>" for text in self.notes)
+        return f"<div role='status'>{head}</div>{table}{notes}"
+
+
+def sparkline(values: list[float], width: int = 160, height: int = 24, most: int = 80) -> str:
+    """A small curve as inline SVG."""
+    if len(values) > most:
+        values = [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+    low, high = min(values), max(values)
+    span, across = (high - low) or 1.0, max(1, len(values) - 1)
+    points = " ".join(
+        f"{2 + i * (width - 4) / across:.0f},{height - 3 - (v - low) / span * (height - 6):.1f}"
+        for i, v in enumerate(values)
+    )
+    return (
+        f"<svg width='{width}' height='{height}' role='img' aria-label='from {values[0]:.4g} to {values[-1]:.4g}'>"
+        f"<polyline points='{points}' fill='none' stroke='#0072B2' stroke-width='1.5'/></svg>"
+    )
+
+
+def clock(seconds: float) -> str:
+    """A length of time as people say it: 45 s, 12 min, 3 h 20 min."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,46 @@
+"""What the outside asks of a run: SIGTERM and Ctrl-C save and stop, SIGUSR1 saves and goes on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import Any
+
+import torch
+
+
+class Requests:
+    """Listens while it exists; `agreed` tells, the same on all processes, what was asked for."""
+
+    _codes = ("", "save", "stop")
+
+    def __init__(self, device: torch.device, world: int) -> None:
+        self.device, self.world, self.asked = device, world, ""
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python takes signals in the main thread only
+        answers = {signal.SIGTERM: "stop", signal.SIGINT: "stop"}
+        if hasattr(signal, "SIGUSR1"):
+            answers[signal.SIGUSR1] = "save"
+
+        def note(number: int, frame: Any) -> None:
+            if number == signal.SIGINT and self.asked == "stop":
+                raise KeyboardInterrupt  # a second Ctrl-C does not wait
+            asked = answers[signal.Signals(number)]
+            self.asked = max(self.asked, asked, key=self._codes.index)  # a stop is never forgotten
+
+        self._before = {number: signal.signal(number, note) for number in answers}
+
+    def agreed(self) -> str:
+        """ "", "save" or "stop": the strongest that any process was asked since the last call."""
+        asked, self.asked = self.asked, ""  # what comes from here on is for the next call
+        code = self._codes.index(asked)
+        if self.world > 1:
+            most = torch.tensor([float(code)], device=self.device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            code = int(most)
+        return self._codes[code]
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

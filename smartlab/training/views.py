@@ -1,0 +1,39 @@
+"""From a loader's batch to the input of a step: windowed, mirrored, augmented, on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smartlab.config import Config
+from smartlab.data.augment import augment, draw_mirrors, mirror, window
+from smartlab.data.regions import unit_shares
+
+
+def prepare(
+    batch: dict[str, Tensor],
+    config: Config,
+    device: torch.device,
+    generator: torch.Generator,
+    shard: tuple[int, int],
+    label_names: dict[int, str] | None = None,
+) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """int16 HU (B, 2, D, H, W) -> views (B, 2, 1, D, H, W) in [0, 1].
+
+    With `label_names` also, by region, the part (2B, N) of each mask unit that lies in it.
+    """
+    d = config.data
+    hu = batch["views"].to(device, non_blocking=True)
+    x = window(hu, *d.window)
+    mirrors = draw_mirrors(x, generator, shard) if d.flip else None
+    if mirrors is not None:
+        x = mirror(x, mirrors)
+    x = augment(x, generator, flip=False, intensity=d.intensity, shard=shard)
+    if label_names is None:
+        return x[:, :, None], None
+    labels = batch["view_labels"].to(device, non_blocking=True) if "view_labels" in batch else None
+    if mirrors is not None:
+        hu = mirror(hu, mirrors)
+        labels = labels if labels is None else mirror(labels, mirrors)
+    flat = None if labels is None else labels.flatten(0, 1)
+    return x[:, :, None], unit_shares(hu.flatten(0, 1), flat, label_names, config.mask.unit)

@@ -1,0 +1,143 @@
+"""Tables of predictions survive their trip to a file, and runs are compared only on the same cases."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from smartlab.errors import DataError, UseError
+from smartlab.evaluation import metrics, stats
+from smartlab.evaluation.compare import COLUMNS, compare, estimate
+from smartlab.evaluation.predictions import from_table, to_table
+
+N = 120
+CASES = [f"case{i:03d}" for i in range(N)]
+PATIENTS = [f"p{i // 2}" for i in range(N)]
+BINARY = ["benign", "malignant"]
+
+
+def run(seed: int, skill: float = 1.0) -> pd.DataFrame:
+    truth = np.random.default_rng(0).integers(0, 2, N)
+    r = np.random.default_rng(seed)
+    p = 1 / (1 + np.exp(-(r.normal(size=N) + skill * (2 * truth - 1))))
+    return to_table("binary", CASES, PATIENTS, truth, p, BINARY)
+
+
+def arrays(kind: str):
+    r = np.random.default_rng(1)
+    p = r.random((N, 3))
+    return {
+        "binary": (r.integers(0, 2, N), r.random(N), BINARY),
+        "multiclass": (r.integers(0, 3, N), p / p.sum(1, keepdims=True), ["1", "2", "10"]),
+        "multilabel": (r.integers(0, 2, (N, 3)), p, ["round", "spiculated", "ill-defined"]),
+        "number": (r.normal(size=N), r.normal(size=N), []),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["binary", "multiclass", "multilabel", "number"])
+def test_predictions_survive_a_file_with_their_kind_and_classes(kind):
+    truth, probability, classes = arrays(kind)
+    text = to_table(kind, CASES, PATIENTS, truth, probability, classes).to_csv(index=False)
+    found = from_table(pd.read_csv(io.StringIO(text)))
+    assert (found.kind, found.classes) == (kind, classes)
+    assert found.case.tolist() == CASES and found.patient.tolist() == PATIENTS
+    assert (found.truth == truth).all()
+    assert found.probability == pytest.approx(probability)
+
+
+def test_positions_are_read_where_they_are_no_names():
+    table = run(0)
+    positions = table.assign(truth=table.truth.map(BINARY.index))
+    assert (from_table(positions).truth == from_table(table).truth).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.drop(columns="patient"), "not a table of predictions"),
+        (lambda t: t.drop(columns=["p:benign", "p:malignant"]), "not a table of predictions"),
+        (lambda t: t.assign(truth="unsure"), "unknown class .*unsure"),
+        (lambda t: t.assign(truth=["benign"] * (N - 1) + ["1"]), "unknown class"),
+        (lambda t: t.assign(case="one"), "appears twice"),
+        (lambda t: t.assign(patient=None), "patient is missing"),
+    ],
+)
+def test_a_table_that_is_not_predictions_gives_one_clear_error(change, words):
+    with pytest.raises(DataError, match=words):
+        from_table(change(run(0)), "run a")
+
+
+def test_estimate_gives_every_score_over_patients():
+    found = estimate(run(1), draws=200)
+    assert {e.n for e in found.values()} == {N // 2}
+    assert all(e.low <= e.value <= e.high for e in found.values())
+    one = from_table(run(1))
+    drawn = stats.bootstrap(metrics.auc, PATIENTS, one.truth, one.probability, draws=200)["value"]
+    assert found["auc"] == pytest.approx(drawn)  # the same draws of the same patients
+
+
+def test_compare_tests_every_pair_on_patients_and_corrects_for_all():
+    runs = {"good": run(1, 1.5), "fair": run(2, 0.7), "poor": run(3, 0.0)}
+    table = compare(runs, metrics=["auc", "brier"], draws=300)
+    assert list(table.columns) == COLUMNS and len(table) == 6
+    assert set(table.patients) == {N // 2}
+    assert table.p_holm.to_numpy() == pytest.approx(stats.holm(table.p.to_numpy()))
+    assert table.difference.to_numpy() == pytest.approx((table.value_a - table.value_b).to_numpy())
+    first = table[(table.metric == "auc") & (table.a == "good") & (table.b == "poor")].iloc[0]
+    a, b = from_table(runs["good"]), from_table(runs["poor"])
+    exact = stats.delong_test(a.truth, a.probability, b.probability, a.patient)
+    assert first.test == "DeLong" and first.p == pytest.approx(exact.p)
+    assert first.low > 0 and first.p_holm < 0.001
+    assert set(table[table.metric == "brier"].test) == {"bootstrap"}
+
+
+def test_the_order_of_cases_does_not_matter_and_equal_runs_do_not_differ():
+    a, b = run(1), run(2)
+    shuffled = b.sample(frac=1, random_state=0)
+    pd.testing.assert_frame_equal(
+        compare({"a": a, "b": b}, draws=100), compare({"a": a, "b": shuffled}, draws=100)
+    )
+    same = compare({"a": a, "again": a.iloc[::-1]}, draws=100)
+    assert (same.difference == 0).all() and (same.p == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel", "number"])
+def test_every_kind_of_label_can_be_compared(kind):
+    truth, probability, classes = arrays(kind)
+    runs = {
+        name: to_table(kind, CASES, PATIENTS, truth, p, classes)
+        for name, p in (("a", probability), ("b", probability[::-1]))
+    }
+    table = compare(runs, draws=100)
+    assert np.isfinite(table[["difference", "low", "high", "p", "p_holm"]].to_numpy()).all()
+    assert set(table.test) == {"bootstrap"} and not table.metric.str.contains(":").any()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.iloc[5:], "5 cases in only one"),
+        (lambda t: t.assign(truth=t.truth.to_numpy()[::-1]), "disagree"),
+        (lambda t: t.assign(patient=t.patient.to_numpy()[::-1]), "disagree"),
+        (
+            lambda t: t.rename(columns={"p:benign": "p:malignant", "p:malignant": "p:benign"}),
+            "different labels",
+        ),
+    ],
+)
+def test_runs_on_different_cases_are_not_compared(change, words):
+    with pytest.raises(DataError, match=words):
+        compare({"a": run(1), "b": change(run(2))})
+
+
+def test_a_comparison_that_cannot_be_made_says_why():
+    with pytest.raises(UseError, match="two runs"):
+        compare({"a": run(1)})
+    with pytest.raises(UseError, match="no score 'f1'"):
+        compare({"a": run(1), "b": run(2)}, metrics=["f1"])
+    one_class = {k: run(k).assign(truth="benign") for k in (1, 2)}
+    table = compare(one_class, draws=100)
+    assert table[table.metric == "auc"].p.isna().all() and table[table.metric == "brier"].p.notna().all()

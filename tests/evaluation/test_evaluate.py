@@ -1,0 +1,71 @@
+"""One call, and one command, from a run to the result of any task."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import smartlab as sl
+from smartlab.cli import app
+from smartlab.errors import UseError
+from tests.training.conftest import SMALL, cohort, settings  # noqa: F401 - fixtures
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def run(cohort, tmp_path_factory):  # noqa: F811
+    manifest, images, store = cohort
+    more = {"data.manifest": str(manifest), "data.root": str(images), "data.store": str(store)}
+    config = sl.load_config("tiny", SMALL | more | {"train.steps": 2, "train.checkpoint_every": 2})
+    return sl.pretrain(config, tmp_path_factory.mktemp("run") / "r", progress=False)
+
+
+@pytest.fixture
+def where(cohort):  # noqa: F811
+    manifest, images, store = cohort
+    return {"manifest": str(manifest), "root": str(images), "store": sl.open_store(store), "progress": False}
+
+
+@pytest.mark.parametrize(
+    "task, more, metric",
+    [
+        ("probe", {"label": "malignancy", "draws": 100, "split": "cross", "folds": 2}, "accuracy"),
+        ("clusters", {"embeddings": ("pca",), "draws": 50}, "random features/ratio"),
+        ("heads", {"views": 1, "draws": 50}, "cosine"),
+        ("localize", {"draws": 50}, "lesion/lift"),
+        ("unsupervised", {"draws": 50, "folds": 2}, "dice"),
+    ],
+)
+def test_every_task_from_a_run_in_one_call(task, more, metric, run, where, tmp_path):
+    result = sl.evaluate(run, task, out=tmp_path / task, **where, **more)
+    assert metric in result.metrics, sorted(result.metrics)[:20]
+    written = json.loads((tmp_path / task / "result.json").read_text())
+    assert written["metrics"][metric]["value"] == pytest.approx(result.metrics[metric].value, nan_ok=True)
+    assert written["code"] and written["weights"] and written["manifest"]
+    assert (tmp_path / task / "figure.png").stat().st_size > 5000
+    assert len((tmp_path / task / "table.csv").read_text().splitlines()) > 1
+
+
+def test_the_command_line_does_the_same(run, cohort, tmp_path, monkeypatch):  # noqa: F811
+    from typer.testing import CliRunner
+
+    manifest, images, _ = cohort
+    words = ["evaluate", str(run.path), "--task", "heads", "--manifest", str(manifest), "--root", str(images)]
+    done = CliRunner().invoke(app, [*words, "views=1", "draws=20", "--json"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["metrics"]["cosine"]["value"] > 0
+    assert (run.path / "evaluation" / "heads" / "result.json").is_file()
+
+
+def test_what_cannot_be_evaluated_is_said(run, where, tmp_path):
+    with pytest.raises(UseError, match="no task 'porbe'"):
+        sl.evaluate(run, "porbe", **where)
+    with pytest.raises(UseError, match="needs a folder"):
+        sl.evaluate(run, "segment", **where)
+    with pytest.raises(UseError, match="no label 'colour'"):
+        sl.evaluate(run, "probe", label="colour", **where)
+    with pytest.raises(UseError, match="whole scans"):
+        sl.evaluate(run, "localize", "nodules-png", root=tmp_path, progress=False)

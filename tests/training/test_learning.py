@@ -1,0 +1,32 @@
+"""Every method learns at the size of the `tiny` preset, on the phantom, as a user would first try it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+import smartlab as sl
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["simmim", "smit", "smart", "dagman"])
+def test_reconstruction_falls_and_nothing_collapses_in_300_steps(
+    method, tmp_path, monkeypatch, tmp_path_factory
+):
+    monkeypatch.setenv(
+        "SMARTLAB_CACHE", str(tmp_path_factory.getbasetemp() / "learning")
+    )  # one phantom for all
+    config = sl.load_config("tiny", {"method.preset": method, "data.phantom_cases": 12, "data.workers": 0})
+    assert config.train.steps == 300
+    history = sl.pretrain(config, tmp_path / "r", progress=False).history
+    first, last = history.loss_amip.iloc[0], history.loss_amip.tail(3).mean()
+    assert last < 0.6 * first, f"{first:.3f} -> {last:.3f}"
+    if method == "simmim":
+        return
+    late = history.tail(5)
+    entropy = late.teacher_entropy / math.log(
+        config.distill.prototypes if config.distill.kind == "prototype" else 48
+    )
+    assert entropy.between(0.05, 0.999).all(), entropy.tolist()  # neither one answer nor no answer
+    assert late.feature_std.mean() > 0.01 and late.effective_rank.mean() > 1.2

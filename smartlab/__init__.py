@@ -33,6 +33,7 @@ _PUBLIC = {
     "evaluate": "smartlab.evaluation.evaluate",
     "compare": "smartlab.evaluation.compare",
     "Result": "smartlab.evaluation.result",
+    "view": "smartlab.viewers.slices",
     "DataError": "smartlab.errors",
     "UseError": "smartlab.errors",
     "SmartlabError": "smartlab.errors",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.interop import export, load_encoder
     from smartlab.training.loop import pretrain
     from smartlab.training.run import Run
+    from smartlab.viewers.slices import view
 
 
 def __getattr__(name: str) -> Any:
@@ -63,6 +65,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_PUBLIC[name]), name)
         globals()[name] = value
         return value
+    if name in ("masking", "viewers"):  # used as sl.masking.…, sl.viewers.…
+        return importlib.import_module(f"smartlab.{name}")
     raise AttributeError(f"module 'smartlab' has no attribute {name!r}")
 
 

@@ -1,1 +1,22 @@
 """What a person looks at: slices, masks, embeddings and plots, in one visual style."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smartlab.viewers.scene import Panel as Panel
+    from smartlab.viewers.slices import SliceViewer as SliceViewer
+    from smartlab.viewers.slices import view as view
+
+_PUBLIC = {"Panel": "scene", "SliceViewer": "slices", "view": "slices"}
+_MODULES = ("embedding", "masks", "plots", "slices")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,310 @@
+"""What a slice viewer shows, checked once: the image, its overlays and how they lie on each other.
+
+Everything here is in the voxel order of `Volume`: axes grow to the patient's right, anterior, superior.
+A 2D image (rows, columns) becomes a volume one voxel thick whose axial slice is the image as given.
+
+Mask units lie on a coarse grid of the same axis order: voxel i belongs to unit ⌊i / unit⌋.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from smartlab.errors import UseError
+from smartlab.viewers.plots import WINDOWS
+
+VOXELS = 40_000_000  # more would not travel to a browser in a few seconds; 2 bytes each
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of several pictures of the same image, e.g. one masking strategy.
+
+    mask:           (d, h, w) bool, true where a unit is hidden.
+    attention:      (heads, d, h, w), each head summing to 1.
+    reconstruction: array of the image's shape and unit.
+    """
+
+    title: str = ""
+    mask: Any = None
+    attention: Any = None
+    reconstruction: Any = None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An array as 16-bit integers: value = raw × scale + offset. Whole numbers within 16 bits stay exact."""
+
+    raw: np.ndarray
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def values(self) -> np.ndarray:
+        return self.raw * self.scale + self.offset
+
+    @staticmethod
+    def of(array: np.ndarray) -> Packed:
+        """Pack numbers of any type; fractions keep 1/65535 of their range."""
+        low, high = float(array.min()), float(array.max())
+        whole = array.dtype.kind in "iu" or bool(np.all(array == np.rint(array)))
+        if whole and low >= -32768 and high <= 32767:
+            return Packed(np.ascontiguousarray(array, np.int16))
+        if whole and high - low <= 65535:
+            offset, scale = low + 32768, 1.0
+        else:
+            scale = (high - low) / 65535 or 1.0
+            offset = low + 32768 * scale
+        raw = np.rint((array.astype(np.float64) - offset) / scale)
+        return Packed(np.ascontiguousarray(raw, np.int16), scale, offset)
+
+
+@dataclass
+class Layer:
+    """A panel's arrays, checked. attention (1 + heads, d, h, w) float32: the mean over heads comes first."""
+
+    title: str
+    mask: np.ndarray | None = None
+    attention: np.ndarray | None = None
+    reconstruction: Packed | None = None
+
+
+@dataclass
+class Scene:
+    """Image (X, Y, Z), spacing (mm), affine 4×4 (voxel -> mm), unit grid and one layer per panel."""
+
+    image: Packed
+    spacing: tuple[float, float, float]
+    affine: np.ndarray
+    layers: list[Layer]
+    labels: np.ndarray | None = None
+    names: dict[int, str] = field(default_factory=dict)
+    grid: tuple[int, int, int] | None = None
+    unit: tuple[float, float, float] | None = None
+    flat: bool = False
+    value_name: str = "HU"
+    step: int = 1  # every how many voxels are shown
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.image.raw.shape  # type: ignore[return-value]
+
+    def heads(self) -> int:
+        return max((len(x.attention) - 1 for x in self.layers if x.attention is not None), default=0)
+
+    def has(self, overlay: str) -> bool:
+        """Whether any panel has something to show for this overlay."""
+        if overlay == "labels":
+            return self.labels is not None
+        name = "reconstruction" if overlay == "error" else overlay
+        return any(getattr(layer, name) is not None for layer in self.layers)
+
+    def top(self, head: int) -> float:
+        """Largest attention of the head (-1: mean) over all panels, the end of their common colour scale."""
+        return max(
+            (float(x.attention[head + 1].max()) for x in self.layers if x.attention is not None), default=1.0
+        )
+
+    def unit_of(self, axis: int) -> np.ndarray:
+        """Unit index of every voxel along an axis."""
+        assert self.unit is not None and self.grid is not None
+        index = np.floor((np.arange(self.shape[axis]) + 1e-6) / self.unit[axis]).astype(int)
+        return np.minimum(index, self.grid[axis] - 1)
+
+
+def as_array(value: Any) -> np.ndarray:
+    """An array from NumPy, torch or nested lists."""
+    return np.asarray(value.detach().cpu().float().numpy() if hasattr(value, "detach") else value)
+
+
+def build(
+    image: Any,
+    panels: Sequence[Panel],
+    *,
+    spacing: Sequence[float] | None = None,
+    affine: Any = None,
+    labels: Any = None,
+    label_names: Mapping[int, str] | Sequence[str] | None = None,
+    unit: float | Sequence[float] | None = None,
+    limit: int = VOXELS,
+) -> Scene:
+    """Check what was given and bring it into one form."""
+    array, spacing, affine, value_name = _image(image, spacing, affine)
+    flat = array.ndim == 2
+    whole = _stand(array) if flat else array
+    if flat:
+        spacing = (float(spacing[1]), float(spacing[0]), 1.0)
+    step = 1
+    while np.prod([-(-n // step) for n in whole.shape]) > limit:
+        step += 1
+    thin = (slice(None, None, step),) * 3
+    affine = affine @ np.diag([step, step, step, 1.0])
+    sx, sy, sz = (float(s) * step for s in spacing)
+    scene = Scene(Packed.of(whole[thin]), (sx, sy, sz), affine, [], flat=flat)
+    scene.value_name, scene.step = value_name, step
+    if step > 1:
+        scene.notes.append(
+            f"too large to send whole: every {_ordinal(step)} voxel is shown; pass a crop for all"
+        )
+    _set_grid(scene, panels, whole.shape, unit)
+    scene.layers = [_layer(panel, scene, array.shape, thin) for panel in panels]
+    if labels is not None:
+        scene.labels, scene.names = _labels(labels, label_names, array.shape, flat, thin)
+    return scene
+
+
+def _image(image: Any, spacing: Any, affine: Any) -> tuple[np.ndarray, Any, np.ndarray, str]:
+    """Array, spacing, affine and the name of its values."""
+    name = "HU"
+    if hasattr(image, "affine") and hasattr(image, "array"):  # a Volume
+        affine = image.affine if affine is None else affine
+        name = "HU" if image.modality == "CT" else "value"
+        image = image.array
+    array = as_array(image)
+    while array.ndim > 3 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim not in (2, 3) or array.dtype.kind not in "biuf" or array.size == 0:
+        raise UseError(
+            "cannot view this image",
+            found=f"{array.dtype} of shape {array.shape}",
+            expected="a Volume, or numbers of shape (X, Y, Z) or (rows, columns)",
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise UseError("the image has values that are not numbers", found="NaN or infinity")
+    if array.ndim == 2 or (array.min() > -200 and array.max() <= 1):
+        name = "value"
+    if affine is None:
+        spacing = [1.0] * array.ndim if spacing is None else [float(s) for s in spacing]
+        affine = np.diag([*[*spacing, 1.0][:3], 1.0])
+    affine = np.asarray(affine, float)
+    if affine.shape != (4, 4):
+        raise UseError("affine has the wrong shape", found=affine.shape, expected="(4, 4), voxel -> mm")
+    if spacing is None:
+        spacing = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+    if len(spacing) != array.ndim or not all(np.isfinite(s) and s > 0 for s in spacing):
+        raise UseError(
+            "spacing does not fit the image", found=list(spacing), expected=f"{array.ndim} lengths in mm"
+        )
+    return array.astype(np.uint8) if array.dtype.kind == "b" else array, spacing, affine, name
+
+
+def _stand(array: np.ndarray) -> np.ndarray:
+    """(…, rows, columns) -> (…, X, Y, 1), so that the axial slice is the image as given."""
+    return np.swapaxes(array[..., ::-1, ::-1], -1, -2)[..., None]
+
+
+def _set_grid(scene: Scene, panels: Sequence[Panel], shape: tuple[int, ...], unit: Any) -> None:
+    """The unit grid that all panels share, and the voxels per unit."""
+    for panel in panels:
+        for name, extra in (("mask", 0), ("attention", 1)):
+            value = getattr(panel, name)
+            if value is None:
+                continue
+            array = _squeeze(as_array(value), (2 if scene.flat else 3) + extra)
+            if array.ndim != (2 if scene.flat else 3) + extra:
+                expected = "(rows, columns)" if scene.flat else "(d, h, w)"
+                raise UseError(
+                    f"{name} of panel {panel.title!r} is not on a grid of units",
+                    found=array.shape,
+                    expected=("(heads, " + expected[1:]) if extra else expected,
+                    fix="reshape the units to the encoder's grid",
+                )
+            grid = (array.shape[-1], array.shape[-2], 1) if scene.flat else array.shape[extra:]
+            if scene.grid is not None and grid != scene.grid:
+                raise UseError("panels have different grids of units", found=grid, expected=scene.grid)
+            scene.grid = grid  # type: ignore[assignment]
+    if scene.grid is None:
+        return
+    if unit is None:
+        if any(n % g for n, g in zip(shape, scene.grid, strict=True)):
+            raise UseError(
+                "the grid of units does not divide the image",
+                found=f"{scene.grid} units for {tuple(shape)} voxels",
+                fix="say how many voxels a unit has along each axis: unit=16",
+            )
+        size = [n / g for n, g in zip(shape, scene.grid, strict=True)]
+    else:
+        size = [float(u) for u in np.broadcast_to(np.asarray(unit, float), 2 if scene.flat else 3)]
+        size = [size[1], size[0], 1.0] if scene.flat else size
+    if any(u <= 0 or g * u < n - 0.5 for n, g, u in zip(shape, scene.grid, size, strict=True)):
+        raise UseError(
+            "the units do not cover the image", found=f"{scene.grid} units of {size} voxels", expected=shape
+        )
+    scene.unit = tuple(u / scene.step for u in size)  # type: ignore[assignment]
+
+
+def _layer(panel: Panel, scene: Scene, shape: tuple[int, ...], thin: tuple[slice, ...]) -> Layer:
+    layer = Layer(panel.title)
+    if panel.mask is not None:
+        mask = _squeeze(as_array(panel.mask), 2 if scene.flat else 3)
+        layer.mask = np.ascontiguousarray(_stand(mask) if scene.flat else mask).astype(bool)
+    if panel.attention is not None:
+        heads = _squeeze(as_array(panel.attention), 3 if scene.flat else 4).astype(np.float64)
+        if not np.isfinite(heads).all() or heads.min() < 0:
+            raise UseError("attention has values that are not shares", found="negative, NaN or infinity")
+        heads = _stand(heads) if scene.flat else heads
+        layer.attention = np.concatenate([heads.mean(0, keepdims=True), heads]).astype(np.float32)
+    if panel.reconstruction is not None:
+        guess = _squeeze(as_array(panel.reconstruction), len(shape))
+        if guess.shape != shape or not np.isfinite(guess).all():
+            raise UseError(
+                f"reconstruction of panel {panel.title!r} is not like the image",
+                found=guess.shape,
+                expected=f"{shape}, finite, in the unit of the image",
+            )
+        layer.reconstruction = Packed.of((_stand(guess) if scene.flat else guess)[thin])
+    return layer
+
+
+def _labels(
+    labels: Any, names: Any, shape: tuple[int, ...], flat: bool, thin: tuple[slice, ...]
+) -> tuple[np.ndarray, dict[int, str]]:
+    array = _squeeze(np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels), len(shape))
+    if array.shape != shape or array.dtype.kind not in "biu" or array.min() < 0 or array.max() > 65535:
+        raise UseError(
+            "labels do not fit the image",
+            found=f"{array.dtype} of shape {array.shape}",
+            expected=f"whole numbers of shape {shape}, 0 where there is none",
+        )
+    known = dict(enumerate(names, 1)) if isinstance(names, Sequence) else dict(names or {})
+    array = (_stand(array) if flat else array)[thin]
+    small = np.uint8 if array.max() < 256 else np.uint16
+    present = [int(v) for v in np.unique(array) if v]
+    return np.ascontiguousarray(array, small), {v: str(known.get(v, f"label {v}")) for v in present}
+
+
+def _squeeze(array: np.ndarray, dimensions: int) -> np.ndarray:
+    """Drop leading axes of length 1 (a batch of one)."""
+    while array.ndim > dimensions and array.shape[0] == 1:
+        array = array[0]
+    return array
+
+
+def _ordinal(n: int) -> str:
+    return {2: "2nd", 3: "3rd"}.get(n, f"{n}th")
+
+
+def window_of(window: str | Sequence[float] | None, scene: Scene) -> tuple[float, float]:
+    """Bounds from a name, a pair, or nothing: soft tissue for HU, else the whole range."""
+    if window is None:
+        if scene.value_name == "HU":
+            return WINDOWS["soft tissue"]
+        values = scene.image
+        return float(values.raw.min()) * values.scale + values.offset, _top(values)
+    if isinstance(window, str):
+        if window not in WINDOWS:
+            raise UseError(f"no window {window!r}", expected=f"{', '.join(WINDOWS)} or (low, high)")
+        return WINDOWS[window]
+    low, high = (float(v) for v in window)
+    if not low < high:
+        raise UseError("a window goes from low to high", found=(low, high))
+    return low, high
+
+
+def _top(values: Packed) -> float:
+    low, high = float(values.raw.min()), float(values.raw.max())
+    return (high if high > low else low + 1) * values.scale + values.offset

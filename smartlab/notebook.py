@@ -1,4 +1,4 @@
-"""The little that every notebook shares: validated parameters in, one honest `result.json` out.
+"""The little that every notebook shares: validated parameters in, data and encoder, one honest `result.json` out.
 
 A notebook declares its parameters as plain scalars in a cell tagged `parameters`, then reads them
 into one model before any work:
@@ -15,20 +15,32 @@ misspelt name without a word.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
+import math
 import os
 import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import smartlab
 from smartlab.errors import UseError
 
+if TYPE_CHECKING:
+    from smartlab.config import Config
+    from smartlab.data.manifest import Manifest
+    from smartlab.data.store import Store
+    from smartlab.models.encoder import Encoder
+    from smartlab.training.run import Run
+
 _JUPYTER = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+SPACING = 2.0  # mm: that of `tiny`, and so of every notebook's phantom
+BRIEF_STEPS = 120  # of the encoder that is trained where none is shipped
+WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
 class NotebookParameters(BaseModel):
@@ -61,6 +73,102 @@ class NotebookParameters(BaseModel):
             raise UseError(
                 f"notebook parameter {name!r}: {first['msg']}", found=repr(first["input"])
             ) from None
+
+
+class Cohort(NamedTuple):
+    """The data of a notebook."""
+
+    manifest: Manifest
+    store: Store
+    root: Path  # folder of the images
+
+
+def open_cohort(
+    manifest: str, root: str = "", *, patients: int = 12, workers: int = 2, progress: bool = True
+) -> Cohort:
+    """Manifest, store and image folder, making what is missing; all notebooks share it through the cache.
+
+    manifest: a shipped name or a path;  root: folder of its images, "" for phantoms only.
+    patients: of a phantom; a real cohort is taken whole.
+
+    >>> cohort, store, root = open_cohort("phantom-ct")           # doctest: +SKIP
+    """
+    from smartlab.config import DataConfig
+    from smartlab.data.manifest import load_manifest
+    from smartlab.data.prepare import cache_folder, prepare_store
+
+    found = load_manifest(manifest)
+    if found.source.kind == "phantom" and not root:
+        seed = found.source.parameters["seed"]
+        root = str(cache_folder() / f"{found.name}-{patients}-seed{seed}")
+    data = DataConfig(
+        manifest=manifest, root=root or None, spacing=SPACING, phantom_cases=patients, workers=workers
+    )
+    made, store = prepare_store(data, progress)
+    return Cohort(made, store, Path(root))
+
+
+def default_encoder(workers: int = 2, progress: bool = True) -> Path:
+    """The small encoder that notebooks use unless told otherwise: a file of the package, or a run folder.
+
+    Where the package carries none, one is pretrained briefly on the phantom, once, and kept in the cache.
+    """
+    from smartlab.config import load_config
+    from smartlab.data.prepare import cache_folder
+    from smartlab.training.run import Run
+
+    shipped = sorted(WEIGHTS.glob("*.safetensors"))
+    if shipped:
+        return shipped[0]
+    config = load_config(
+        "tiny", {"data.phantom_cases": 12, "data.workers": workers, "train.steps": BRIEF_STEPS}
+    )
+    settings = config.model_dump(mode="json")
+    settings["data"].pop("workers")
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    out = cache_folder() / f"encoder-tiny-{name}"
+    if not (out / "config.yaml").is_file() or not Run(out).finished:
+        if progress:
+            print(
+                f"No encoder given and none in this package: pretraining a tiny one for {BRIEF_STEPS} steps, once.\n"
+                "That is enough to show every step, and far too little to judge what pretraining brings."
+            )
+        smartlab.pretrain(config, out, resume=True, allow_changes=True, progress=progress)
+    return out
+
+
+def open_encoder(source: str = "", *, workers: int = 2, progress: bool = True) -> tuple[Encoder, str]:
+    """The encoder a notebook works with, and one line that says which; "" is `default_encoder`.
+
+    source: a run folder, an exported file, or any file that `sl.load_encoder` understands.
+    """
+    path = Path(source) if source else default_encoder(workers, progress)
+    encoder = smartlab.load_encoder(path)
+    config = encoder.config
+    brief = f", {config.train.steps} steps" if path.is_dir() else ""
+    name = path.name if source or path.is_file() else "a briefly pretrained tiny encoder"
+    return encoder, f"{name}: {config.method.preset}{brief}, units of {encoder.stride} voxels"
+
+
+def train(config: Config, out: str | Path, *, resume: bool = True, processes: int = 1) -> Run:
+    """Pretrain from a notebook: in this kernel, or on several GPUs through accelerate's `notebook_launcher`.
+
+    Stopping the cell (■) saves after the step in hand; running it again goes on from there. With
+    several processes the kernel itself only watches the run folder.
+    """
+    import torch
+
+    if processes == 1:
+        return smartlab.pretrain(config, out, resume=resume)
+    if processes > torch.cuda.device_count():
+        raise UseError(
+            f"processes={processes} needs as many GPUs",
+            found=f"{torch.cuda.device_count()} GPUs",
+            fix="set processes=1, or start it elsewhere with accelerate and give that run's folder as attach",
+        )
+    from smartlab.training.follow import launch
+
+    return launch(config, Path(out), resume, processes)
 
 
 def code_version() -> str:
@@ -100,7 +208,7 @@ def finish(
         "step": step,
         "headline": headline,
         "smoke": smoke,
-        "metrics": dict(metrics),
+        "metrics": {name: _plain(value) for name, value in metrics.items()},
         "parameters": parameters.model_dump(mode="json"),
         "data": data,
         "code": code_version(),
@@ -111,3 +219,11 @@ def finish(
     temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
     os.replace(temporary, out / "result.json")
     return result
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, text, or an estimate with its interval, as JSON knows them; not-a-number becomes null."""
+    if hasattr(value, "_asdict"):
+        return {name: _plain(part) for name, part in value._asdict().items()}
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

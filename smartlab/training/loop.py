@@ -324,7 +324,10 @@ class Trainer:
             torch.from_numpy(item["views"][:1]).to(self.device_run.device), *self.config.data.window
         )
         path = self.out / "figures" / f"step-{self.step:06d}.png"
-        reconstruction_picture(self.method, view, path, f"step {self.step}")
+        clock = Clock(self.step - 1, self.config.train.steps, self.per_epoch, self.rank, self.world)
+        guided = self.config.mask.strategy.startswith("attention") and bool(self.method.guides(clock))
+        reconstruction_picture(self.method, view, path, f"step {self.step}", guided)
+        self.monitor.picture(path)
 
     # ---- folder, resuming, signals
 

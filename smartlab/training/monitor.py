@@ -109,6 +109,11 @@ class Monitor:
             self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             self._bar.update(steps)
 
+    def picture(self, path: Path) -> None:
+        """Show a new picture of a masked view where somebody watches."""
+        if self._live is not None:
+            self._live.picture(path)
+
     def event(self, kind: str, **facts: Any) -> None:
         """Something worth remembering: a warning, a skipped batch, a save."""
         if self.enabled:

@@ -14,8 +14,13 @@ from smartlab.methods.masked_distillation import MaskedDistillation
 
 
 @torch.no_grad()
-def reconstruction_picture(method: MaskedDistillation, view: Tensor, path: Path, title: str = "") -> Path:
-    """Write a PNG for one windowed view (1, D, H, W) in [0, 1], with a fixed random mask."""
+def reconstruction_picture(
+    method: MaskedDistillation, view: Tensor, path: Path, title: str = "", guided: bool = False
+) -> Path:
+    """Write a PNG for one windowed view (1, D, H, W) in [0, 1], hidden as the training hides it now.
+
+    That is by the strategy, or at random while the guard holds attention back.
+    """
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -26,8 +31,21 @@ def reconstruction_picture(method: MaskedDistillation, view: Tensor, path: Path,
     x = view[None].float()
     grid = encoder.grid(x.shape)
     generator = torch.Generator().manual_seed(0)
+    looker = method.teacher.encoder if method.teacher is not None else encoder
+    attention, settings = looker(x).attention, method.config.mask
+    strategy = settings.strategy
+    if strategy.startswith("attention") and (attention is None or not guided):
+        strategy = "random"
     mask = make_mask(
-        "random", None, method.config.mask.ratio, grid, generator=generator, batch=1, device=x.device
+        strategy,
+        attention if strategy.startswith("attention") else None,
+        settings.ratio,
+        grid,
+        generator=generator,
+        batch=1,
+        device=x.device,
+        hint=settings.hint,
+        temperature=settings.temperature,
     )
     seen = encoder(x, hidden=mask)
     guess = method.reconstruct(seen.stages[-1]).float()
@@ -38,8 +56,6 @@ def reconstruction_picture(method: MaskedDistillation, view: Tensor, path: Path,
         "reconstruction": torch.where(voxels, guess, x),
         "absolute error": (guess - x).abs() * voxels,
     }
-    looker = method.teacher.encoder if method.teacher is not None else encoder
-    attention = looker(x).attention
     if attention is not None:
         importance = attention.mean(1).view(1, 1, *grid)
         spread = importance.repeat_interleave(encoder.stride, 2).repeat_interleave(encoder.stride, 3)
@@ -53,7 +69,7 @@ def reconstruction_picture(method: MaskedDistillation, view: Tensor, path: Path,
         ax.imshow(middle.T[::-1, ::-1], cmap=hot, vmin=0, vmax=1 if hot == "gray" or "att" in name else 0.5)
         ax.set_title(name, fontsize=9)
         ax.axis("off")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(f"{title}, {strategy.replace('_', ' ')} mask", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, dpi=100, format="png")

@@ -21,7 +21,8 @@ def test_a_run_in_a_notebook_leaves_one_small_table(settings, tmp_path):
     assert len(tables) == 1
     text = tables[0]["data"]["text/html"]
     assert "step 8 of 8 · finished" in text and "hidden voxels (AMIP)" in text and "<svg" in text
-    assert len(text) < 20_000
+    assert text.count("<img") == 1, "the newest picture of a masked view, and only that"
+    assert len(text) < 200_000
 
 
 def test_curves_have_words_for_those_who_cannot_see_them():

@@ -116,8 +116,11 @@ def data_build(
     root: Root = Path("data"),
     out: Annotated[Path, typer.Option(help="Folder of the store.")] = Path("data/store"),
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 runs in this one.")] = 2,
-    spacing: Annotated[float, typer.Option(help="Target voxel size, mm.")] = 2.0,
+    spacing: Annotated[
+        float | None, typer.Option(help="Target voxel size, mm; default 2 for CT, 0.2 for mammograms.")
+    ] = None,
     tilt: Annotated[str, typer.Option(help="Gantry-tilted series: refuse, or correct.")] = "refuse",
+    grey: Annotated[str, typer.Option(help="Window of mammograms: voi, or percentile.")] = "voi",
     labels: Annotated[bool, typer.Option(help="Also store label maps and masks.")] = True,
     crop: Annotated[bool, typer.Option(help="Crop to the body.")] = True,
     scheduler: Annotated[
@@ -138,6 +141,7 @@ def data_build(
         crop_body=crop,
         labels=labels,
         tilt=tilt,
+        grey=grey,
         scheduler=scheduler,
         progress=not as_json,
     )

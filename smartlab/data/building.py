@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smartlab.data import index
-from smartlab.data.ingest import Failure, Job, Outcome, Settings, files_present, ingest, lost_lesions
+from smartlab.data.ingest import files_present, ingest, lost_lesions
 from smartlab.data.jobs import Cohort
 from smartlab.data.manifest import Case, Manifest, load_manifest
 from smartlab.data.privacy import hashed, salt
+from smartlab.data.request import Failure, FlatSettings, Job, Outcome, Settings
 from smartlab.data.workers import Lost, draining, run_bounded
 from smartlab.errors import DataError, UseError
 
@@ -72,19 +73,22 @@ def build_store(
     out: str | Path,
     *,
     workers: int = 2,
-    spacing: float = 2.0,
+    spacing: float | None = None,
     crop_body: bool = True,
     labels: bool = True,
     tilt: str = "refuse",
+    grey: str = "voi",
     scheduler: str | None = None,
     progress: bool = True,
 ) -> StoreReport:
     """Resample the images of a manifest below `root` to `spacing` mm into the store `out`.
 
+    spacing:    mm; None is 2 for CT and 0.2 for mammograms.
     workers:    processes on this machine; 0 works in this one.
     scheduler:  address of a Dask scheduler whose workers see `root` and `out`.
     labels:     also store label maps and masks, merged into one uint8 volume per image.
     tilt:       "refuse" gantry-tilted DICOM series, or "correct" them.
+    grey:       how mammograms are windowed: "voi" or "percentile" (`read_mammogram`).
 
     Run it again after any interruption, or when the manifest or the data changed.
 
@@ -93,9 +97,10 @@ def build_store(
     (24, 0, 0)
     """
     man, root, out = load_manifest(manifest), Path(root), Path(out)
-    _check_request(man, root, out, spacing, workers)
+    settings = _settings(man, spacing, crop_body, labels, tilt, grey)
+    _check_request(man, root, out, settings.spacing, workers)
     with index.locked(out), draining() as stop:
-        build = _Build(man, root, out, Settings(float(spacing), crop_body, labels, tilt))
+        build = _Build(man, root, out, settings)
         build.resume()
         total = len(build.cohort.groups)
         todo = [i for i in range(total) if build.pending(i)]
@@ -130,7 +135,7 @@ def _numbered(result: tuple[int, Outcome] | Lost[Task]) -> tuple[int, Outcome]:
 class _Build:
     """The state of one run."""
 
-    def __init__(self, man: Manifest, root: Path, out: Path, settings: Settings) -> None:
+    def __init__(self, man: Manifest, root: Path, out: Path, settings: Settings | FlatSettings) -> None:
         self.man, self.out, self.settings, self.salt = man, out, settings, salt()
         self.cohort = Cohort(man, root, out, settings, self.salt)
         self.rows: dict[int, dict[str, Any]] = {}  # position of the image -> its row
@@ -267,6 +272,7 @@ class _Build:
         return rows, lost
 
     def _case_row(self, case: Case, key: str, image: int, row: dict[str, Any]) -> dict[str, Any]:
+        box = row.get("boxes", {}).get(key)  # measured on the outline, where the manifest says nothing
         return {
             "key": key,
             "patient": hashed(self.salt, "patient", case.patient),
@@ -275,8 +281,8 @@ class _Build:
             "fold": case.fold,
             "labels": case.labels,
             "center_mm": row["lesions"].get(key),
-            "box_mm": case.lesion.box_mm if case.lesion else None,
-            "diameter_mm": case.lesion.diameter_mm if case.lesion else None,
+            "box_mm": case.lesion.box_mm if case.lesion else box,
+            "diameter_mm": case.lesion.diameter_mm if case.lesion else box and max(box),
         }
 
 
@@ -288,15 +294,16 @@ def salt_check(key: bytes) -> str:
     return hashed(key, "store", "salt check")
 
 
+def _settings(
+    man: Manifest, spacing: float | None, crop: bool, labels: bool, tilt: str, grey: str
+) -> Settings | FlatSettings:
+    if man.modality == "MG":
+        pixel_mm = man.source.parameters.get("pixel_mm")
+        return FlatSettings(float(spacing or 0.2), crop, labels, grey, pixel_mm)
+    return Settings(float(spacing or 2.0), crop, labels, tilt)
+
+
 def _check_request(man: Manifest, root: Path, out: Path, spacing: float, workers: int) -> None:
-    if man.modality != "CT":
-        raise UseError(
-            "the store holds volumes",
-            path=f"manifest {man.name}",
-            found=man.modality,
-            expected="CT",
-            fix="mammograms are read by smartlab.data.mammography",
-        )
     if not man.cases:
         raise DataError(
             "lists no cases, so there is nothing to build",
@@ -309,8 +316,15 @@ def _check_request(man: Manifest, root: Path, out: Path, spacing: float, workers
         raise UseError(
             "the store cannot be written among the images", path=out, fix="choose another folder for --out"
         )
-    if not 0.1 <= spacing <= 20:
-        raise UseError("spacing is out of range", found=f"{spacing} mm", expected="0.1 to 20 mm")
+    low, high, usual = (0.02, 1.5, 0.2) if man.modality == "MG" else (0.1, 20, 2)
+    if not low <= spacing <= high:
+        raise UseError(
+            "spacing is out of range",
+            path=f"manifest {man.name}",
+            found=f"{spacing:g} mm",
+            expected=f"{low} to {high} mm for {man.modality}",
+            fix=f"set data.spacing={usual:g}, for example",
+        )
     if workers < 0:
         raise UseError("workers cannot be negative", found=workers, expected="0 or more")
 
@@ -319,7 +333,9 @@ def _volume_bytes(row: dict[str, Any]) -> int:
     return row["bytes"] + (row["labels"]["bytes"] if row["labels"] else 0)
 
 
-def _fingerprint(settings: Settings, images: list[dict[str, Any]], cases: list[dict[str, Any]]) -> str:
+def _fingerprint(
+    settings: Settings | FlatSettings, images: list[dict[str, Any]], cases: list[dict[str, Any]]
+) -> str:
     """Hash of what a model can see: voxels, geometry, labels, patients; the same under any salt."""
     patients = {p: i for i, p in enumerate(dict.fromkeys(case["patient"] for case in cases))}
     facts = [

@@ -26,7 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from smartlab.data.ingest import SUFFIX, Failure, write_bytes
+from smartlab.data.ingest import SUFFIX, write_bytes
+from smartlab.data.request import Failure
 from smartlab.errors import DataError, UseError
 
 HEADER, JOURNAL, FAILURES = "store.json", "journal.jsonl", "failures.csv"

@@ -9,27 +9,23 @@ from __future__ import annotations
 
 import base64
 import errno
-import glob
 import hashlib
-import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import blosc2
 import numpy as np
 
+from smartlab.data import flat
 from smartlab.data.body import BLOCK, body_box, find_body, occupancy
-from smartlab.data.manifest import Lesion
 from smartlab.data.privacy import hashed, identifying_words, scrub
 from smartlab.data.readers import Volume, read_labels, read_volume
+from smartlab.data.request import Failure, FlatSettings, Job, LabelSource, Outcome
 from smartlab.data.resample import LabelPainter, resample, target_grid, to_hounsfield
-from smartlab.errors import DataError, UseError
+from smartlab.errors import DataError
 
-FORMAT = 1  # raise it when the code below would store other bytes
 SUFFIX = ".tmp"
 
 # Blocks are what is decompressed, chunks are what is found in one step. 32³ int16 is 64 kB: source and
@@ -38,6 +34,7 @@ SUFFIX = ".tmp"
 # better and make it 1.5 times slower. Chunks of 128³ (4 MB, in L3) hold a region in at most eight
 # look-ups; smaller or larger ones measured the same.
 CHUNKS, BLOCKS = (128,) * 3, (BLOCK,) * 3
+FLAT_CHUNKS, FLAT_BLOCKS = (1024, 1024, 1), (128, 128, 1)  # of mammograms: 2 MB and 32 kB
 # CT after resampling is smooth plus noise, so codecs that only find repeats fail. Share of the raw
 # size and ms per 128³ region on one core, sarcoma CTs at 2 mm: LZ4 + bit shuffle 0.52 and 2.0,
 # LZ4HC-9 + bit shuffle 0.48 and 1.9, Zstandard-1 + bit shuffle 0.45 and 3.6, Zstandard-1 + byte
@@ -45,102 +42,6 @@ CHUNKS, BLOCKS = (128,) * 3, (BLOCK,) * 3
 # and 3.2, for 1 s of writing per volume, paid once; level 9 takes 9 s and saves nothing more.
 CT_CODEC: dict[str, Any] = {"filters": [blosc2.Filter.SHUFFLE, blosc2.Filter.BYTEDELTA], "clevel": 8}
 LABEL_CODEC: dict[str, Any] = {"filters": [blosc2.Filter.NOFILTER], "clevel": 5}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the stored bytes, beside the source."""
-
-    spacing: float = 2.0
-    crop_body: bool = True
-    labels: bool = True
-    tilt: str = "refuse"  # or "correct": what read_volume does with a gantry-tilted series
-    format: int = FORMAT
-
-    def __post_init__(self) -> None:
-        if self.tilt not in ("refuse", "correct"):
-            raise UseError("unknown tilt setting", found=self.tilt, expected="'refuse' or 'correct'")
-
-
-@dataclass(frozen=True)
-class LabelSource:
-    """A file with labels: a binary mask painted as `value`, or a label map (value None).
-
-    `series` and `roi` choose a DICOM SEG or RTSTRUCT and a structure in it."""
-
-    path: Path
-    value: int | None = None
-    series: str | None = None
-    roi: str | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything a worker needs for one image. Holds paths and the salt: it is never written or logged."""
-
-    key: str
-    path: Path
-    series: str | None
-    out: Path
-    settings: Settings
-    salt: bytes = field(repr=False)
-    files: tuple[Path, ...] | None = None  # of this series, where several share the folder `path`
-    lesions: tuple[tuple[str, Lesion], ...] = ()  # (case key, lesion)
-    labels: tuple[LabelSource, ...] = ()
-    organs: tuple[int, ...] = ()  # values a label map may hold
-    words: tuple[str, ...] = ()  # what identifies this case, for scrubbing
-
-    @property
-    def sources(self) -> dict[Path, list[Path]]:
-        """File or folder -> the files read from it."""
-        image = {self.path: _files(self.path) if self.files is None else list(self.files)}
-        return image | {source.path: _files(source.path) for source in self.labels}
-
-    @property
-    def request(self) -> str:
-        """Hash of what is asked for: with the content of the sources it decides the stored bytes."""
-        lesions = [(case, lesion.model_dump()) for case, lesion in self.lesions]
-        labels = [(source.value, source.series, source.roi) for source in self.labels]
-        facts = [asdict(self.settings), self.series, lesions, labels, self.organs]
-        return hashed(self.salt, "request", json.dumps(facts, sort_keys=True))
-
-    @property
-    def stat(self) -> str:
-        """Hash of names, sizes and times: tells without reading whether a source may have changed."""
-        facts = [
-            (file.relative_to(source).as_posix(), file.stat().st_size, file.stat().st_mtime_ns)
-            for source, files in self.sources.items()
-            for file in files
-        ]
-        return hashed(self.salt, "stat", json.dumps(facts))
-
-    @property
-    def content(self) -> str:
-        """SHA-256 over the bytes of every source file, in order of name."""
-        digest = hashlib.sha256()
-        for file in chain(*self.sources.values()):
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why an image (case None) or a case is not in the store."""
-
-    image: str
-    case: str | None
-    reason: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a job: its row, or none and a failure; both when only a lesion failed."""
-
-    row: dict[str, Any] | None
-    failures: tuple[Failure, ...] = ()
-    built: bool = False  # False for a row that was kept
-    disk_full: bool = False
 
 
 def ingest(job: Job, previous: dict[str, Any] | None = None) -> Outcome:
@@ -173,15 +74,19 @@ def _outcome(row: dict[str, Any], built: bool) -> Outcome:
 
 
 def _build(job: Job, content: str) -> dict[str, Any]:
-    volume = read_volume(job.path, series=job.series, tilt=job.settings.tilt, files=job.files)
+    volume = _read(job)
     shape, affine = target_grid(volume.shape, volume.affine, job.settings.spacing)
     array = to_hounsfield(resample(volume.array, volume.affine, shape, affine), volume.array)
     spacing = (job.settings.spacing,) * 3
-    body = find_body(array, spacing)
+    body = flat.find_body(array, spacing) if volume.modality == "MG" else find_body(array, spacing)
     start, stop = body_box(body, shape, spacing) if job.settings.crop_body else (np.zeros(3, int), shape)
 
     lesions = _place(job, volume)
-    masks = list(_masks(job, volume)) if job.settings.labels else []
+    found = flat.outlines(job, volume, lesions)
+    notes = [*volume.notes, *found.notes]
+    lesions |= found.centers | {case: _reason(job, error) for case, error in found.faults.items()}
+    masks = [_cut(value, mask, volume.affine) for value, mask in found.masks]
+    masks = [*masks, *_masks(job, volume)] if job.settings.labels else []
     start, stop = _include(start, stop, affine, shape, lesions, masks)
     affine[:3, 3] = affine[:3, :3] @ start + affine[:3, 3]
     array = np.ascontiguousarray(array[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))])
@@ -203,15 +108,23 @@ def _build(job: Job, content: str) -> dict[str, Any]:
         "labels": None,
         "source_shape": list(volume.shape),
         "source_spacing": [round(s, 6) for s in volume.spacing],
-        "notes": [scrub(note, job.words) for note in volume.notes],
+        "notes": [scrub(note, job.words) for note in notes],
         "array": hashlib.sha256(array.tobytes()).hexdigest(),
         "content": content,
         "request": job.request,
         "stat": job.stat,
     }
+    if found.boxes:
+        row["boxes"] = found.boxes
     if masks or (job.labels and job.settings.labels):
         row["labels"] = _write_labels(job, name, masks, array.shape, affine)
     return row
+
+
+def _read(job: Job) -> Volume:
+    if isinstance(job.settings, FlatSettings):
+        return flat.read(job)
+    return read_volume(job.path, series=job.series, tilt=job.settings.tilt, files=job.files)
 
 
 # ---- labels and lesions --------------------------------------------------------------------------
@@ -336,10 +249,11 @@ def _histogram(array: np.ndarray) -> dict[str, int]:
 
 def write_array(out: Path, file: str, array: np.ndarray, codec: dict[str, Any]) -> tuple[str, int]:
     """One contiguous blosc2 frame, written whole or not at all -> (file, bytes)."""
+    is_flat = array.shape[2:] == (1,)
     frame = blosc2.asarray(
         array,
-        chunks=CHUNKS,
-        blocks=BLOCKS,
+        chunks=FLAT_CHUNKS if is_flat else CHUNKS,
+        blocks=FLAT_BLOCKS if is_flat else BLOCKS,
         cparams=blosc2.CParams(
             codec=blosc2.Codec.ZSTD, typesize=array.itemsize, nthreads=1, splitmode=SPLIT, **codec
         ),
@@ -369,18 +283,6 @@ def files_present(out: Path, row: dict[str, Any]) -> bool:
         return all((out / part["file"]).stat().st_size == part["bytes"] for part in parts)
     except OSError:
         return False
-
-
-def _files(source: Path) -> list[Path]:
-    """The files a source is read from; a header with its data file beside it is two."""
-    if source.is_dir():
-        return sorted(f for f in source.rglob("*") if f.is_file() and not f.name.startswith("."))
-    if source.suffix.lower() in (".mhd", ".nhdr"):
-        return [
-            source,
-            *sorted(f for f in source.parent.glob(f"{glob.escape(source.stem)}.*raw*") if f != source),
-        ]
-    return [source]
 
 
 def _reason(job: Job, error: BaseException) -> str:

@@ -10,20 +10,25 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from smartlab.data.ingest import Failure, Job, LabelSource, Settings
 from smartlab.data.manifest import Case, ImageGroup, Manifest
 from smartlab.data.privacy import hashed, scrub
+from smartlab.data.request import Failure, FlatSettings, Job, LabelSource, Outline, Settings, files_of
 from smartlab.errors import DataError, SmartlabError, UseError
+
+OUTLINE = "lesion"  # name of the outline of a lesion among the masks of a mammogram's case
 
 
 class Cohort:
     """The images of a manifest below a root, as jobs for `ingest`."""
 
-    def __init__(self, man: Manifest, root: Path, out: Path, settings: Settings, salt: bytes) -> None:
+    def __init__(
+        self, man: Manifest, root: Path, out: Path, settings: Settings | FlatSettings, salt: bytes
+    ) -> None:
         self.root, self.out, self.settings, self.salt = root, out, settings, salt
         self.groups = man.images()
         self.keys = [hashed(salt, "image", group.key) for group in self.groups]
         self.case_keys = {case.id: hashed(salt, "case", case.id) for case in man.cases}
+        self.flat = man.modality == "MG"
         self.organs = tuple(sorted(man.organs))
         self.values = label_values(man) if settings.labels else {}
         self.rois: dict[str, str] = man.source.parameters.get("segments", {})
@@ -39,7 +44,9 @@ class Cohort:
             path = self._folder_of(first.series_uid) if _by_series(first) else first.locate(self.root)
             lesions = tuple((self.case_keys[c.id], c.lesion) for c in group.cases if c.lesion)
             series = first.series_uid if path.is_dir() else None
-            labels = tuple(self._label_sources(group)) if self.settings.labels else ()
+            stored = self.settings.labels and not self.flat
+            labels = tuple(self._label_sources(group)) if stored else ()
+            outlines = tuple(self._outlines(group)) if self.flat else ()
             files = self._own_files(path, series)
             return Job(
                 key,
@@ -53,6 +60,7 @@ class Cohort:
                 labels,
                 self.organs,
                 words,
+                outlines,
             )
         except SmartlabError as error:
             return Failure(key, None, scrub(str(error), words, instead="<image>"))
@@ -81,6 +89,23 @@ class Cohort:
             folder = self._folder_of(uid)
             own = self.files.get(folder, {}).get(uid, ())
             yield LabelSource(own[0] if len(own) == 1 else folder, self.values[name], uid, roi)
+
+    def _outlines(self, group: ImageGroup) -> Iterator[Outline]:
+        """The files that may hold the outline of each lesion, from wherever the manifest puts them.
+
+        A missing one is left to the worker, which sets aside the case, not the image.
+        """
+        for case in group.cases:
+            files: list[Path] = []
+            for place in case.masks.values():
+                uid = place.removeprefix("series:")
+                if uid == place:
+                    files += [self._below(place)]
+                elif uid in self.series:
+                    folder = self.series[uid]
+                    files += self.files.get(folder, {}).get(uid) or files_of(folder)
+            if case.masks:
+                yield Outline(self.case_keys[case.id], self.values.get(OUTLINE, 1), tuple(sorted(files)))
 
     def _below(self, place: str) -> Path:
         try:
@@ -120,6 +145,8 @@ class Cohort:
             self.series.get(uid) if _by_series(case) else self.root / (case.image or "")
             for uid, case in named.items()
         ]
+        if self.flat:  # outlines are single images as well
+            places += [folder for uid, folder in self.series.items() if uid not in named]
         folders = [place for place in places if place is not None and place.is_dir()]
         images = Counter(above for place in folders for above in (place, *place.parents))
         from smartlab.data.dicom import series_files
@@ -133,6 +160,8 @@ def _by_series(case: Case) -> bool:
 
 def label_values(man: Manifest) -> dict[str, int]:
     """Name -> value in the stored label volumes: the organs' own values, then masks by name."""
+    if man.modality == "MG":  # whatever else a case names, such as a cut-out, is no label
+        return {OUTLINE: 1} if any(case.masks for case in man.cases) else {}
     values = {name: value for value, name in man.organs.items()}
     names = sorted({name for case in man.cases for name in case.masks} - set(values))
     free = [v for v in range(1, 256) if v not in man.organs]

@@ -32,8 +32,17 @@ def prepare_store(data: DataConfig, progress: bool = True) -> tuple[Manifest, St
         )
     else:
         root = Path(data.root)
-    store = Path(data.store) if data.store else root.parent / f"{root.name}-store-{data.spacing:g}mm"
-    report = build_store(man, root, store, workers=data.workers, spacing=data.spacing, progress=progress)
+    name = f"{root.name}-store-{data.spacing:g}mm" + ("-percentile" if data.grey == "percentile" else "")
+    store = Path(data.store) if data.store else root.parent / name
+    report = build_store(
+        man,
+        root,
+        store,
+        workers=data.workers,
+        spacing=data.spacing,
+        grey=data.grey,
+        progress=progress,
+    )
     if progress and report.failed:
         print(report)
     return man, open_store(store)

@@ -28,9 +28,9 @@ import numpy as np
 from smartlab.data import index
 from smartlab.data.body import BLOCK
 from smartlab.data.building import StoreReport, build_store, salt_check
-from smartlab.data.ingest import FORMAT
 from smartlab.data.manifest import Case
 from smartlab.data.privacy import hashed, salt
+from smartlab.data.request import FORMAT
 from smartlab.errors import DataError, UseError
 
 if TYPE_CHECKING:

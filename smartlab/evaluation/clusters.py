@@ -23,11 +23,15 @@ bootstrap, whose own mean is off: drawing rows again adds noise to centroids a s
 noise in many dimensions pushes centroids apart. (Once it does so in the values too: compare tables of
 the same size only.) For silhouette, knn_purity, ari and nmi the neighbours and the
 clusters stay as they are and the patients that are scored are drawn; embeddings stay as they are.
+
+Other features of the same rows may stand `beside`, above all those of a random encoder: "random
+features/ratio", "random ari", … are theirs, and "features/ratio minus random", … the differences on the
+same rows and draws of patients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -35,8 +39,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smartlab.errors import DataError, UseError
-from smartlab.evaluation.means import error_interval, interval, patient_means, patient_weights
 from smartlab.evaluation.result import Estimate, Result
+from smartlab.evaluation.separation import (
+    CHANCE,
+    Separation,
+    agreement,
+    differences,
+    estimates,
+    kmeans,
+    separation,
+    spread,
+    standardised,
+)
 from smartlab.evaluation.table import FeatureTable
 
 if TYPE_CHECKING:
@@ -51,6 +65,7 @@ def clusters(
     table: FeatureTable,
     *,
     label: str = "organ",
+    beside: Mapping[str, FeatureTable] | None = None,
     embeddings: Sequence[str] = EMBEDDINGS,
     k: int = 10,
     umap_seeds: int = 3,
@@ -59,6 +74,7 @@ def clusters(
 ) -> Result:
     """Cluster structure of the rows' features with respect to a label, by default the organ.
 
+    beside:     other features of the same rows, by name.
     embeddings: some of umap, pca, tsne. Without umap-learn (or numba) UMAP is replaced by PCA and
                 facts["notes"] says so.
     k:          neighbours of knn_purity and of the stability.
@@ -87,19 +103,20 @@ def clusters(
     places, repeats = _embed(x, [*embeddings], umap_seeds, seed, notes)
     about = kept.about[[c for c in _LINKS if c in kept.about]].copy()
     about[label] = [classes[i] for i in y]
-    about["cluster"] = _kmeans(x, len(classes), seed)
-    metrics: dict[str, Estimate] = {}
-    for name, space in ({"features": x} | places).items():
-        rows = _row_scores(space, y, patients, k)
-        means = patient_means(np.stack([*rows.values()], 1), patients, draws, seed)
-        found = spread_estimates(space, y, patients, draws, seed) | dict(zip(rows, means, strict=True))
-        chance = found.pop("knn_purity_chance")
-        metrics |= {f"{name}/{key}": value for key, value in found.items()}
-        if name == "features":
-            about["silhouette"], about["knn_purity"] = rows["silhouette"], rows["knn_purity"]
-            metrics["knn_purity_chance"] = chance
-    metrics |= _agreement(y, about.cluster.to_numpy(), patients, draws, seed)
+    about["cluster"] = kmeans(x, len(classes), seed)
+    found = {n: separation(s, y, patients, k, draws, seed) for n, s in ({"features": x} | places).items()}
+    ours = found["features"]
+    about["silhouette"], about["knn_purity"] = ours.rows["silhouette"], ours.rows["knn_purity"]
+    metrics = {
+        f"{name}/{kind}" if kind != CHANCE else kind: value
+        for name, one in found.items()
+        for kind, value in estimates(one, patients, seed).items()
+    }
+    metrics |= agreement(y, about.cluster.to_numpy(), patients, draws, seed)
     metrics |= _stability(repeats, y, k)
+    for name, other in (beside or {}).items():
+        theirs = _same_rows(name, other, kept, label)
+        metrics |= _beside(name, theirs, ours, y, patients, k, draws, seed)
     metrics = {name: value for name, value in metrics.items() if not np.isnan(value.value)}
     for name, place in places.items():
         about[f"{name}_x"], about[f"{name}_y"] = place[:, 0], place[:, 1]
@@ -130,117 +147,37 @@ def _rows(table: FeatureTable, label: str) -> tuple[FeatureTable, np.ndarray, li
     return kept.take(rows), (np.cumsum(enough) - 1)[values[rows]], classes, left_out
 
 
-def standardised(x: np.ndarray) -> np.ndarray:
-    """Zero mean and unit variance per dimension; constant dimensions become zero."""
-    x = x.astype(np.float64) - x.mean(0, dtype=np.float64)
-    scale = x.std(0)
-    constant = scale <= 1e-7 * np.abs(x).max(initial=1e-30)
-    return np.where(constant, 0, x / np.where(constant, 1, scale)).astype(np.float32)
-
-
-def spread(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """inter, intra and ratio, (draws, 3), for every row of weights (draws, rows).
-
-    A class of which a draw has no row is left out of that draw.
-    """
-    number = int(y.max()) + 1
-    centres = np.full((len(weights), number, x.shape[1]), np.nan, np.float32)
-    intra = np.full((len(weights), number), np.nan)
-    for c in range(number):
-        part, w = x[y == c], weights[:, y == c].astype(np.float32)
-        middle = part.mean(0)  # sums of squares around it keep their digits
-        apart, total = part - middle, w.sum(1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            moved = (w @ apart) / total[:, None]
-            square = (w @ (apart**2).sum(1)) / total - (moved**2).sum(1)
-        centres[:, c], intra[:, c] = middle + moved, np.sqrt(np.maximum(square, 0))
-    first, second = np.triu_indices(number, 1)
-    inter = np.empty(len(weights))
-    for draw, centre in enumerate(centres):
-        far = np.linalg.norm(centre[first] - centre[second], axis=1)
-        inter[draw] = far[np.isfinite(far)].mean() if np.isfinite(far).any() else np.nan
-    within = np.nanmean(intra, axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.stack([inter, within, np.where(within > 0, inter / within, np.nan)], 1)
-
-
-def spread_estimates(
-    x: np.ndarray, y: np.ndarray, patients: np.ndarray, draws: int, seed: int
+def _beside(
+    name: str,
+    x: np.ndarray,
+    ours: Separation,
+    y: np.ndarray,
+    patients: np.ndarray,
+    k: int,
+    draws: int,
+    seed: int,
 ) -> dict[str, Estimate]:
-    """inter, intra and ratio with intervals from patient-bootstrap standard errors."""
-    weights, position = patient_weights(patients, draws, seed)
-    drawn = [spread(x, y, part[:, position]) for part in np.array_split(weights, max(1, draws // 50))]
-    value, every = spread(x, y, np.ones((1, len(y))))[0], np.concatenate(drawn)
-    return {
-        name: error_interval(value[i], every[:, i], weights.shape[1])
-        for i, name in enumerate(("inter", "intra", "ratio"))
-    }
+    """Scores of other features of the same rows, and how much less or more than ours they are."""
+    theirs = separation(x, y, patients, k, draws, seed)
+    found = {f"{name} features/{kind}": e for kind, e in estimates(theirs, patients, seed).items()}
+    del found[f"{name} features/{CHANCE}"]  # that of the features
+    agreed = agreement(y, kmeans(x, int(y.max()) + 1, seed), patients, draws, seed)
+    found |= {f"{name} {kind}": e for kind, e in agreed.items()}
+    apart = differences(ours, theirs, patients, seed)
+    return found | {f"features/{kind} minus {name}": e for kind, e in apart.items()}
 
 
-def _row_scores(x: np.ndarray, y: np.ndarray, patients: np.ndarray, k: int) -> dict[str, np.ndarray]:
-    from sklearn.metrics import silhouette_samples
-
-    flat = not np.ptp(x, axis=0).any()
-    alone = np.zeros(len(y)) if flat else silhouette_samples(x, y)
-    purity, chance = knn_purity(x, y, patients, k)
-    return {"silhouette": alone, "knn_purity": purity, "knn_purity_chance": chance}
-
-
-def knn_purity(x: np.ndarray, y: np.ndarray, patients: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Per row: share of its k nearest rows of other patients that are of its class, and the same by chance.
-
-    Where the k-th distance is shared by several rows, they count in equal parts. Not-a-number where
-    there is no other patient.
-    """
-    size = (x**2).sum(1)
-    purity, chance = np.full(len(y), np.nan), np.full(len(y), np.nan)
-    for start in range(0, len(y), 512):
-        rows = slice(start, start + 512)
-        far = np.maximum(size[rows, None] + size[None] - 2 * (x[rows] @ x.T), 0)
-        other = patients[rows, None] != patients[None]
-        same = y[rows, None] == y[None]
-        number = other.sum(1)
-        far[~other] = np.inf
-        for i, count in enumerate(number):
-            if count == 0:
-                continue
-            taken = min(k, int(count))
-            edge = np.partition(far[i], taken - 1)[taken - 1]
-            below, tied = far[i] < edge, far[i] == edge
-            part = (taken - below.sum()) / tied.sum()
-            purity[start + i] = (same[i, below].sum() + part * same[i, tied].sum()) / taken
-            chance[start + i] = (same[i] & other[i]).sum() / count
-    return purity, chance
-
-
-def _kmeans(x: np.ndarray, number: int, seed: int) -> np.ndarray:
-    import warnings
-
-    from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
-
-    with warnings.catch_warnings():  # fewer distinct rows than clusters: fewer clusters, which is right
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return KMeans(number, n_init=10, random_state=seed).fit_predict(x)
-
-
-def _agreement(
-    y: np.ndarray, found: np.ndarray, patients: np.ndarray, draws: int, seed: int
-) -> dict[str, Estimate]:
-    """ARI and NMI of two partitions with patient-bootstrap intervals."""
-    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
-
-    weights, position = patient_weights(patients, min(draws, 500), seed)
-    scores: dict[str, Callable[..., float]] = {
-        "ari": adjusted_rand_score,
-        "nmi": normalized_mutual_info_score,
-    }
-    estimates = {}
-    rows = [np.repeat(np.arange(len(y)), w[position]) for w in weights]
-    for name, score in scores.items():
-        drawn = np.array([score(y[r], found[r]) for r in rows])
-        estimates[name] = interval(float(score(y, found)), drawn, weights.shape[1])
-    return estimates
+def _same_rows(name: str, other: FeatureTable, kept: FeatureTable, label: str) -> np.ndarray:
+    """Standardised features of another table for the rows of `kept`; refused unless rows are the same."""
+    same = _rows(other, label)[0]
+    columns = ["case", "patient", f"label:{label}"]
+    if len(same) != len(kept) or not (same.about[columns] == kept.about[columns]).all(axis=None):
+        raise DataError(
+            f"cannot put {name!r} beside the features",
+            found=f"{len(same)} rows",
+            expected=f"the same {len(kept)} rows in the same order",
+        )
+    return standardised(same.x)
 
 
 def _embed(

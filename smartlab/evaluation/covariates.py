@@ -1,6 +1,7 @@
 """Clinical covariates from a CSV: checked once, imputed and encoded inside every fold.
 
-The file has a column `patient` and any others; a column whose known values are all numbers is numeric,
+The file has a column `patient` and any others. Patients are named as in the manifest; where a table of
+features knows them by their salted keys only, names are hashed to find them. A column whose known values are all numbers is numeric,
 any other is categorical. Empty cells are missing. Only names of columns are ever written anywhere.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from smartlab.data.privacy import hashed, salt
 from smartlab.errors import DataError, UseError
 
 MOST_CATEGORIES = 20  # more look like an identifier or free text
@@ -62,7 +64,15 @@ def read_covariates(
         raise DataError("cannot be read as CSV", path=path, found=type(error).__name__) from None
     if "patient" not in table:
         raise DataError("has no column 'patient'", path=path, found=", ".join(map(str, table.columns[:8])))
-    table["patient"] = table.patient.str.strip()
+    if table.patient.isna().any():
+        raise DataError(
+            "a row names no patient", path=path, found=f"line {table.patient.isna().argmax() + 2}"
+        )
+    asked, names = set(map(str, patients)), table.patient.str.strip()
+    if not asked & set(names):
+        key = salt()
+        names = names.map(lambda name: hashed(key, "patient", name))
+    table["patient"] = names
     wanted = [c for c in table.columns if c != "patient"] if columns is None else list(columns)
     if not wanted or (unknown := [c for c in wanted if c not in table]):
         raise UseError(
@@ -74,7 +84,7 @@ def read_covariates(
         raise DataError(
             "a patient has two rows", path=path, found=f"first again in line {twice.argmax() + 2}"
         )
-    absent = [p for p in map(str, patients) if p not in set(table.patient)]
+    absent = sorted(asked - set(table.patient))
     if absent:
         raise DataError(
             f"{len(absent)} of {len(patients)} patients have no row",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -91,7 +91,15 @@ def make_plan(
     repeats: int = 1,
     seed: int = 0,
 ) -> Plan:
-    """The plan for rows with columns patient, split and fold; refuses what cannot be evaluated."""
+    """The plan for rows with columns patient, split and fold; refuses what cannot be evaluated.
+
+    split: "official" and "folds" are the manifest's, "cross" deals patients anew; "auto" takes the first
+    of these that there is.
+    """
+    if split not in get_args(Split):
+        raise UseError(f"split={split!r}", expected=f"one of {', '.join(get_args(Split))}")
+    if repeats < 1:
+        raise UseError(f"repeats={repeats}", expected="at least 1")
     patients = about.patient.to_numpy()
     official = set(about["split"].dropna()) if "split" in about else set()
     fold = about["fold"] if "fold" in about else pd.Series(np.nan, about.index)

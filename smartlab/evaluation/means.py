@@ -6,13 +6,14 @@ product serves all draws and all columns, so that hundreds of quantities cost no
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import stats as distributions
 
 from smartlab.evaluation.result import Estimate
+from smartlab.evaluation.stats import percentile_interval
+
+Interval = Callable[[float, np.ndarray, int], Estimate]
 
 
 def patient_weights(
@@ -47,25 +48,12 @@ def patient_means(
     ]
 
 
-def interval(value: float, drawn: np.ndarray, patients: int) -> Estimate:
-    """The 95% percentile interval of bootstrap draws; draws where the quantity is undefined are left out.
+def interval(value: float, drawn: np.ndarray, patients: int, of: Interval = percentile_interval) -> Estimate:
+    """The interval of bootstrap draws; draws where the quantity is undefined are left out.
 
-    Percentiles are taken as much further out as t is wider than normal for so many patients (Hesterberg
-    2015), as `stats.bootstrap` does.
+    Without a second patient, or defined draws, there is none.
     """
     drawn = drawn[np.isfinite(drawn)]
-    if patients < 2 or not len(drawn):
-        return Estimate(float(value), n=patients)
-    reach = float(distributions.t.ppf(0.975, patients - 1)) * math.sqrt(patients / (patients - 1))
-    tail = float(distributions.norm.cdf(-reach))
-    low, high = np.quantile(drawn, (tail, 1 - tail))
-    return Estimate(float(value), float(low), float(high), patients)
-
-
-def error_interval(value: float, drawn: np.ndarray, patients: int) -> Estimate:
-    """The 95% interval value ± t standard errors, for quantities that a bootstrap draw shifts."""
-    drawn = drawn[np.isfinite(drawn)]
-    if patients < 2 or len(drawn) < 2:
-        return Estimate(float(value), n=patients)
-    half = float(distributions.t.ppf(0.975, patients - 1) * drawn.std(ddof=1))
-    return Estimate(float(value), float(value - half), float(value + half), patients)
+    return (
+        of(value, drawn, patients) if patients > 1 and len(drawn) > 1 else Estimate(float(value), n=patients)
+    )

@@ -108,15 +108,27 @@ def bootstrap(
     whole, samples, redrawn = _resample(_measure(metrics), groups, arrays, draws, seed)
     out = Estimates()
     out.redrawn = redrawn
-    reach = float(distributions.t.ppf((1 + LEVEL) / 2, groups.n - 1))
-    tail = float(distributions.norm.cdf(-reach * math.sqrt(groups.n / (groups.n - 1))))
     for name, value in whole.items():
-        low, high = np.quantile(samples[name], [tail, 1 - tail])
         if name == BIASED:
-            half = reach * float(np.std(samples[name], ddof=1))
-            low, high = max(0.0, value - half), value + half
-        out[name] = Estimate(value, float(low), float(high), groups.n)
+            found = error_interval(value, samples[name], groups.n)
+            out[name] = found._replace(low=max(0.0, found.low))
+        else:
+            out[name] = percentile_interval(value, samples[name], groups.n)
     return out
+
+
+def percentile_interval(value: float, drawn: np.ndarray, patients: int) -> Estimate:
+    """The interval of `bootstrap`, from scores of draws (not-a-number where a score has none)."""
+    widening = math.sqrt(patients / (patients - 1))
+    tail = float(distributions.norm.cdf(distributions.t.ppf((1 - LEVEL) / 2, patients - 1) * widening))
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return Estimate(float(value), float(low), float(high), patients)
+
+
+def error_interval(value: float, drawn: np.ndarray, patients: int) -> Estimate:
+    """The value ± t standard deviations of its draws, for scores that drawing again shifts."""
+    half = float(distributions.t.ppf((1 + LEVEL) / 2, patients - 1) * np.std(drawn, ddof=1))
+    return Estimate(float(value), float(value) - half, float(value) + half, patients)
 
 
 def paired_bootstrap(

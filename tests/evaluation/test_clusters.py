@@ -11,7 +11,8 @@ from matplotlib import pyplot as plt
 
 from smartlab.data.manifest import LabelSpec
 from smartlab.errors import DataError, UseError
-from smartlab.evaluation.clusters import clusters, knn_purity, spread, standardised, style
+from smartlab.evaluation.clusters import clusters, style
+from smartlab.evaluation.separation import estimates, knn_purity, separation, spread, standardised
 from smartlab.evaluation.table import FeatureTable
 
 ORGANS = ["heart", "liver", "spleen", "aorta"]
@@ -117,6 +118,24 @@ def test_without_umap_there_is_pca_and_a_note(monkeypatch):
     assert any("PCA instead" in note for note in result.facts["notes"])
 
 
+def test_other_features_stand_beside_on_the_same_rows():
+    good, bad = blobs(3), blobs(0.5, seed=5)
+    bad = FeatureTable(bad.x, good.about, good.specs)
+    result = clusters(good, beside={"random": bad, "same": good}, embeddings=("pca",), draws=200)
+    alone = clusters(bad, embeddings=("pca",), draws=200)
+    for name in ("features/ratio", "features/silhouette", "features/knn_purity", "ari"):
+        assert result.metrics[f"random {name}"] == alone.metrics[name]
+    ratio = result.metrics["features/ratio minus random"]
+    assert ratio.value == pytest.approx(
+        result.metrics["features/ratio"].value - alone.metrics["features/ratio"].value
+    )
+    assert 0 < ratio.low < ratio.value < ratio.high
+    assert set(result.metrics["features/knn_purity minus same"][:3]) == {0}
+    turned = FeatureTable(bad.x[::-1], good.about[::-1].reset_index(drop=True), good.specs)
+    with pytest.raises(DataError, match="cannot put 'random' beside"):
+        clusters(good, beside={"random": turned}, embeddings=("pca",), draws=100)
+
+
 @pytest.mark.slow
 def test_umap_beside_the_others():
     result = clusters(blobs(12), draws=50, umap_seeds=2)
@@ -131,13 +150,12 @@ def test_umap_beside_the_others():
 @pytest.mark.slow
 def test_the_interval_of_the_ratio_covers_it():
     """Nominal 95%: over 300 cohorts of 80 patients, the expected ratio of such cohorts lies in 92% to 98%."""
-    from smartlab.evaluation.clusters import spread_estimates
-
     found = []
     for seed in range(300):
         table = blobs(3, seed=seed, patients=80)
         y = table.about["label:organ"].map(ORGANS.index).to_numpy()
-        found.append(spread_estimates(table.x, y, table.about.patient.to_numpy(), 200, seed)["ratio"])
+        patients = table.about.patient.to_numpy()
+        found.append(estimates(separation(table.x, y, patients, 5, 200, seed), patients, seed)["ratio"])
     expected = np.mean([e.value for e in found])
     assert 0.92 <= np.mean([e.low <= expected <= e.high for e in found]) <= 0.98
 

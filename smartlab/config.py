@@ -13,6 +13,7 @@ Layers, later ones winning:
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from smartlab.settings import (
     DistillConfig,
     EncoderConfig,
     LossConfig,
+    MaeConfig,
     MaskConfig,
     MethodConfig,
     SemanticConfig,
@@ -40,6 +42,7 @@ __all__ = [
     "DistillConfig",
     "EncoderConfig",
     "LossConfig",
+    "MaeConfig",
     "MaskConfig",
     "MethodConfig",
     "SemanticConfig",
@@ -51,10 +54,26 @@ __all__ = [
 
 PRESET_FOLDER = Path(__file__).parent / "presets"
 
+_SWIN: dict[str, Any] = {"encoder.kind": "swin", "encoder.patch": 2}
+_VIT: dict[str, Any] = {"encoder.kind": "vit", "encoder.patch": 16}
+_DISTILLATION: dict[str, Any] = {"method.family": "masked_distillation"}
+_MAE: dict[str, Any] = {  # He et al., "Masked autoencoders are scalable vision learners" (2022)
+    "method.family": "multiscale_mae",
+    "semantic.enabled": False,
+    "teacher.enabled": False,
+    "mask.strategy": "random",
+    "mask.ratio": 0.75,
+    "loss.patch": 0.0,
+    "loss.image": 0.0,
+    "loss.coarse": 0.0,
+    "data.window": (0.0, 4095.0),  # the grey values of mammograms
+}
+
 # What the preset names stand for, as dotted settings. The papers' notes give the provenance.
 ENCODERS: dict[str, dict[str, Any]] = {
-    "tiny": {},  # the defaults of EncoderConfig: a CPU size for demos and tests [ours]
+    "tiny": {**_SWIN},  # the defaults of EncoderConfig: a CPU size for demos and tests [ours]
     "smit": {  # [smit]
+        **_SWIN,
         "encoder.embed_dim": 48,
         "encoder.depths": (2, 2, 4, 2),
         "encoder.num_heads": (4, 4, 4, 4),
@@ -62,6 +81,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "encoder.qkv_bias": False,
     },
     "smart": {  # [mhub]
+        **_SWIN,
         "encoder.embed_dim": 48,
         "encoder.depths": (2, 2, 8, 2),
         "encoder.num_heads": (4, 4, 8, 16),
@@ -70,17 +90,29 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "encoder.drop_path": 0.3,
     },
     "swinunetr": {  # MONAI's SwinUNETR default, so that weights drop straight in
+        **_SWIN,
         "encoder.embed_dim": 48,
         "encoder.depths": (2, 2, 2, 2),
         "encoder.num_heads": (3, 6, 12, 24),
         "encoder.window_size": 7,
         "encoder.qkv_bias": True,
     },
+    "vit-tiny": {  # a CPU size for demos and tests [ours]
+        **_VIT,
+        "encoder.patch": 8,
+        "encoder.embed_dim": 96,
+        "encoder.blocks": 4,
+        "encoder.heads": 4,
+    },
+    "vit-small": {**_VIT, "encoder.embed_dim": 384, "encoder.blocks": 12, "encoder.heads": 6},
+    "vit-base": {**_VIT, "encoder.embed_dim": 768, "encoder.blocks": 12, "encoder.heads": 12},
+    "vit-large": {**_VIT, "encoder.embed_dim": 1024, "encoder.blocks": 24, "encoder.heads": 16},
     "custom": {},
 }
 
 METHODS: dict[str, dict[str, Any]] = {
     "simmim": {  # masked prediction alone
+        **_DISTILLATION,
         "semantic.enabled": False,
         "teacher.enabled": False,
         "mask.strategy": "random",
@@ -89,19 +121,29 @@ METHODS: dict[str, dict[str, Any]] = {
         "loss.coarse": 0.0,
     },
     "smit": {  # clean teacher, average-pooled image token
+        **_DISTILLATION,
         "semantic.enabled": False,
         "mask.strategy": "random",
         "loss.coarse": 0.0,
     },
     "smart": {  # semantic class attention [abs], attention masks from a noisy teacher [abs]
+        **_DISTILLATION,
         "semantic.kind": "class",
         "mask.strategy": "attention_high",
         "teacher.patch_dropout": 0.3,  # [ours]
     },
     "dagman": {  # full self-attention in the semantic block [ours]
+        **_DISTILLATION,
         "semantic.kind": "full",
         "mask.strategy": "attention_high",
         "teacher.patch_dropout": 0.3,  # [ours]
+    },
+    "mae": {**_MAE, "mae.scales": (1,), "mae.attention": ("softmax",), "mae.weights": (1.0,)},
+    "miram": {  # the image at its own and at a higher resolution, that one by linear attention [abs]
+        **_MAE,
+        "mae.scales": (1, 2),
+        "mae.attention": ("softmax", "nystrom"),
+        "mae.weights": (1.0, 1.0),
     },
     "custom": {},
 }
@@ -153,6 +195,7 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
     return settings
 
 
+@functools.cache
 def known_keys() -> dict[str, Any]:
     """Every dotted key with its default."""
     return dict(flatten(Config().model_dump()))
@@ -202,9 +245,13 @@ def _check_key(key: str, name: str) -> None:
     known = known_keys()
     if key in known:
         return
-    near = difflib.get_close_matches(key, known, 1, 0.5)
+    section = [k for k in known if k.split(".")[0] == key.split(".")[0]]
+    here, near = (
+        difflib.get_close_matches(key, section, 1, 0.8),
+        difflib.get_close_matches(key, known, 1, 0.5),
+    )
     by_last = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    best = (by_last + near)[:1]
+    best = (here + by_last + near)[:1]
     if any(k.startswith(key + ".") for k in known):
         raise UseError(f"{key!r} is a section, not a setting", path=name, expected=f"keys such as {key}.…")
     hint = f"did you mean {best[0]!r}?" if best else "`smartlab pretrain --help` lists the settings"

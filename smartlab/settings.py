@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-EncoderPreset = Literal["tiny", "smit", "smart", "swinunetr", "custom"]
-MethodPreset = Literal["simmim", "smit", "smart", "dagman", "custom"]
+EncoderPreset = Literal[
+    "tiny", "smit", "smart", "swinunetr", "vit-tiny", "vit-small", "vit-base", "vit-large", "custom"
+]
+MethodPreset = Literal["simmim", "smit", "smart", "dagman", "mae", "miram", "custom"]
+AttentionKind = Literal["softmax", "nystrom", "linformer", "performer"]
 Strategy = Literal["random", "block", "attention_high", "attention_hint", "attention_low", "attention_sample"]
 
 
@@ -38,24 +41,28 @@ class DataConfig(_Section):
     min_overlap: float = Field(0.25, ge=0, le=1)  # of a view's volume, shared by the two views [ours]
     flip: bool = True  # random mirror along each axis [ours]
     intensity: float = Field(0.1, ge=0, le=1)  # random scale and shift after windowing [ours]
+    grey: Literal["voi", "percentile"] = "voi"  # mammograms: the file's window, or percentiles of the breast
+    crop: Literal["lesion", "image", "random"] = "lesion"  # mammograms: what a view shows [abs: lesions]
+    margin: float = Field(0.5, ge=0)  # mammograms: context on each side of a lesion, in its sizes [ours]
     phantom_cases: int | None = Field(None, ge=1)  # phantoms only: take the first n patients
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
-        if self.view > self.region:
-            raise ValueError(f"data.view={self.view} does not fit into data.region={self.region}")
         if self.window[0] >= self.window[1]:
             raise ValueError(f"data.window={list(self.window)}: the lower bound must be below the upper one")
         return self
 
 
 class EncoderConfig(_Section):
-    """3D Swin transformer in the layout of MONAI's SwinUNETR."""
+    """3D Swin transformer in the layout of MONAI's SwinUNETR, or 2D vision transformer in that of MAE."""
 
     preset: EncoderPreset = "tiny"
+    kind: Literal["swin", "vit"] = "swin"
     in_channels: int = Field(1, ge=1)
     patch: int = Field(2, ge=1)  # voxels per token side before the first stage
     embed_dim: int = Field(12, ge=1)
+    blocks: int = Field(4, ge=1)  # ViT: transformer blocks
+    heads: int = Field(4, ge=1)  # ViT: of every block
     depths: tuple[int, int, int, int] = (1, 1, 2, 1)
     num_heads: tuple[int, int, int, int] = (1, 2, 4, 8)
     window_size: int = Field(4, ge=1)
@@ -66,6 +73,13 @@ class EncoderConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> EncoderConfig:
+        if self.kind == "vit":
+            if self.embed_dim % self.heads or self.embed_dim % 4:
+                raise ValueError(
+                    f"encoder.embed_dim={self.embed_dim} must be divisible by encoder.heads={self.heads} and by 4 "
+                    "(sine and cosine of rows and columns)"
+                )
+            return self
         for stage, heads in enumerate(self.num_heads):
             channels = self.embed_dim * 2**stage
             if channels % heads:
@@ -76,8 +90,8 @@ class EncoderConfig(_Section):
         return self
 
     def stride(self, stage: int) -> int:
-        """Voxels per token side at the output of stage 0 (embedding) to 4."""
-        return self.patch * 2**stage
+        """Voxels per token side at the output of stage 0 (embedding) to 4; a ViT has one stride."""
+        return self.patch if self.kind == "vit" else self.patch * 2**stage
 
 
 class SemanticConfig(_Section):
@@ -158,10 +172,78 @@ class LossConfig(_Section):
     coarse: float = Field(0.0, ge=0)  # auxiliary [ours]
 
 
+class MaeConfig(_Section):
+    """Masked autoencoding of images at one scale (MAE) or several (MIRAM).
+
+    Where a setting is a list, it holds one value for all scales or one per scale, in their order.
+    """
+
+    input: int = Field(64, ge=1)  # pixels per side that the encoder sees: the view, made smaller
+    scales: tuple[Literal[1, 2, 4], ...] = (1, 2)  # sides of the targets, in inputs [abs: 1 and higher]
+    attention: tuple[AttentionKind, ...] = ("softmax", "nystrom")  # of the decoders [abs]
+    weights: tuple[float, ...] = (1.0,)  # of the losses [ours]
+    depth: tuple[int, ...] = (2,)  # blocks of a decoder [ours]
+    width: tuple[int, ...] = (48,)  # channels of a decoder [ours]
+    heads: tuple[int, ...] = (4,)  # of a decoder [ours]
+    normalise: bool = True  # targets by the mean and spread of their patch
+    landmarks: int = Field(64, ge=1)  # nystrom [ours]
+    iterations: int = Field(6, ge=1)  # nystrom: of the pseudo-inverse
+    kernel: int = Field(33, ge=1)  # nystrom: tokens that the depth-wise convolution sees
+    rank: int = Field(64, ge=1)  # linformer [ours]
+    features: int = Field(128, ge=1)  # performer [ours]
+
+    @field_validator("attention", "weights", "depth", "width", "heads", "scales", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """One value may stand without brackets."""
+        return value if isinstance(value, list | tuple) else (value,)
+
+    @model_validator(mode="after")
+    def _check(self) -> MaeConfig:
+        if not self.scales or list(self.scales) != sorted(set(self.scales)):
+            raise ValueError(f"mae.scales={list(self.scales)}: expected different scales, ascending")
+        for name in ("attention", "weights", "depth", "width", "heads"):
+            count = len(getattr(self, name))
+            if count not in (1, len(self.scales)):
+                raise ValueError(
+                    f"mae.{name} has {count} values for {len(self.scales)} scales: give one, or one per scale"
+                )
+        if min(*self.depth, *self.width, *self.heads, 1) < 1 or min(self.weights) < 0:
+            raise ValueError("mae.depth, mae.width and mae.heads must be at least 1, mae.weights at least 0")
+        if not any(self.weights):
+            raise ValueError("every weight in mae.weights is 0: there is nothing to train on")
+        for scale in self.decoders():
+            if scale.width % scale.heads or scale.width % 4:
+                raise ValueError(
+                    f"mae.width={scale.width} must be divisible by mae.heads={scale.heads} and by 4"
+                )
+        if self.kernel % 2 == 0:
+            raise ValueError(f"mae.kernel={self.kernel}: a centred convolution needs an odd number")
+        return self
+
+    def decoders(self) -> list[Decoding]:
+        """The settings of each scale's decoder."""
+        lists = (self.attention, self.weights, self.depth, self.width, self.heads)
+        full = [values * len(self.scales) if len(values) == 1 else values for values in lists]
+        return [Decoding(*values) for values in zip(self.scales, *full, strict=True)]
+
+
+class Decoding(NamedTuple):
+    """One scale of `MaeConfig`."""
+
+    scale: int
+    attention: AttentionKind
+    weight: float
+    depth: int
+    width: int
+    heads: int
+
+
 class MethodConfig(_Section):
-    """A name for a set of settings: SimMIM, SMIT, SMART or DAGMaN."""
+    """A name for a set of settings, and the class that they are settings of."""
 
     preset: MethodPreset = "dagman"
+    family: Literal["masked_distillation", "multiscale_mae"] = "masked_distillation"
 
 
 class TrainConfig(_Section):
@@ -200,10 +282,23 @@ class Config(_Section):
     teacher: TeacherConfig = TeacherConfig()
     distill: DistillConfig = DistillConfig()
     loss: LossConfig = LossConfig()
+    mae: MaeConfig = MaeConfig()
     train: TrainConfig = TrainConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        wanted = "vit" if self.method.family == "multiscale_mae" else "swin"
+        if self.encoder.kind != wanted:
+            names = "vit-tiny, vit-small, vit-base" if wanted == "vit" else "tiny, smit, smart, swinunetr"
+            raise ValueError(
+                f"method.preset={self.method.preset} needs encoder.kind={wanted}, found {self.encoder.kind}: "
+                f"set encoder.preset to one of {names}, or another method.preset"
+            )
+        if wanted == "vit":
+            self._check_mae()
+            return self
+        if self.data.view > self.data.region:
+            raise ValueError(f"data.view={self.data.view} does not fit into data.region={self.data.region}")
         stage_strides = [self.encoder.stride(stage) for stage in range(5)]
         if self.mask.unit != self.semantic.stride:
             raise ValueError(
@@ -224,6 +319,32 @@ class Config(_Section):
             )
         self._check_method()
         return self
+
+    def _check_mae(self) -> None:
+        m, patch = self.mae, self.encoder.patch
+        if m.input % patch:
+            raise ValueError(f"mae.input={m.input} is not divisible by encoder.patch={patch}")
+        for scale in m.scales:
+            if self.data.view % (m.input * scale):
+                raise ValueError(
+                    f"data.view={self.data.view} cannot be made smaller to scale {scale} by whole pixels: it must be "
+                    f"a multiple of mae.input × {scale} = {m.input * scale}"
+                )
+        units = (m.input // patch) ** 2
+        if units - self.mask.ratio * units < 1:
+            raise ValueError(
+                f"mask.ratio={self.mask.ratio} leaves none of the {units} patches of the input visible"
+            )
+        if self.mask.strategy.startswith("attention"):
+            raise ValueError(
+                f"mask.strategy={self.mask.strategy} needs a teacher, which method.preset={self.method.preset} does "
+                "not have: use random or block"
+            )
+        if self.teacher.enabled or self.semantic.enabled:
+            raise ValueError(
+                f"method.preset={self.method.preset} has no teacher and no semantic attention: "
+                "set teacher.enabled=false and semantic.enabled=false"
+            )
 
     def _check_method(self) -> None:
         channels = self.encoder.embed_dim * self.semantic.stride // self.encoder.patch

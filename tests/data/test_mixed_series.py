@@ -13,7 +13,7 @@ import pytest
 import smartlab as sl
 from smartlab.data import building, ingest
 from smartlab.data.dicom import series_files
-from smartlab.data.ingest import Settings
+from smartlab.data.request import Settings
 from smartlab.data.privacy import salt
 from smartlab.data.readers import read_volume
 from smartlab.errors import DataError, UseError

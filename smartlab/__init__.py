@@ -33,6 +33,7 @@ _PUBLIC = {
     "evaluate": "smartlab.evaluation.evaluate",
     "compare": "smartlab.evaluation.compare",
     "Result": "smartlab.evaluation.result",
+    "load_results": "smartlab.batch.results",
     "view": "smartlab.viewers.slices",
     "DataError": "smartlab.errors",
     "UseError": "smartlab.errors",
@@ -42,6 +43,7 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:  # so that editors and type checkers see the real things
+    from smartlab.batch.results import load_results
     from smartlab.config import Config, load_config
     from smartlab.data.crops import CropLoader, LesionDataset, ViewDataset
     from smartlab.data.manifest import Manifest, load_manifest

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from smartlab.cli_batch import batch, results
 from smartlab.cli_data import AsJson, data, say
 from smartlab.errors import SmartlabError, UseError
 
@@ -25,6 +26,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data, name="data")
+app.command(epilog="Example: smartlab batch components seeds=1 steps=100 --dry-run")(batch)
+app.command(epilog="Example: smartlab results runs/components --metric auc --to auc.parquet")(results)
 
 
 @app.command(epilog="Example: smartlab doctor --json")

@@ -1,0 +1,164 @@
+"""Where a batch runs: this machine, or the workers of a Dask scheduler.
+
+Runs are placed by Dask's own resources. On this machine they are CORES, GPU and MEMORY (GB). On a cluster
+a run that asks for GPUs goes to workers started with `--resources "GPU=n"`; CORES and MEMORY count where
+workers offer them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from smartlab.batch.plan import Resources
+from smartlab.batch.runs import BatchRun
+from smartlab.batch.worker import execute
+from smartlab.errors import DataError, UseError
+
+FIRST = 8  # runs sent to a cluster that has no workers yet: an adaptive one starts some when it is asked
+
+
+def machine(gpus: bool) -> dict[str, float]:
+    """What this machine has; counting GPUs costs seconds, so only where they are asked for."""
+    from distributed.system import MEMORY_LIMIT
+
+    count = 0
+    if gpus:
+        import torch
+
+        count = torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"CORES": cores, "GPU": count, "MEMORY": MEMORY_LIMIT / 1e9}
+
+
+def needs(resources: Resources) -> dict[str, float]:
+    wanted = {"CORES": resources.cores, "GPU": resources.gpus, "MEMORY": resources.memory}
+    return {name: value for name, value in wanted.items() if value}
+
+
+def slots(runs: Sequence[Resources], has: dict[str, float]) -> int:
+    """How many of the smallest runs fit at once."""
+    each = [min(math.floor(has[n] / v) if v else 10**6 for n, v in needs(run).items()) for run in runs]
+    return max([1, *each])
+
+
+class Place:
+    """Dask as a batch sees it: how much to send, send, and what came back."""
+
+    def __init__(self, client: Any, offered: set[str], fixed: int | None) -> None:
+        self.client, self.offered, self.fixed = client, offered, fixed
+
+    def width(self) -> int:
+        """Runs at Dask at one time: a few more than it can run."""
+        if self.fixed:
+            return self.fixed + 2
+        return max(FIRST, 2 * sum(self.client.nthreads().values()))
+
+    def submit(self, request: dict[str, Any], run: BatchRun, number: int) -> Any:
+        wanted = {
+            name: value for name, value in needs(run.resources).items() if name in self.offered | {"GPU"}
+        }
+        return self.client.submit(
+            execute,
+            request,
+            key=f"{run.step}-{request['id']}",
+            pure=False,
+            resources=wanted,
+            priority=-number,
+        )
+
+    def answer(self, future: Any) -> dict[str, Any]:
+        """What a run came to, also when its worker died under it."""
+        from concurrent.futures import CancelledError as Cancelled
+
+        from distributed import KilledWorker
+        from distributed.client import FutureCancelledError
+
+        try:
+            return future.result()
+        except KilledWorker:
+            return {"state": "lost", "error": "every worker that ran it was killed"}
+        except (Cancelled, FutureCancelledError):
+            if self.client.status != "running":
+                raise DataError(
+                    "the Dask scheduler is gone", fix="start the batch again: what is done stays done"
+                ) from None
+            return {"state": "stopped"}
+
+
+@contextmanager
+def connect(runs: Sequence[BatchRun], workers: int | None, scheduler: str | None) -> Iterator[Place]:
+    """A place for these runs, after checking that each of them fits."""
+    from distributed import Client
+
+    wanted = [run.resources for run in runs]
+    if scheduler is not None:
+        if workers is not None:
+            raise UseError("workers are those of the scheduler", fix="leave out --workers or --scheduler")
+        if "://" not in scheduler:
+            raise UseError(
+                "not the address of a Dask scheduler", found=scheduler, expected="such as tcp://10.0.0.5:8786"
+            )
+        try:
+            client = Client(scheduler, timeout=15)
+        except OSError as error:
+            raise UseError(
+                "no Dask scheduler answers", found=scheduler, fix="check the address and that it is running"
+            ) from error
+        with client:
+            there = client.scheduler_info(n_workers=-1)["workers"].values()
+            offers = [dict(worker["resources"]) for worker in there]
+            _check_fit(runs, offers)
+            yield Place(client, set.intersection(*map(set, offers)) if offers else set(), None)
+        return
+    has = machine(any(one.gpus for one in wanted))
+    at_once = workers or slots(wanted, has)
+    if workers:  # said so: cores are shared
+        has["CORES"] = max(has["CORES"], workers * max(one.cores for one in wanted))
+    _check_fit(runs, [has])
+    with _local(at_once, has) as cluster, Client(cluster) as client:
+        yield Place(client, set(has), at_once)
+
+
+def _check_fit(runs: Sequence[BatchRun], offers: list[dict[str, float]]) -> None:
+    """Refuse runs that no worker could ever take. No workers yet: they may come."""
+    for run in runs:
+        wanted = needs(run.resources)
+        for name, value in wanted.items():
+            most = [offer.get(name, 0 if name == "GPU" else math.inf) for offer in offers]
+            if most and max(most) < value:
+                raise UseError(
+                    f"step {run.step!r} asks for {value:g} {name}",
+                    found=f"at most {max(most):g} on one worker",
+                    fix=f"lower resources.{ {'GPU': 'gpus', 'CORES': 'cores', 'MEMORY': 'memory'}[name] }, "
+                    "or use --scheduler with workers that offer it",
+                )
+
+
+@contextmanager
+def _local(at_once: int, has: dict[str, float]) -> Iterator[Any]:
+    """One worker process with a thread per run: it only waits, the runs are processes of their own.
+
+    Forked for the reasons given in `smartlab.data.workers`. No memory limit: the runs are not its memory.
+    """
+    import dask
+    from distributed import LocalCluster
+
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": method}),
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=at_once,
+            resources=has,
+            memory_limit=None,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+    ):
+        yield cluster

@@ -1,0 +1,93 @@
+"""The folder of a run: what it holds, how it is found, and the lock that keeps it to one process.
+
+    OUT/STEP/NAME-KEY/   notebook.ipynb, parameters.json, log.txt, result.json and what the notebook writes
+                         run.json: the record (state, attempts, seconds, error, code, data, what it builds on)
+                         attempts.jsonl: one line when an attempt starts, one when it ends
+    OUT/.batch/          locks, and the notebooks as they were when the batch began
+
+The lock is the kernel's own (flock): it ends with the process that holds it, however that ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+DONE, FAILED, RUNNING = "done", "failed", "running"
+
+
+def lock(out: Path, key: str) -> int | None:
+    """The open lock of a run, or None while another process has it."""
+    folder = out / ".batch" / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / key, os.O_RDWR | os.O_CREAT, 0o666)  # never inherited by the kernel
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def is_locked(out: Path, key: str) -> bool:
+    handle = lock(out, key)
+    if handle is not None:
+        os.close(handle)
+    return handle is None
+
+
+def folders(out: Path) -> Iterator[Path]:
+    """Every run folder of a batch."""
+    for step in sorted(out.iterdir()) if out.is_dir() else []:
+        if step.is_dir() and not step.name.startswith("."):
+            with os.scandir(step) as entries:
+                yield from (Path(e.path) for e in sorted(entries, key=lambda e: e.name) if e.is_dir())
+
+
+def find(out: Path, key: str) -> Path | None:
+    """The folder of the run with this key, under whatever name a plan gave it."""
+    return next(iter(sorted(out.glob(f"*/*{key}"))), None)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The record of a run, empty where there is none."""
+    try:
+        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
+def write(folder: Path, record: dict[str, Any], name: str = "run.json") -> None:
+    """The whole record or the one before: never half of it."""
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    os.replace(temporary, folder / name)
+
+
+def note_attempt(folder: Path, **facts: Any) -> None:
+    """Append one line; a line is written at once, so that none is mixed with another."""
+    line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **facts}) + "\n"
+    handle = os.open(folder / "attempts.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(handle, line.encode())
+    finally:
+        os.close(handle)
+
+
+def survey(out: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Key -> folder and record of every run in a batch folder."""
+    found = {}
+    for folder in folders(out):
+        if record := read(folder):
+            found[record["key"]] = (folder, record)
+    return found
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

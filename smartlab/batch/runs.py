@@ -1,0 +1,177 @@
+"""The runs of a plan, each named by a digest of everything that goes into it.
+
+The digest covers the notebook, its parameters, smartlab's source, the data, and the same of every run
+it builds on. So a pretraining that three evaluations need is one run, in whichever plan it appears,
+and a run that is done is never done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import smartlab
+from smartlab.batch.notebooks import references
+from smartlab.batch.plan import Assignment, Plan, Resources, Step
+from smartlab.batch.records import digest
+
+NAME_LENGTH = 100  # of the readable part of a folder's name
+FILES_LOOKED_AT = 10_000  # in a folder of data that is not described by a manifest
+
+
+@dataclass
+class BatchRun:
+    """One notebook with one set of parameters."""
+
+    step: str
+    name: str  # readable, and unique by the key at its end
+    key: str
+    identity: str  # like the key, but without smartlab's source and the notebook's text
+    notebook: Path
+    parameters: dict[str, Any]  # with references such as "{pretrain}/run" not yet resolved
+    settings: dict[str, Any]  # the parameters with the notebook's defaults for all others
+    upstream: dict[str, BatchRun]
+    resources: Resources
+    data: str
+    order: int  # of the first combination that needs it
+    combinations: list[int] = field(default_factory=list)
+
+
+def expand(plan: Plan, *, code: str | None = None) -> list[BatchRun]:
+    """Every run once, those that others build on first; `code` replaces the digest of smartlab's source."""
+    code = code or code_digest()
+    runs: dict[str, BatchRun] = {}
+    notebooks = {step.name: _digest(step.notebook.read_text(encoding="utf-8")) for step in plan.steps}
+    for number, combination in enumerate(plan.combinations):
+        chain: dict[str, BatchRun] = {}
+        for step in plan.steps:
+            run = _run(plan, step, combination, chain, notebooks[step.name], code, number)
+            chain[step.name] = runs.setdefault(run.key, run)
+            chain[step.name].combinations.append(number)
+    return list(runs.values())
+
+
+def _run(
+    plan: Plan,
+    step: Step,
+    combination: Assignment,
+    chain: Mapping[str, BatchRun],
+    notebook: str,
+    code: str,
+    number: int,
+) -> BatchRun:
+    parameters = dict(step.parameters)
+    for factor, value in combination.items():
+        parameters |= {name: value for owner, name in plan.targets(factor) if owner == step.name}
+    parameters = {k: _plan_folder(v, plan) for k, v in parameters.items()}
+    upstream = {name: chain[name] for name in step.after}
+    full = {k: v for k, v in step.known.items() if k != "out"} | parameters
+    data = data_digest(full)
+    # what the parameters come to, not how they are written: a default written out is the same run
+    facts = [step.notebook.stem, full, data]
+    key = _digest([*facts, notebook, code, {name: run.key for name, run in upstream.items()}])
+    identity = _digest([*facts, {name: run.identity for name, run in upstream.items()}])
+    lineage = _lineage(plan, step.name)
+    tells = {f: v for f, v in combination.items() if lineage & set(plan.factors[f])}
+    return BatchRun(
+        step=step.name,
+        name=f"{_readable(tells)}{key}",
+        key=key,
+        identity=identity,
+        notebook=step.notebook,
+        parameters=parameters,
+        settings=full,
+        upstream=upstream,
+        resources=step.resources,
+        data=data,
+        order=number,
+    )
+
+
+def _plan_folder(value: Any, plan: Plan) -> Any:
+    if isinstance(value, str) and "{plan}" in value:
+        return value.replace("{plan}", str(plan.path.resolve().parent))
+    return value
+
+
+def resolve(value: Any, folders: Mapping[str, Path]) -> Any:
+    """A parameter with `{step}` replaced by the folder of that step's run."""
+    if isinstance(value, str) and references(value, [*folders], "", Path()):
+        return value.format(**{name: str(folder) for name, folder in folders.items()})
+    return value
+
+
+def _lineage(plan: Plan, name: str) -> set[str]:
+    """A step and all it builds on."""
+    step = next(s for s in plan.steps if s.name == name)
+    return {name}.union(*(_lineage(plan, before) for before in step.after))
+
+
+def _readable(values: Assignment) -> str:
+    words = [f"{name.rpartition('.')[2]}-{value}" for name, value in values.items()]
+    text = re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(words))[:NAME_LENGTH]
+    return f"{text}-" if text else ""
+
+
+def _digest(content: Any) -> str:
+    text = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
+    return digest(text.encode())
+
+
+def code_digest() -> str:
+    """A digest of smartlab's source and presets as they are on the disk now."""
+    package = Path(smartlab.__file__).parent
+    total = hashlib.sha256()
+    for path in sorted(p for p in package.rglob("*") if p.suffix in (".py", ".yaml")):
+        total.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def data_digest(parameters: Mapping[str, Any]) -> str:
+    """A digest of the data that parameters name: the manifest, the images' sizes, other files and folders.
+
+    Nothing inside the images is read. A phantom follows from its manifest, and stores from their images.
+    """
+    manifest, root = parameters.get("manifest"), parameters.get("root")
+    parts = []
+    if isinstance(manifest, str) and manifest:
+        parts.append(_cohort(manifest, root if isinstance(root, str) else ""))
+    for name, value in sorted(parameters.items()):
+        if name in ("manifest", "store") or (name == "root" and parts) or not isinstance(value, str):
+            continue
+        if "/" in value and "{" not in value and Path(value).exists():
+            parts.append(f"{name}:{_contents(Path(value))}")
+    return _digest(parts) if parts else ""
+
+
+@lru_cache(maxsize=256)
+def _cohort(manifest: str, root: str) -> str:
+    from smartlab.data.manifest import load_manifest
+
+    man = load_manifest(manifest)
+    described = man.model_dump_json()
+    if man.source.kind == "phantom" or not root:
+        return _digest(described)
+    sizes = []
+    for group in load_manifest(man, root).images():
+        path = group.cases[0].locate(root)
+        if path.is_dir():
+            sizes.append(f"{group.key}:{sum(1 for _ in path.iterdir())}")
+        else:
+            sizes.append(f"{group.key}:{path.stat().st_size if path.exists() else 'missing'}")
+    return _digest([described, sizes])
+
+
+@lru_cache(maxsize=256)
+def _contents(path: Path) -> str:
+    """A small file by its text, anything else by the names and sizes of its files."""
+    if path.is_file() and path.stat().st_size < 2**24:
+        return digest(path.read_bytes())
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())[:FILES_LOOKED_AT]
+    return _digest([[str(p.relative_to(path)), p.stat().st_size] for p in files])

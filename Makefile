@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # some image libraries change the locale of the process: read text as UTF-8 all the same
 export PYTHONUTF8 := 1
 READY := $(VENV)/.ready
+# tests run in this many processes, one thread each
+JOBS ?= 2
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .PHONY: help setup demo test test-fast check lab bench clean
 help:          ## list the commands
@@ -21,10 +24,10 @@ demo: $(READY) ## run the notebooks on the built-in phantoms; pictures and resul
 	$(BIN)/smartlab demo --out runs/demo
 
 test: $(READY) ## run every test, the slow ones too
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 test-fast: $(READY) ## run the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(TESTS) -m "not slow"
 
 check: $(READY) ## formatting, lint, types
 	$(BIN)/ruff format --check smartlab tests benchmarks notebooks

@@ -83,10 +83,11 @@ def _by_voi(pixels: np.ndarray, header: Dataset) -> tuple[np.ndarray | None, str
     """Grey values by the first VOI LUT or window, float32 0 to 4095, or None and why not."""
     values = apply_modality_lut(pixels, header)
     if header.get("VOILUTSequence"):
-        table = header.VOILUTSequence[0]
-        white = max(1, int(np.max(table.LUTData if not isinstance(table.LUTData, bytes) else 0) or 0))
-        grey = apply_voi(np.rint(values).astype(np.int32), header).astype(np.float32)
-        grey *= WHITE / max(white, int(grey.max()))  # the LUT's own white, whatever bits it claims
+        data = header.VOILUTSequence[0].LUTData
+        table = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.asarray(data)
+        # the LUT's own white, whatever bits it claims
+        grey = apply_voi(np.rint(values).astype(np.int32), header) * (WHITE / max(1, int(table.max())))
+        grey = np.clip(grey, 0, WHITE).astype(np.float32)
     elif header.get("WindowCenter") is not None and header.get("WindowWidth") is not None:
         center, width = (_first(header[name].value) for name in ("WindowCenter", "WindowWidth"))
         kind = str(header.get("VOILUTFunction") or "LINEAR").upper()

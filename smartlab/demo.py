@@ -1,8 +1,8 @@
 """`smartlab demo`: every notebook, in order, on the built-in phantoms.
 
-Each notebook runs through papermill exactly as it is shipped, with only `out` changed, and leaves
-its executed copy, an HTML page, its pictures and its `result.json` below the demo folder.
-`index.html` links them. A failing notebook is reported and does not stop the others.
+Each notebook runs through papermill exactly as it is shipped, with only `out` changed (and what the
+caller gives), and leaves its executed copy, an HTML page, its pictures and its `result.json` below the
+demo folder. `index.html` links them. A failing notebook is reported and does not stop the others.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import io
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class Step:
 
     name: str
     title: str
+    about: str = ""  # what one learns, from its first cell
     seconds: float = 0.0
     headline: str = ""
     problem: str = ""
@@ -52,7 +54,8 @@ class DemoResult:
         lines += [
             "",
             "This is a small run on synthetic data: it shows that everything works, not how well.",
-            f"{pictures} pictures and the executed notebooks: {self.out / 'index.html'}",
+            f"{pictures} pictures and the executed notebooks, in {sum(s.seconds for s in self.steps) / 60:.1f} min: "
+            f"{self.out / 'index.html'}",
         ]
         return "\n".join(lines)
 
@@ -68,8 +71,17 @@ def notebook_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "notebooks"
 
 
-def run_demo(out: str | Path, *, only: str | None = None, progress: bool = True) -> DemoResult:
-    """Run the notebooks (those whose name contains `only`) and write `out/index.html`."""
+def run_demo(
+    out: str | Path,
+    *,
+    only: str | None = None,
+    parameters: Mapping[str, Mapping[str, Any]] | None = None,
+    progress: bool = True,
+) -> DemoResult:
+    """Run the notebooks (those whose name contains `only`) and write `out/index.html`.
+
+    parameters: notebook name -> parameters other than its own, e.g. {"02_pretrain": {"steps": 200}}.
+    """
     out = Path(out).resolve()
     notebooks = [p for p in sorted(notebook_folder().glob("[0-9][0-9]_*.ipynb")) if (only or "") in p.stem]
     if not notebooks:
@@ -81,7 +93,7 @@ def run_demo(out: str | Path, *, only: str | None = None, progress: bool = True)
     for number, notebook in enumerate(notebooks, 1):
         if progress:
             print(f"[{number}/{len(notebooks)}] {notebook.stem} ", end="", flush=True)
-        step = _run(notebook, out)
+        step = _run(notebook, out, dict((parameters or {}).get(notebook.stem, {})))
         steps.append(step)
         if progress:
             print(f"{'FAILED' if step.problem else 'done'} in {step.seconds:.0f} s", flush=True)
@@ -90,7 +102,7 @@ def run_demo(out: str | Path, *, only: str | None = None, progress: bool = True)
     return result
 
 
-def _run(notebook: Path, out: Path) -> Step:
+def _run(notebook: Path, out: Path, parameters: dict[str, Any]) -> Step:
     import nbformat
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -98,15 +110,15 @@ def _run(notebook: Path, out: Path) -> Step:
     folder = out / notebook.stem
     folder.mkdir(exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)
-    first = nbformat.read(notebook, as_version=4).cells[0].source.splitlines()[0]
-    step = Step(notebook.stem, first.lstrip("# ").strip())
+    first, _, about = nbformat.read(notebook, as_version=4).cells[0].source.partition("\n")
+    step = Step(notebook.stem, first.lstrip("# ").strip(), " ".join(about.split()))
     executed = folder / "notebook.ipynb"
     start = time.monotonic()
     try:
         papermill.execute_notebook(
             str(notebook),
             str(executed),
-            parameters={"out": str(folder)},
+            parameters={**parameters, "out": str(folder)},
             kernel_name="python3",
             progress_bar=False,
             cwd=str(folder),
@@ -114,7 +126,8 @@ def _run(notebook: Path, out: Path) -> Step:
         )
         step.headline, step.figures = _read_result(folder)
     except PapermillExecutionError as error:
-        step.problem = f"cell {error.exec_count}: {error.ename}: {error.evalue.splitlines()[0]}"
+        said = (error.evalue.splitlines() or [""])[0]
+        step.problem = f"cell {error.exec_count}: {error.ename}: {said}"
     except Exception as error:  # a lost kernel must not stop the other notebooks
         step.problem = f"{type(error).__name__}: {error}"
     step.seconds = time.monotonic() - start
@@ -151,22 +164,30 @@ def _thumbnail(figure: Path) -> str:
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>smartlab demo</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>smartlab demo</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1a2530 }}
-section {{ border-top: 1px solid #d5dbe1; padding: .8rem 0 }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto; padding: 0 1rem; color: #1a2530 }}
+a {{ color: #0b5394 }} h1 {{ margin-bottom: 0 }} h2 {{ margin: 0 0 .2rem; font-size: 1.2rem }}
+table {{ border-collapse: collapse; margin: 1rem 0; width: 100% }}
+td, th {{ text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #d5dbe1; vertical-align: top }}
+td:nth-child(2) {{ text-align: right; white-space: nowrap }}
+section {{ border-top: 1px solid #d5dbe1; padding: 1rem 0 }} p {{ margin: .2rem 0 .6rem }}
 .pictures {{ display: flex; flex-wrap: wrap; gap: .6rem }}
-.pictures img {{ max-width: 100%; border-radius: 4px; background: #000 }}
+.pictures a {{ display: block; border: 1px solid #d5dbe1; border-radius: 4px; overflow: hidden; background: #fff }}
+.pictures img {{ display: block; height: 12.5rem; max-width: 100%; object-fit: contain }}
 .failed {{ color: #a4262c }} small {{ color: #5a6672 }}
 </style></head><body>
 <h1>smartlab demo</h1>
-<p>Small runs on synthetic data: they show that everything works, not how well.</p>
+<p>Every notebook, run as it is shipped. Small runs on synthetic data: they show that everything works, not how well.</p>
+<table><tr><th>notebook</th><th>time</th><th>result</th></tr>
+{rows}</table>
 {sections}</body></html>
 """
 
 
 def _write_index(result: DemoResult) -> None:
-    sections = []
+    rows, sections = [], []
     for step in result.steps:
         pictures = "".join(
             f'<a href="{figure.relative_to(result.out)}"><img alt="{figure.stem}" src="{_thumbnail(figure)}"></a>'
@@ -178,12 +199,16 @@ def _write_index(result: DemoResult) -> None:
             if step.problem
             else html.escape(step.headline)
         )
+        link = f'<a href="{step.name}/notebook.html">'
+        rows.append(
+            f"<tr><td>{link}{step.name}</a></td><td>{step.seconds:.0f} s</td><td>{outcome}</td></tr>\n"
+        )
         sections.append(
-            f'<section><h2><a href="{step.name}/notebook.html">{html.escape(step.title)}</a></h2>'
-            f"<p>{outcome} <small>({step.seconds:.0f} s)</small></p>"
+            f'<section id="{step.name}"><h2>{link}{html.escape(step.title)}</a></h2>'
+            f"<p><small>{html.escape(step.about)}</small></p>"
             f'<div class="pictures">{pictures}</div></section>\n'
         )
-    _replace(result.out / "index.html", _PAGE.format(sections="".join(sections)))
+    _replace(result.out / "index.html", _PAGE.format(rows="".join(rows), sections="".join(sections)))
 
 
 def _replace(path: Path, text: str) -> None:

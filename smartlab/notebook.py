@@ -83,6 +83,13 @@ class Cohort(NamedTuple):
     root: Path  # folder of the images
 
 
+def phantom_folder(name: str, patients: int, seed: int = 0) -> Path:
+    """Where the images of a phantom are kept for all notebooks."""
+    from smartlab.data.prepare import cache_folder
+
+    return cache_folder() / f"{name}-{patients}-seed{seed}"
+
+
 def open_cohort(
     manifest: str, root: str = "", *, patients: int = 12, workers: int = 2, progress: bool = True
 ) -> Cohort:
@@ -95,12 +102,11 @@ def open_cohort(
     """
     from smartlab.config import DataConfig
     from smartlab.data.manifest import load_manifest
-    from smartlab.data.prepare import cache_folder, prepare_store
+    from smartlab.data.prepare import prepare_store
 
     found = load_manifest(manifest)
     if found.source.kind == "phantom" and not root:
-        seed = found.source.parameters["seed"]
-        root = str(cache_folder() / f"{found.name}-{patients}-seed{seed}")
+        root = str(phantom_folder(found.name, patients, int(found.source.parameters["seed"])))
     data = DataConfig(
         manifest=manifest, root=root or None, spacing=SPACING, phantom_cases=patients, workers=workers
     )
@@ -169,6 +175,15 @@ def train(config: Config, out: str | Path, *, resume: bool = True, processes: in
     from smartlab.training.follow import launch
 
     return launch(config, Path(out), resume, processes)
+
+
+def keep_copy(picture: Path, to: Path) -> Path:
+    """Copy a picture beside the notebook's own, whole or not at all."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    temporary = to.with_name(f".{to.name}.tmp")
+    temporary.write_bytes(picture.read_bytes())
+    os.replace(temporary, to)
+    return to
 
 
 def code_version() -> str:

@@ -1,8 +1,18 @@
-"""Every notebook runs as shipped, is clean in git, and stops at once at a wrong parameter."""
+"""Every notebook runs as shipped, is clean in git, takes every parameter, and stops at once at a wrong one.
+
+The notebooks run twice: as shipped under nbmake, and with every parameter changed through `run_demo`.
+"""
 
 from __future__ import annotations
 
+import ast
+import base64
 import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import nbformat
 import papermill
@@ -13,76 +23,269 @@ from pydantic import Field
 from smartlab import UseError
 from smartlab.demo import run_demo
 from smartlab.notebook import NotebookParameters
+from smartlab.notebook_files import main, problems
 from tests.conftest import REPO
 
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
-SOME = {
-    "00_start_here": {"patients": 1, "seed": 3},
+STEMS = [path.stem for path in NOTEBOOKS]
+
+# every parameter but `out`, each with another value than the notebook's own
+CHANGED: dict[str, dict] = {
+    "00_start_here": {"patients": 1, "seed": 3, "workers": 0},
     "01_data": {
         "patients": 2,
         "spacing": 4.0,
         "region": 48,
         "view": 32,
-        "workers": 0,
+        "workers": 1,
         "seed": 1,
         "break_one": False,
     },
     "02_pretrain": {
-        "preset": "tiny",
+        "preset": "small.yaml",
         "method": "smit",
         "strategy": "block",
-        "patients": 3,
         "steps": 3,
         "batch": 1,
+        "workers": 0,
         "seed": 1,
         "resume": False,
     },
+    "03_masks_and_attention": {
+        "case": 2,
+        "view": 32,
+        "ratio": 0.5,
+        "noise": 0.2,
+        "scans": 2,
+        "workers": 1,
+        "seed": 1,
+    },
+    "04_linear_probe": {
+        "label": "texture",
+        "pooling": "cls",
+        "split": "folds",
+        "folds": 2,
+        "neighbours": 3,
+        "draws": 21,
+        "workers": 1,
+        "seed": 1,
+    },
+    "05_organ_clusters": {
+        "scans": 3,
+        "segmented": 2,
+        "pooling": "stages",
+        "crop": 32,
+        "neighbours": 5,
+        "workers": 1,
+        "seed": 1,
+    },
+    "06_finetune": {
+        "label": "",
+        "folds": 3,
+        "classify_steps": 2,
+        "classify_size": 64,
+        "organs": "spleen",
+        "segment_steps": 2,
+        "segment_size": 32,
+        "batch": 1,
+        "resume": False,
+        "workers": 1,
+        "seed": 1,
+    },
+    "07_localize": {
+        "scans": 2,
+        "held_out": True,
+        "regions": "organs",
+        "quantile": 0.9,
+        "workers": 1,
+        "seed": 1,
+    },
+}
+COMMON = {"encoder", "manifest", "root", "patients"}  # set below, for all notebooks that have them
+ELSEWHERE = {"02_pretrain": {"processes", "attach", "attach_seconds"}}  # tests of their own
+WRONG = {  # values of the right type that make no sense
+    "00_start_here": {"patients": 0},
+    "01_data": {"spacing": -1.0, "region": 16},
+    "02_pretrain": {"steps": 0, "method": "smartt", "strategy": "atention_high", "preset": "tinny"},
+    "03_masks_and_attention": {"ratio": 1.5, "view": 40},
+    "04_linear_probe": {"label": "malignity", "split": "crossed", "draws": 3, "pooling": "clss"},
+    "05_organ_clusters": {"segmented": 1, "pooling": "mean"},
+    "06_finetune": {"label": "malignity", "organs": "liver,lever", "classify_size": 30},
+    "07_localize": {"quantile": 1.0, "regions": ""},
 }
 
 
-def code_cells(path):
-    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+def parameters_of(path: Path) -> dict:
+    """Name -> default, read from the tagged cell."""
+    cell = next(
+        c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])
+    )
+    return {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(cell.source).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+# ---- in git
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=STEMS)
 def test_a_notebook_is_clean_in_git(path):
-    nbformat.validate(nbformat.read(path, as_version=4))
+    assert problems(path) == []
     cells = nbformat.read(path, as_version=4).cells
-    assert all(not c.outputs and c.execution_count is None for c in code_cells(path))
-    assert [c.id for c in cells] == [f"{path.name[:2]}-{i:02d}" for i in range(len(cells))]
-    assert sum("parameters" in c.metadata.get("tags", []) for c in cells) == 1
-    assert cells[0].source.startswith("# ") and path.stat().st_size < 60_000
+    assert cells[0].source.startswith("# "), "a title first"
+    assert re.search(r"You will .+\. .+\.", cells[0].source, re.S), "two sentences on what you will learn"
+    kinds = [c for c in cells if c.cell_type == "code"]
+    assert (
+        "parameters" in kinds[0].metadata.get("tags", []) and "Parameters.read(globals())" in kinds[1].source
+    )
     assert "finish(" in cells[-1].source, "the last cell writes result.json"
+    assert "**What to see.**" in "".join(c.source for c in cells) or path.stem.startswith("0") is False
+    assert "**Try next.**" in "".join(c.source for c in cells)
+
+
+def test_cleaning_takes_outputs_away_and_numbers_the_cells(tmp_path, capsys):
+    book = nbformat.v4.new_notebook()
+    code = nbformat.v4.new_code_cell("x = 1\nx", execution_count=7, metadata={"tags": ["parameters"]})
+    code.outputs = [nbformat.v4.new_output("stream", text="secret")]
+    code.metadata["collapsed"] = True
+    book.cells = [nbformat.v4.new_markdown_cell("# T"), code]
+    path = tmp_path / "42_x.ipynb"
+    nbformat.write(book, path)
+    assert main([str(path), "--check"]) == 1 and "has outputs" in capsys.readouterr().err
+    assert main([str(path)]) == 0
+    after = nbformat.read(path, as_version=4)
+    assert [c.id for c in after.cells] == ["42-00", "42-01"]
+    assert after.cells[1].source == "x = 1\nx" and after.cells[1].metadata == {"tags": ["parameters"]}
+    assert "secret" not in path.read_text() and main([str(path), "--check"]) == 0
+
+
+# ---- as shipped
 
 
 @pytest.mark.slow
-def test_the_demo_runs_every_notebook_and_gathers_results(tmp_path):
-    result = run_demo(tmp_path, progress=False)
+def test_every_notebook_runs_as_shipped_under_nbmake(tmp_path, monkeypatch):
+    """And leaves a small file with pictures, a result, and a static picture beside every widget."""
+    for path in NOTEBOOKS:
+        shutil.copy(path, tmp_path)
+    monkeypatch.setenv("SMARTLAB_CACHE", str(tmp_path / "cache"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    command += ["--nbmake", "--overwrite", "--nbmake-timeout=900", "--rootdir", str(tmp_path), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert f"{len(NOTEBOOKS)} passed" in done.stdout, "nbmake ran all of them"
+    for path in NOTEBOOKS:
+        executed = tmp_path / path.name
+        assert executed.stat().st_size < 2_000_000, path.name
+        result = json.loads((tmp_path / "runs" / path.stem / "result.json").read_text(encoding="utf-8"))
+        assert result["smoke"] and result["code"] and result["headline"]
+        pictures = [tmp_path / "runs" / path.stem / figure for figure in result["figures"]]
+        assert pictures and all(p.stat().st_size > 5000 for p in pictures), path.name
+        check_outputs(executed)
+
+
+def check_outputs(executed: Path) -> None:
+    """No error text, no flood, and every widget has its static picture in the same cell."""
+    for cell in nbformat.read(executed, as_version=4).cells:
+        if cell.cell_type != "code":
+            continue
+        data = [o.data for o in cell.outputs if "data" in o]
+        widgets = [d for d in data if "application/vnd.jupyter.widget-view+json" in d]
+        stills = [d for d in data if 'src="data:image/png;base64,' in str(d.get("text/html", ""))]
+        assert len(stills) >= len([w for w in widgets if "FloatProgress" not in str(w)]) or progress_only(
+            cell, widgets
+        ), f"{executed.name} {cell.id}: a widget without a static picture"
+        said = "".join(o.get("text", "") for o in cell.outputs if o.output_type == "stream")
+        assert len(said) < 8000, f"{executed.name} {cell.id}: a flood of text"
+        assert "Traceback" not in said and "Warning:" not in said, f"{executed.name} {cell.id}: {said[-600:]}"
+        for still in stills:
+            encoded = re.search(r"base64,([^\"']+)", still["text/html"])
+            assert encoded and base64.b64decode(encoded[1])[:4] == b"\x89PNG"
+
+
+def progress_only(cell, widgets) -> bool:
+    return all("it/s" in w.get("text/plain", "") or "%|" in w.get("text/plain", "") for w in widgets)
+
+
+# ---- with other parameters
+
+
+def test_every_parameter_is_changed_somewhere():
+    for path in NOTEBOOKS:
+        known = parameters_of(path)
+        changed = CHANGED[path.stem]
+        assert set(known) - COMMON - {"out"} - ELSEWHERE.get(path.stem, set()) == set(changed) - COMMON, path
+        assert all(known[name] != value for name, value in changed.items()), path.stem
+
+
+@pytest.mark.slow
+def test_the_demo_runs_every_notebook_with_every_parameter_changed(tmp_path, monkeypatch):
+    """On a cohort given as one's own would be: a manifest's path, its root, and an encoder's run folder."""
+    import smartlab as sl
+
+    monkeypatch.setenv("SMARTLAB_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "own"
+    made = sl.make_phantom("ct", data, n=6, workers=0, progress=False)
+    own = made.model_copy(update={"source": made.source.model_copy(update={"kind": "local"})})
+    own.save(data / "own.json")
+    small = {"encoder.embed_dim": 12, "data.view": 32, "data.region": 48, "train.batch": 1, "train.steps": 2}
+    small |= {"data.workers": 0, "data.manifest": str(data / "own.json"), "data.root": str(data)}
+    config = sl.load_config("tiny", small)
+    sl.pretrain(config, tmp_path / "run", progress=False)
+    (tmp_path / "small.yaml").write_text((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    common = {"encoder": str(tmp_path / "run"), "manifest": str(data / "own.json"), "root": str(data)}
+    given = {}
+    for path in NOTEBOOKS:
+        known, changed = parameters_of(path), dict(CHANGED[path.stem])
+        changed = {k: v for k, v in (common | {"patients": 6}).items() if k in known} | changed
+        if "preset" in changed:
+            changed["preset"] = str(tmp_path / changed["preset"])
+        given[path.stem] = changed
+    result = run_demo(tmp_path / "demo", progress=False, parameters=given)
     assert result.ok, result.table()
-    assert [s.name for s in result.steps] == [p.stem for p in NOTEBOOKS]
-    index = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert [s.name for s in result.steps] == STEMS
+    index = (tmp_path / "demo" / "index.html").read_text(encoding="utf-8")
     for step in result.steps:
-        folder = tmp_path / step.name
+        folder = tmp_path / "demo" / step.name
         assert f"{step.name}/notebook.html" in index and (folder / "notebook.html").exists()
         assert (folder / "notebook.ipynb").stat().st_size < 2_000_000
         written = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        assert written["smoke"] and written["code"] and written["figures"]
-        assert step.figures and all(f.stat().st_size > 5000 for f in step.figures)
+        assert written["parameters"] == given[step.name] | {
+            k: written["parameters"][k]
+            for k in ("out", *ELSEWHERE.get(step.name, ()))
+            if k in written["parameters"]
+        }
+        assert step.figures and step.headline in result.table()
+
+
+def run_cells(path: Path, changed: dict) -> None:
+    """The parameters cell, other values after it, and the validation cell, as a kernel would run them."""
+    code = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    namespace: dict = {"__name__": "__main__"}
+    exec(compile(code[0], "parameters", "exec", dont_inherit=True), namespace)
+    namespace.update(changed)
+    exec(compile(code[1], "validation", "exec", dont_inherit=True), namespace)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=STEMS)
+def test_a_wrong_parameter_stops_at_the_validation_cell_and_is_named(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known = parameters_of(path)
+    run_cells(path, {"out": str(tmp_path / "fine")})
+    for name in known:
+        with pytest.raises(UseError, match=f"unknown notebook parameter '{name}x'.*mean '{name}'"):
+            run_cells(path, {f"{name}x": 1})
+        with pytest.raises(UseError, match=f"notebook parameter '{name}'"):
+            run_cells(path, {name: [1]})
+    for name, value in WRONG.get(path.stem, {}).items():
+        with pytest.raises(UseError, match=f"{name}.*{re.escape(str(value).split(',')[-1])}"):
+            run_cells(path, {name: value})
+    assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_every_parameter_can_be_changed(path, tmp_path):
-    changed = SOME[path.stem] | {"out": str(tmp_path / "x")}
-    papermill.execute_notebook(path, tmp_path / "o.ipynb", changed, progress_bar=False, kernel_name="python3")
-    assert (
-        json.loads((tmp_path / "x" / "result.json").read_text(encoding="utf-8"))["parameters"]["seed"]
-        == changed["seed"]
-    )
-
-
-@pytest.mark.slow
-def test_a_misspelt_parameter_stops_the_notebook_before_any_work(tmp_path):
+def test_a_misspelt_parameter_stops_papermill_before_any_work(tmp_path):
     with pytest.raises(PapermillExecutionError, match="unknown notebook parameter 'patient'"):
         papermill.execute_notebook(
             NOTEBOOKS[0],

@@ -37,6 +37,12 @@ class Run:
         return load_config(self.path / "config.yaml")
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What it ran on (environment.json): versions, device, fingerprint of the data; empty before it began."""
+        path = self.path / "environment.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    @property
     def history(self) -> pd.DataFrame:
         """One row per logged step, read afresh: also of a run that is going on."""
         import pandas as pd

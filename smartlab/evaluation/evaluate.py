@@ -12,11 +12,16 @@ architecture and trivial baselines beside) and calls the task; every setting of 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from smartlab.config import DataConfig
 from smartlab.data.manifest import Manifest, load_manifest
@@ -35,6 +40,7 @@ LABELLED = ("probe", "knn", "fewshot", "outcome")
 FINE_TUNING = ("classify", "segment")
 Rows = Literal["lesion", "image", "patient"]
 TASKS = (*LABELLED, "clusters", "unsupervised", "heads", "localize", *FINE_TUNING)
+_PREPARED = {"beside", "label", "resume"}  # settings of tasks that are arguments here
 
 
 def evaluate(
@@ -63,9 +69,11 @@ def evaluate(
     label:    what to predict; by default the manifest's first binary label.
     rows:     "lesion", "image" or "patient"; by default lesions where the cases have them.
     pooling:  features as in `features.py`; by default "cls+tokens" ("tokens" for clusters).
-    beside:   also a random-initialised encoder and trivial baselines, on the same folds.
+    beside:   also a random-initialised encoder and trivial baselines, on the same folds. heads, localize
+              and unsupervised always look at the random encoder; clusters puts it beside as "random
+              features/ratio", …; fine-tuning compares with it by modes=("full", "scratch").
     out:      folder for result.json, table.csv and figure.png.
-    settings: whatever else the task takes.
+    settings: whatever else the task takes: folds=10, draws=2000, modes=("full", "scratch"), …
 
     >>> sl.evaluate("runs/a", "probe", "phantom-ct", label="malignancy").metrics["auc"]
     >>> sl.evaluate("runs/a", "clusters", "phantom-ct", out="runs/a/evaluation/clusters")
@@ -74,6 +82,9 @@ def evaluate(
         raise UseError(f"no task {task!r}", expected=f"one of {', '.join(TASKS)}")
     if task in FINE_TUNING and out is None:
         raise UseError(f"{task} trains and needs a folder", fix="give out=…")
+    if label is not None and task not in (*LABELLED, "clusters", "classify"):
+        raise UseError(f"{task} predicts no label", found=f"label={label!r}")
+    settings = _checked(task, settings | {"seed": seed})
     encoder, facts = as_encoder(source, role)
     given = manifest if isinstance(manifest, Manifest) else load_manifest(manifest)
     data = DataConfig(
@@ -84,19 +95,17 @@ def evaluate(
         workers=workers,
     )
     job = Job(encoder, facts, given, data, store, rows, pooling, seed, progress)
-    settings["seed"] = seed
     if task in LABELLED:
         result = _labelled(job, task, label, beside, settings)
     elif task == "clusters":
-        result = _clusters(job, beside, settings)
-    elif task == "heads":
-        from smartlab.evaluation.heads import heads
-
-        result = heads(_run_of(source) or encoder, job.store, progress=progress, **settings)
+        result = _clusters(job, beside, settings | ({"label": label} if label else {}))
     elif task in FINE_TUNING:
         result = _fine_tune(job, task, label, Path(out or "."), settings)
-    else:
-        result = _attention_task(task)(encoder, job.store, progress=progress, **settings)
+    else:  # heads looks at all checkpoints of a run
+        looked_at: EncoderSource = encoder
+        if task == "heads":
+            looked_at, settings["role"] = _run_of(source) or encoder, role
+        result = _function(task)(looked_at, job.store, progress=progress, **settings)
     result.facts = {**facts, "manifest": given.name, **result.facts}
     if out is not None:
         result.save(out)
@@ -181,6 +190,11 @@ class Job:
             others |= lesion_baselines(store, man, window=window, progress=self.progress)
         return others
 
+    def patients_with(self, label: str) -> set[str]:
+        """Patients of the store with a case that has this label."""
+        cases = self.prepared[1].cases
+        return set(cases.patient[[own.get(label) is not None for own in cases.labels]])
+
     def organs(self, encoder: Any) -> FeatureTable:
         """A row per organ and scan; of a single scan its tokens, a row per organ would be too few."""
         from smartlab.evaluation.features import organ_features
@@ -197,52 +211,64 @@ class Job:
         return self.data.root
 
 
+def _function(task: str) -> Callable[..., Result]:
+    """The function of a task, imported when needed."""
+    where = {"knn": "probe", "classify": "finetune.classify", "segment": "finetune.segment"}.get(task, task)
+    return getattr(import_module(f"smartlab.evaluation.{where}"), task)
+
+
+def _checked(task: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in the types that the task declares; unknown names and values that do not fit are refused.
+
+    What else fine-tuning takes (steps, lr, …) is checked there.
+    """
+    function = _function(task)
+    known = {n: p for n, p in signature(function).parameters.items() if p.kind is Parameter.KEYWORD_ONLY}
+    rest = any(p.kind is Parameter.VAR_KEYWORD for p in signature(function).parameters.values())
+    hints = vars(sys.modules[function.__module__])
+    checked = {}
+    for name, value in settings.items():
+        if name not in known or name in _PREPARED - {"resume"}:
+            if not rest:
+                mine = ", ".join(sorted(known.keys() - _PREPARED))
+                raise UseError(f"{task} has no setting {name!r}", expected=f"one of {mine}")
+            checked[name] = value
+            continue
+        try:
+            checked[name] = TypeAdapter(eval(known[name].annotation, hints)).validate_python(value)
+        except ValidationError as error:
+            raise UseError(
+                f"{task}: {name}={value!r} does not fit",
+                expected=f"{known[name].annotation}",
+                fix=error.errors()[0]["msg"],
+            ) from None
+    return checked
+
+
 def _labelled(job: Job, task: str, label: str | None, beside: bool, settings: dict[str, Any]) -> Result:
-    from smartlab.evaluation import fewshot, outcome, probe
-
     label = job.label(label)
-    tasks: dict[str, Callable[..., Result]] = {
-        "probe": probe.probe,
-        "knn": probe.knn,
-        "fewshot": fewshot.fewshot,
-        "outcome": outcome.outcome,
-    }
     others = job.beside() if beside else None
-    return tasks[task](job.table(job.encoder), label, beside=others, **settings)
-
-
-def _clusters(job: Job, beside: bool, settings: dict[str, Any]) -> Result:
-    """Organs in feature space, and the same of a random encoder: "random features/ratio", …"""
-    from smartlab.evaluation.clusters import clusters
-
-    result = clusters(job.organs(job.encoder), **settings)
-    if beside:
-        plain = settings | {"embeddings": ("pca",)}
-        random = clusters(job.organs(random_encoder(job.encoder.config, job.seed)), **plain)
-        kept = {k: v for k, v in random.metrics.items() if not k.startswith("pca/")}
-        result.metrics |= {f"random {name}": value for name, value in kept.items()}
+    table = job.table(job.encoder)
+    result = _function(task)(table, label, beside=others, **settings)
+    if not job.stacks and (missing := job.patients_with(label) - set(table.about.patient)):
+        result.facts["patients_without_features"] = len(missing)  # such as those without a lesion
     return result
 
 
-def _attention_task(task: str) -> Callable[..., Result]:
-    if task == "localize":
-        from smartlab.evaluation.localize import localize
+def _clusters(job: Job, beside: bool, settings: dict[str, Any]) -> Result:
+    """Organs in feature space, and beside them those of a random encoder."""
+    from smartlab.evaluation.clusters import clusters
 
-        return localize
-    from smartlab.evaluation.unsupervised import unsupervised
-
-    return unsupervised
+    random = job.organs(random_encoder(job.encoder.config, job.seed)) if beside else None
+    return clusters(job.organs(job.encoder), beside={"random": random} if random else None, **settings)
 
 
 def _fine_tune(job: Job, task: str, label: str | None, out: Path, settings: dict[str, Any]) -> Result:
-    from smartlab.evaluation.finetune import classify, segment
-
     store, man = job.store, job.prepared[0]
     more = {"progress": job.progress, **settings}
     if task == "classify":
-        return classify.classify(job.encoder, store, man, out, label=job.label(label), **more)
-    root = job.data.root
-    return segment.segment(job.encoder, store, man, out, root=root, **more)
+        return _function(task)(job.encoder, store, man, out, label=job.label(label), **more)
+    return _function(task)(job.encoder, store, man, out, root=job.data.root, **more)
 
 
 def _run_of(source: EncoderSource) -> Run | None:

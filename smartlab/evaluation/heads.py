@@ -14,8 +14,8 @@ Over all samples together:
                   debiased estimator (Song et al. 2012; Nguyen et al. 2021), for the usual one nears 1 for
                   unrelated heads once there are more units than samples.
 
-Intervals: patient bootstrap; for cka, whose estimator a sample drawn twice would mislead, a normal
-interval by leaving out each patient in turn (jackknife). A sample is a view at a place that the seed
+Intervals: patient bootstrap; for cka, whose estimator a sample drawn twice would mislead, ± t standard
+errors by leaving out each patient in turn (jackknife). A sample is a view at a place that the seed
 fixes, or a whole scan.
 """
 
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import stats as distributions
 from torch import Tensor
 from tqdm import tqdm
 
@@ -131,7 +132,8 @@ def _encoders(
     steps = sorted(checkpoint.steps(run.path))
     if not steps:
         raise DataError("has no checkpoint yet", path=run.path, fix="wait for the first one to be saved")
-    return {step: run.encoder(role, step) for step in steps}, as_encoder(run, role)[1], run.history
+    facts = as_encoder(run, role)[1]
+    return {step: run.encoder(facts["role"], step) for step in steps}, facts, run.history
 
 
 @torch.no_grad()
@@ -204,7 +206,8 @@ def alignment(attention: list[Tensor], patients: np.ndarray) -> Estimate:
         kept = torch.from_numpy(np.flatnonzero(position != i))
         without.append(_mean_cka(grams[:, kept][:, :, kept]))
     n = len(names)
-    half = 1.96 * math.sqrt((n - 1) / n * float(np.sum((np.array(without) - np.mean(without)) ** 2)))
+    error = math.sqrt((n - 1) / n * float(np.sum((np.array(without) - np.mean(without)) ** 2)))
+    half = error * float(distributions.t.ppf(0.975, n - 1))
     return Estimate(value, value - half, min(1.0, value + half), n)
 
 

@@ -9,6 +9,7 @@ import pytest
 import smartlab as sl
 from smartlab.cli import app
 from smartlab.errors import UseError
+from smartlab.evaluation.encoders import random_encoder
 from tests.training.conftest import SMALL, cohort, settings  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -60,6 +61,25 @@ def test_the_command_line_does_the_same(run, cohort, tmp_path, monkeypatch):  # 
     assert (run.path / "evaluation" / "heads" / "result.json").is_file()
 
 
+@pytest.mark.parametrize("label", ["outcome", "time_months"])
+def test_outcome_from_the_command_line_with_a_clinical_table(label, tmp_path):
+    """Patients of the CSV are named as in the manifest, though tables of features know salted keys only."""
+    from typer.testing import CliRunner
+
+    untrained = random_encoder(sl.load_config("tiny", SMALL))
+    encoder, root = sl.export(untrained, "safetensors", tmp_path / "untrained.safetensors"), tmp_path / "ct"
+    made = sl.make_phantom("ct", root, n=24, seed=3, shape=(40, 40, 40), spacing=8.0, progress=False)
+    patients = sorted({case.patient for case in made.cases})
+    rows = [f"{name},{50 + 2 * i},{'AB'[i % 2]}" for i, name in enumerate(patients)]
+    (tmp_path / "clinic.csv").write_text("\n".join(["patient,age,arm", *rows]))
+    words = ["evaluate", str(encoder), "--task", "outcome", "--manifest", str(root), "--root", str(root)]
+    more = ["folds=2", "repeats=2", "draws=100", f"covariates={tmp_path / 'clinic.csv'}"]
+    done = CliRunner().invoke(app, [*words, "--label", label, *more, "--json"], catch_exceptions=False)
+    said = json.loads(done.stdout)
+    metric = "auc" if label == "outcome" else "concordance"
+    assert {f"covariates/{metric}", f"both/{metric}", f"random encoder/{metric}"} <= set(said["metrics"])
+
+
 def test_what_cannot_be_evaluated_is_said(run, where, tmp_path):
     with pytest.raises(UseError, match="no task 'porbe'"):
         sl.evaluate(run, "porbe", **where)
@@ -69,3 +89,19 @@ def test_what_cannot_be_evaluated_is_said(run, where, tmp_path):
         sl.evaluate(run, "probe", label="colour", **where)
     with pytest.raises(UseError, match="whole scans"):
         sl.evaluate(run, "localize", "nodules-png", root=tmp_path, progress=False)
+    with pytest.raises(UseError, match="probe has no setting 'fold'"):
+        sl.evaluate(run, "probe", fold=3, **where)
+    with pytest.raises(UseError, match="folds='many' does not fit"):
+        sl.evaluate(run, "probe", folds="many", **where)
+    with pytest.raises(UseError, match="split='offical' does not fit"):
+        sl.evaluate(run, "knn", split="offical", **where)
+    with pytest.raises(UseError, match="heads predicts no label"):
+        sl.evaluate(run, "heads", label="malignancy", **where)
+
+
+def test_heads_of_the_student_are_those_of_the_student(run, where):
+    few = {"views": 1, "draws": 20, "noise": 0}
+    teacher, student = (sl.evaluate(run, "heads", role=r, **few, **where) for r in ("teacher", "student"))
+    assert student.facts["role"] == "student" and teacher.facts["weights"] != student.facts["weights"]
+    assert student.metrics["random cosine"].value == teacher.metrics["random cosine"].value
+    assert student.metrics["cosine"].value != teacher.metrics["cosine"].value

@@ -142,3 +142,11 @@ def test_a_class_without_training_cases_is_refused():
 def test_dealing_to_more_folds_than_patients_is_refused():
     with pytest.raises(UseError, match="cannot deal"):
         deal(np.array(["a", "a", "b"]), np.array([0, 1, 0]), 3, seed=0)
+
+
+@pytest.mark.parametrize("wrong", [{"split": "officail"}, {"repeats": 0}])
+def test_an_unknown_way_to_split_is_refused_and_never_taken_for_another(wrong):
+    table = official(lesions(40))
+    _, y, _ = table.labelled("malignancy")
+    with pytest.raises(UseError, match=next(iter(wrong))):
+        make_plan(table.about, y, CLASSES, **wrong)

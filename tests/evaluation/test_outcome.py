@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from smartlab.data.privacy import hashed, salt
 from smartlab.errors import DataError, UseError
 from smartlab.evaluation.covariates import Covariates, read_covariates
 from smartlab.evaluation.outcome import outcome
@@ -121,6 +122,16 @@ def test_a_bad_table_of_covariates_is_one_clear_error(change, error, message, tm
     with pytest.raises(error, match=message) as caught:
         read_covariates(written(change(clinic), tmp_path), list(clinic.patient))
     assert "clinic.csv" in str(caught.value) and "text 1" not in str(caught.value)
+
+
+def test_patients_known_by_their_salted_keys_are_found_by_their_names(tmp_path):
+    _, clinic = cohort(40)
+    keys = [hashed(salt(), "patient", name) for name in ("p003", "p001")]
+    frame = read_covariates(written(clinic, tmp_path), keys, ["age"]).frame
+    assert frame.age.tolist() == pytest.approx([clinic.age[3], clinic.age[1]])
+    clinic.loc[5, "patient"] = None
+    with pytest.raises(DataError, match="names no patient"):
+        read_covariates(written(clinic, tmp_path), keys)
 
 
 def test_columns_can_be_named(tmp_path):

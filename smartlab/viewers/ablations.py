@@ -43,6 +43,7 @@ def forest(table: pd.DataFrame, by: Sequence[str], metric: str, *, title: str = 
     ax.set_ylim(len(table) - 0.5, -0.5)
     if len(by) > 1:
         _legend(ax, by[0], levels, MARKERS)
+        ax.set_ylabel(", ".join(rest))
     middle = float(table.value.mean())
     ax.axvline(middle, color="#999999", linewidth=1, linestyle=":", zorder=0)
     ax.set_xlabel(f"{metric}, 95% interval; dotted: mean of all" if table.low.notna().any() else metric)
@@ -122,32 +123,25 @@ def heat(table: pd.DataFrame, x: str, y: str, metric: str, *, title: str = "") -
 
 
 def dose(table: pd.DataFrame, x: str, by: str | None, metric: str, *, title: str = "") -> Figure:
-    """The value over a factor that is a number, one line per level of `by`, bands as intervals."""
+    """The value over a factor that is a number, one line per level of `by`, with intervals."""
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(6.2, 3.4), layout="constrained")
     levels = list(dict.fromkeys(table[by])) if by else [metric]
+    step = float(np.diff(np.unique(table[x].to_numpy(float))).min(initial=1.0)) * 0.04
     for number, level in enumerate(levels):
         line = (table[table[by] == level] if by else table).sort_values(x)
         shade = SHADES[number % len(SHADES)]
         places = line[x].to_numpy(float)
-        ax.plot(
-            places,
-            line.value,
-            color=shade,
-            marker=MARKERS[number % len(MARKERS)],
-            markersize=5,
-            linewidth=1.8,
-        )
-        if line.low.notna().any():
-            ax.fill_between(
-                places,
-                line.low.to_numpy(float),
-                line.high.to_numpy(float),
-                color=shade,
-                alpha=0.15,
-                linewidth=0,
-            )
+        style: dict[str, Any] = {"color": shade, "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+        low, high = line.low.to_numpy(float), line.high.to_numpy(float)
+        if len(levels) <= 3:
+            ax.plot(places, line.value, linewidth=1.8, **style)
+            ax.fill_between(places, low, high, color=shade, alpha=0.15, linewidth=0)
+            continue
+        places = places + step * (number - (len(levels) - 1) / 2)  # many bands on top of each other hide all
+        ax.plot(places, line.value, linewidth=1.2, **style)
+        ax.vlines(places, low, high, color=shade, linewidth=1.2, alpha=0.7)
     if by:
         _legend(ax, by, levels, MARKERS)
     ax.set_xlabel(x)

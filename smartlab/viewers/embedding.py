@@ -29,7 +29,9 @@ MARKS = ("circle", "square", "triangle", "diamond")  # with eight colours: told 
 class EmbeddingViewer(anywidget.AnyWidget):
     """A scatter of points beside the slices of the chosen point's crop; `chosen` is the point's number."""
 
-    _esm = front_end("draw.js", "slices.js", "embedding.js")
+    _esm = (
+        front_end("draw.js", "slices.js", "embedding.js") + "\nexport default { render: renderEmbedding };\n"
+    )
     _css = front_end("slices.css")
 
     meta = traitlets.Dict().tag(sync=True)

@@ -44,7 +44,7 @@ class SliceViewer(anywidget.AnyWidget):
     window: (low, high);  shown: overlays now visible;  opacity: overlay -> 0..1;  head: -1 is the mean.
     """
 
-    _esm = front_end("draw.js", "slices.js")
+    _esm = front_end("draw.js", "slices.js") + "\nexport default { render: renderSlices };\n"
     _css = front_end("slices.css")
 
     meta = traitlets.Dict().tag(sync=True)
@@ -169,6 +169,7 @@ def describe(scene: Scene, bounds: tuple[float, float], title: str, name: str) -
         "value": scene.value_name,
         "step": scene.step,
         "notes": scene.notes,
+        "bounds": list(bounds),
         "heads": scene.heads(),
         "windows": [[label, *map(float, pair)] for label, pair in presets],
         "overlays": [overlay for overlay in render.OVERLAYS if scene.has(overlay)],

@@ -1,0 +1,144 @@
+"""A real JupyterLab on a free port, a real Chromium that may talk to nothing else, and pictures kept.
+
+Screenshots land in $SMARTLAB_ARTIFACTS (default: pytest's temporary folder). Without Chromium these
+tests fail and say how to get it; they never skip.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import pytest
+from playwright.sync_api import BrowserContext, Page, sync_playwright
+
+from tests.browser import example
+from tests.conftest import REPO
+
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
+@dataclass
+class Lab:
+    """A running JupyterLab: its address, token and folder of notebooks."""
+
+    url: str
+    token: str
+    folder: Path
+
+    def address(self, notebook: str) -> str:
+        return f"{self.url}/lab/tree/{notebook}?token={self.token}&reset"
+
+
+def chromium() -> str:
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    pytest.fail("the browser tests need Chromium: apt-get install chromium, then run them again")
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory) -> Path:
+    folder = Path(os.environ.get("SMARTLAB_ARTIFACTS") or tmp_path_factory.mktemp("artifacts"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Iterator[Lab]:
+    folder = tmp_path_factory.mktemp("lab")
+    example.prepare(folder)
+    write_notebooks(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    command = [
+        *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"),
+        *("--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"),
+        *(f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"),
+        *("--LabApp.news_url=None", "--LabApp.extension_manager=readonly"),
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]
+    own = {
+        name: str(folder / f".{name}")
+        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    }
+    settings = {
+        "PYTHONPATH": str(REPO),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUTF8": "1",
+        "SMARTLAB_SALT": "tests-only-no-secret",
+    }
+    log = open(folder / "jupyter.log", "w", encoding="utf-8")  # noqa: SIM115  the server writes to it
+    server = subprocess.Popen(
+        command, env={**os.environ, **own, **settings}, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", server, folder / "jupyter.log")
+        yield Lab(f"http://127.0.0.1:{port}", token, folder)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)  # its kernels too
+        try:
+            server.wait(15)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+        log.close()
+
+
+def wait_for(url: str, server: subprocess.Popen, log: Path, patience: float = 60) -> None:
+    began = time.monotonic()
+    while time.monotonic() - began < patience and server.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail(f"JupyterLab did not start:\n{log.read_text(encoding='utf-8')[-3000:]}")
+
+
+def write_notebooks(folder: Path) -> None:
+    """One notebook per page of the tests, with the cells of `example`."""
+    for name, cells in example.NOTEBOOKS.items():
+        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+        book = nbformat.v4.new_notebook(metadata=kernel)
+        book.cells = [nbformat.v4.new_code_cell(cell, id=f"{name}-{i:02d}") for i, cell in enumerate(cells)]
+        nbformat.write(book, folder / f"{name}.ipynb")
+
+
+@pytest.fixture(scope="session")
+def browser_context(lab) -> Iterator[BrowserContext]:
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium(), args=QUIET)
+        context = browser.new_context(viewport={"width": 1400, "height": 1000})
+        local = lab.url.removeprefix("http://")
+        context.route(
+            lambda url: local not in url and not url.startswith(("blob:", "data:")),
+            lambda route: route.abort(),
+        )
+        yield context
+        browser.close()
+
+
+def run_notebook(context: BrowserContext, lab: Lab, name: str) -> tuple[Page, list[str]]:
+    """Open a notebook, run all its cells; the page, and its list of console errors, which keeps growing."""
+    page, errors = context.new_page(), []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(lab.address(f"{name}.ipynb"))
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=60_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    return page, errors

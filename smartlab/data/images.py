@@ -9,13 +9,17 @@ view has more context instead, so the finest detail is always real.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smartlab.data.crops import _REACH, CropDataset, Fields, Item, read_crop
+from smartlab.data.crops import _REACH, CropDataset, Fields, Item, LesionDataset, read_crop
 from smartlab.data.resample import resample
 from smartlab.data.store import Store
 from smartlab.errors import DataError, UseError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CROPS = ("lesion", "image", "random")
 _FOREGROUND = 0.25  # least share of breast in a random view, where the image has such a place
@@ -65,7 +69,7 @@ class ImageDataset(CropDataset):
         self.store, self.view, self.crop, self.margin = store, view, crop, margin
         self.jitter, self.flip, self.seed, self.draws = jitter, flip, seed, draws
         self.images = list(range(len(store)) if images is None else images)
-        self.table = _lesions(store, self.images, cases) if crop == "lesion" else None
+        self.table: pd.DataFrame | None = _lesions(store, self.images, cases) if crop == "lesion" else None
         if not self.images:
             raise DataError("no images to draw from", path=store.path, fix="check the split and failures.csv")
         self.fields: Fields = {"views": ((1, view, view), np.int16)}
@@ -130,9 +134,41 @@ class ImageDataset(CropDataset):
         return best, float(self.view)
 
 
+class FlatLesions(ImageDataset):
+    """Squares around lesions for evaluation, as `LesionDataset` gives cubes: field "crop", (1, size, size)."""
+
+    table: pd.DataFrame
+
+    def __init__(self, store: Store, *, size: int, cases: Iterable[str] | None, margin: float) -> None:
+        super().__init__(store, view=size, crop="lesion", margin=margin, jitter=0.0, cases=cases)
+        self.fields = {"crop": ((1, size, size), np.int16)}
+
+    def read(self, epoch: int, index: int, out: dict[str, np.ndarray]) -> Item:
+        return super().read(epoch, index, {"views": out["crop"]})
+
+
+def lesion_crops(
+    store: Store,
+    size: int,
+    spacing: float | None = None,
+    *,
+    cases: Iterable[str] | None = None,
+    margin: float = 0.5,
+) -> LesionDataset | FlatLesions:
+    """Crops around lesions, nothing random: cubes of a scan, or squares of a mammogram with its margin."""
+    if is_flat(store):
+        return FlatLesions(store, size=size, cases=cases, margin=margin)
+    return LesionDataset(store, size=size, spacing=spacing, cases=cases)
+
+
+def is_flat(store: Store) -> bool:
+    """Whether a store holds mammograms."""
+    return len(store) > 0 and store.shape(0)[2] == 1
+
+
 def check_flat(store: Store) -> None:
     """Refuse a store of volumes."""
-    if len(store) and store.shape(0)[2] != 1:
+    if not is_flat(store) and len(store):
         raise UseError(
             "this store holds volumes, not mammograms",
             path=store.path,
@@ -170,7 +206,7 @@ def cut(
     return np.clip(np.rint(values[:, :, 0]), box.min(), box.max()).astype(np.int16), target, padded
 
 
-def _lesions(store: Store, images: list[int], cases: Iterable[str] | None):
+def _lesions(store: Store, images: list[int], cases: Iterable[str] | None) -> pd.DataFrame:
     """Rows of `store.cases` with a lesion, those asked for or those on `images`."""
     table = store.cases
     if cases is None:

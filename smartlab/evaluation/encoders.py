@@ -13,23 +13,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from smartlab.config import Config
 from smartlab.models.encoder import Encoder
 from smartlab.training.run import Run
 
 if TYPE_CHECKING:
-    EncoderSource = Encoder | Run | str | Path
+    from smartlab.models.vit import ViTEncoder
+
+    AnyEncoder = Encoder | ViTEncoder
+    EncoderSource = Encoder | Run | str | Path  # a ViTEncoder too, where a task says that it takes images
 
 
-def as_encoder(source: EncoderSource, role: str = "teacher") -> tuple[Encoder, dict[str, Any]]:
+def as_encoder(source: EncoderSource, role: str = "teacher") -> tuple[Any, dict[str, Any]]:
     """An encoder from a run, its folder, an exported file or an encoder -> (encoder, facts for results).
 
     facts: "encoder" (what it came from), "role", "weights" (hash of weights and configuration); for a
     run also "step".
     """
     facts: dict[str, Any]
-    if isinstance(source, Encoder):
+    encoder: Any
+    if isinstance(source, nn.Module):
         encoder, facts = source, {"encoder": "given"}
     elif isinstance(source, Run) or Path(source).is_dir():
         run = source if isinstance(source, Run) else Run(source)
@@ -43,17 +48,42 @@ def as_encoder(source: EncoderSource, role: str = "teacher") -> tuple[Encoder, d
     return encoder, facts | {"weights": identity(encoder)[:16]}
 
 
-def random_encoder(config: Config, seed: int = 0) -> Encoder:
+def random_encoder(config: Config, seed: int = 0) -> Any:
     """The same architecture with random weights; equal seeds give equal weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        encoder = Encoder(config)
+        encoder = untrained(config)
     return encoder.eval().requires_grad_(False)
 
 
-def identity(encoder: Encoder) -> str:
+def untrained(config: Config) -> AnyEncoder:
+    """The encoder of a configuration with new weights: of scans, or of images."""
+    if config.encoder.kind == "vit":
+        from smartlab.models.vit import ViTEncoder
+
+        return ViTEncoder(config)
+    return Encoder(config)
+
+
+def network_input(crops: Tensor) -> Tensor:
+    """Windowed crops (B, D, H, W) with a channel; the unit axis of images (B, 1, H, W) is one already."""
+    return crops if crops.shape[1] == 1 else crops[:, None]
+
+
+def total_stride(encoder: AnyEncoder) -> int:
+    """Stored voxels or pixels of which a crop must be a whole multiple."""
+    image = encoder.config.encoder.kind == "vit"
+    return encoder.stride if image else encoder.config.encoder.stride(4)
+
+
+def identity(encoder: nn.Module) -> str:
     """Hash of all weights and the whole configuration, wherever the encoder lies and came from."""
-    digest = hashlib.sha256(json.dumps(encoder.config.model_dump(mode="json"), sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps(
+            encoder.config.model_dump(mode="json"),  # type: ignore[union-attr, operator]
+            sort_keys=True,
+        ).encode()
+    )
     for name, value in sorted(encoder.state_dict().items()):
         array = value.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
@@ -61,9 +91,9 @@ def identity(encoder: Encoder) -> str:
     return digest.hexdigest()
 
 
-def ready(encoder: Encoder, device: str | torch.device | None) -> Encoder:
+def ready(encoder: Any, device: str | torch.device | None) -> Any:
     """In evaluation mode and on `device` (None: where it is); the caller's own is left as it was."""
-    here = encoder.mask_token.device
+    here = next(encoder.parameters()).device
     there = here if device is None else torch.device(device)
     if not encoder.training and here == there:
         return encoder

@@ -26,8 +26,9 @@ from scipy import ndimage
 from tqdm.auto import tqdm
 
 from smartlab.data.augment import window
-from smartlab.data.crops import CropLoader, LesionDataset
+from smartlab.data.crops import CropLoader
 from smartlab.data.grid import AIR
+from smartlab.data.images import is_flat, lesion_crops
 from smartlab.data.manifest import LabelSpec, Manifest, load_manifest
 from smartlab.data.png_stacks import BACKGROUND, to_hounsfield
 from smartlab.data.prepare import cache_folder
@@ -39,12 +40,11 @@ from smartlab.errors import DataError, UseError
 from smartlab.evaluation import pooling as pool
 from smartlab.evaluation.cache import Arrays, cached
 from smartlab.evaluation.cases import lesion_rows, read_stacks, scan_rows
-from smartlab.evaluation.encoders import as_encoder, identity, ready
+from smartlab.evaluation.encoders import as_encoder, identity, network_input, ready, total_stride
 from smartlab.evaluation.table import FeatureTable
 
 if TYPE_CHECKING:
-    from smartlab.evaluation.encoders import EncoderSource
-    from smartlab.models.encoder import Encoder
+    from smartlab.evaluation.encoders import AnyEncoder, EncoderSource
 
 FORMAT = 1  # raise it when the code below or the encoder would give other numbers
 Cache = bool | str | Path  # True: in the cache folder; False: nowhere; else this folder
@@ -58,9 +58,9 @@ class Extraction:
         self, source: EncoderSource, role: str, pooling: str, device: Any, cache: Cache, spacing: float | None
     ) -> None:
         given, self.facts = as_encoder(source, role)
-        self.encoder: Encoder = ready(given, device)
+        self.encoder: AnyEncoder = ready(given, device)
         self.config, self.pooling = given.config, pooling
-        self.device = self.encoder.mask_token.device
+        self.device = next(self.encoder.parameters()).device
         self.spacing = float(spacing or given.config.data.spacing)
         self.folder = (
             None if cache is False else cache_folder() / "features" if cache is True else Path(cache)
@@ -68,7 +68,7 @@ class Extraction:
 
     def crop_size(self, size: int | None) -> int:
         """Voxels per side of a crop, the training view by default; whole strides only."""
-        size, total = size or self.config.data.view, self.config.encoder.stride(4)
+        size, total = size or self.config.data.view, total_stride(self.encoder)
         if size < 1 or size % total:
             above = max(1, -(-size // total)) * total
             raise UseError(
@@ -93,7 +93,7 @@ class Extraction:
         done, (low, high) = 0, self.config.data.window
         with tqdm(total=n, desc=f"{what} features", disable=not progress, mininterval=1) as bar:
             for hu in batches:
-                out = self.encoder(window(hu.to(self.device), low, high)[:, None])
+                out = self.encoder(network_input(window(hu.to(self.device), low, high)))
                 x[done : done + len(hu)] = pool.pool_crops(out, self.pooling).cpu().numpy()
                 done += len(hu)
                 bar.update(len(hu))
@@ -101,7 +101,8 @@ class Extraction:
 
     def batch(self, size: int, batch: int | None) -> int:
         """Crops per batch: as given, else what fits well."""
-        return batch or max(1, (_VOXELS if self.device.type == "cpu" else 16 * _VOXELS) // size**3)
+        voxels = size ** (2 if self.config.encoder.kind == "vit" else 3)
+        return batch or max(1, min(256, (_VOXELS if self.device.type == "cpu" else 16 * _VOXELS) // voxels))
 
     def table(
         self, x: np.ndarray, about: pd.DataFrame, specs: dict[str, LabelSpec], **facts: Any
@@ -126,7 +127,7 @@ def lesion_features(
     cache: Cache = True,
     progress: bool = True,
 ) -> FeatureTable:
-    """One row per lesion, from a crop centred on it.
+    """One row per lesion, from a crop centred on it; of mammograms a square around it, see `ImageDataset`.
 
     manifest: says what the labels mean.   size: voxels per side, the training view by default.
     cases:    keys of `store.cases`, by default every case with a lesion.
@@ -139,7 +140,8 @@ def lesion_features(
     pool.parts(pooling)
     side = job.crop_size(size)
     same = abs(job.spacing - store.spacing) < 1e-4  # then cut, as in training: resampling would blur
-    dataset = LesionDataset(store, size=side, spacing=None if same else job.spacing, cases=cases)
+    margin = job.config.data.margin
+    dataset = lesion_crops(store, side, None if same else job.spacing, cases=cases, margin=margin)
     dataset.fields.pop("crop_labels", None)  # not read where not needed
     keys = list(dataset.table.index)
 
@@ -151,7 +153,8 @@ def lesion_features(
             loader.close()
 
     data = {"data": store.fingerprint, "manifest": (man := load_manifest(manifest)).name}
-    x = job.rows({"kind": "lesion", **data, "size": side, "cases": keys}, compute)["x"]
+    settings = {"kind": "lesion", **data, "size": side, "cases": keys}
+    x = job.rows(settings | ({"margin": margin} if is_flat(store) else {}), compute)["x"]
     return job.table(x, lesion_rows(store, keys, man), man.labels, size=side, **data)
 
 
@@ -181,7 +184,12 @@ def scan_features(
 
     def compute() -> Arrays:
         scans = tqdm(chosen, desc="scan features", disable=not progress, mininterval=1)
-        rows = [pool.pool_scan(job.encoder, _scan(store, i, job.spacing, False)[0], pooling) for i in scans]
+        if is_flat(store):
+            rows = [pool.pool_scan(job.encoder, store.array(i)[:][:, :, 0], pooling) for i in scans]
+        else:
+            rows = [
+                pool.pool_scan(job.encoder, _scan(store, i, job.spacing, False)[0], pooling) for i in scans
+            ]
         return {"x": np.stack(rows)}
 
     data = {"data": store.fingerprint, "manifest": man.name}
@@ -211,6 +219,8 @@ def organ_features(
     min_voxels: smaller pieces are left out.   lesions: also those labels whose name means a lesion.
     `about` also has "voxels" and "center_mm" of the organ, and "label:organ" its name.
     """
+    if is_flat(store):
+        raise UseError("mammograms have no organs", path=store.path, fix="use lesion or scan features")
     job = Extraction(encoder, role, pooling, device, cache, spacing)
     pool.parts(pooling, ("tokens", "stages"))
     names = {v: name for v, name in store.label_names.items() if lesions or not is_lesion(name)}

@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smartlab.errors import UseError
+from smartlab.models.encoder import Encoder
 
 if TYPE_CHECKING:
-    from smartlab.models.encoder import Encoded, Encoder
+    from smartlab.evaluation.encoders import AnyEncoder
+    from smartlab.models.encoder import Encoded
 
 POOLINGS = ("cls", "tokens", "center", "stages")
 
@@ -39,26 +41,40 @@ def parts(pooling: str, allowed: tuple[str, ...] = POOLINGS) -> list[str]:
     return found
 
 
-def width(encoder: Encoder, pooling: str) -> int:
+def width(encoder: AnyEncoder, pooling: str) -> int:
     """Numbers per row."""
-    return sum(sum(encoder.swin.channels) if p == "stages" else encoder.channels for p in pooling.split("+"))
+    return sum(
+        sum(stage_channels(encoder)) if p == "stages" else encoder.channels for p in pooling.split("+")
+    )
+
+
+def stage_channels(encoder: AnyEncoder) -> list[int]:
+    """Channels of the outputs that "stages" pools over."""
+    return list(encoder.swin.channels if isinstance(encoder, Encoder) else encoder.stage_channels)
 
 
 def pool_crops(out: Encoded, pooling: str) -> Tensor:
     """Rows of one forward pass over a batch of crops, (B, C) float32."""
-    tokens = out.tokens.float().unflatten(1, out.grid)  # (B, D, H, W, C)
-    middle = [sorted({(n - 1) // 2, n // 2}) for n in out.grid]
+    tokens = out.tokens.float().unflatten(1, out.grid)  # (B, D, H, W, C), or (B, H, W, C) of images
+    space = tuple(range(1, tokens.dim() - 1))
     rows = {
         "cls": lambda: [out.cls.float()],
-        "tokens": lambda: [tokens.mean((1, 2, 3))],
-        "center": lambda: [tokens[:, middle[0]][:, :, middle[1]][:, :, :, middle[2]].mean((1, 2, 3))],
-        "stages": lambda: [F.layer_norm(s.float(), s.shape[-1:]).mean((1, 2, 3)) for s in out.stages],
+        "tokens": lambda: [tokens.mean(space)],
+        "center": lambda: [_middle(tokens, out.grid).mean(space)],
+        "stages": lambda: [F.layer_norm(s.float(), s.shape[-1:]).mean(space) for s in out.stages],
     }
     return torch.cat([row for part in parts(pooling) for row in rows[part]()], 1)
 
 
-def pool_scan(encoder: Encoder, volume: np.ndarray, pooling: str) -> np.ndarray:
-    """The row of one scan (X, Y, Z) in HU, by sliding window, (C,); air added to fill strides counts not."""
+def _middle(tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
+    for axis, n in enumerate(grid, 1):
+        index = torch.tensor(sorted({(n - 1) // 2, n // 2}), device=tokens.device)
+        tokens = tokens.index_select(axis, index)
+    return tokens
+
+
+def pool_scan(encoder: AnyEncoder, volume: np.ndarray, pooling: str) -> np.ndarray:
+    """The row of one scan (X, Y, Z) in HU, or mammogram (H, W), by sliding window, (C,); air added to fill strides counts not."""
     features, rows = encoder.features(volume), []
     for part in parts(pooling, ("cls", "tokens", "stages")):
         if part == "cls":
@@ -66,12 +82,12 @@ def pool_scan(encoder: Encoder, volume: np.ndarray, pooling: str) -> np.ndarray:
         else:
             for stride, level in _levels(encoder, features, part):
                 within = tuple(slice(-(-n // stride)) for n in volume.shape)
-                rows.append(level[(slice(None), *within)].mean((1, 2, 3)))
+                rows.append(level[(slice(None), *within)].flatten(1).mean(1))
     return torch.cat(rows).float().cpu().numpy()
 
 
 def pool_regions(
-    encoder: Encoder, volume: np.ndarray, regions: list[np.ndarray], pooling: str
+    encoder: AnyEncoder, volume: np.ndarray, regions: list[np.ndarray], pooling: str
 ) -> list[np.ndarray]:
     """Per region of a scan, the mean over its voxels of the tokens they lie in, (C,) each.
 
@@ -82,7 +98,7 @@ def pool_regions(
     return [_pool_region(encoder, features, index, allowed) for index in regions]
 
 
-def _pool_region(encoder: Encoder, features: dict, index: np.ndarray, wanted: list[str]) -> np.ndarray:
+def _pool_region(encoder: AnyEncoder, features: dict, index: np.ndarray, wanted: list[str]) -> np.ndarray:
     rows = []
     for part in wanted:
         for stride, level in _levels(encoder, features, part):
@@ -93,8 +109,10 @@ def _pool_region(encoder: Encoder, features: dict, index: np.ndarray, wanted: li
     return torch.cat(rows).float().cpu().numpy()
 
 
-def _levels(encoder: Encoder, features: dict, part: str) -> list[tuple[int, Tensor]]:
+def _levels(encoder: AnyEncoder, features: dict, part: str) -> list[tuple[int, Tensor]]:
     """(voxels per token side, tokens (C, D, H, W)) of every grid that a part pools over."""
+    if part == "stages" and not isinstance(encoder, Encoder):
+        return [(encoder.stride, stage[0]) for stage in features["stages"]]
     if part == "stages":
         return [(encoder.config.encoder.stride(k), stage[0]) for k, stage in enumerate(features["stages"])]
     return [(encoder.stride, features["tokens"][0].T.unflatten(1, features["grid"]))]

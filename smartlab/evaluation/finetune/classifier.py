@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smartlab.data.augment import augment, window
-from smartlab.data.crops import CropLoader, LesionDataset
+from smartlab.data.crops import CropDataset, CropLoader
+from smartlab.evaluation.encoders import network_input, untrained
 from smartlab.evaluation.finetune.draws import LesionDraws
-from smartlab.models.encoder import Encoder
 
 ENCODER = "encoder."  # prefix of the encoder's parameters in a Classifier
 STANDARDISED = 64  # training crops from which the features' mean and spread are taken
@@ -24,7 +24,7 @@ Measure = Callable[[Tensor, Tensor], Tensor]
 class Classifier(nn.Module):
     """An encoder and a linear head on its image token and mean token.
 
-    Windowed crops (B, 1, D, H, W) -> logits (B, outputs). Features are first standardised by the mean
+    Windowed crops (B, 1, D, H, W), or images (B, 1, H, W), -> logits (B, outputs). Features are first standardised by the mean
     and spread they had over training crops: what tells crops apart is a few percent of what they
     share, which a new head would take hundreds of steps to look past.
     """
@@ -32,7 +32,7 @@ class Classifier(nn.Module):
     centre: Tensor
     spread: Tensor
 
-    def __init__(self, encoder: Encoder, outputs: int) -> None:
+    def __init__(self, encoder: Any, outputs: int) -> None:
         super().__init__()
         self.encoder = encoder
         width = 2 * encoder.channels
@@ -50,11 +50,11 @@ class Classifier(nn.Module):
         return self.head((self.features(x) - self.centre) / self.spread)
 
 
-def build(encoder: Encoder, classes: int, *, pretrained: bool, seed: int) -> Classifier:
+def build(encoder: Any, classes: int, *, pretrained: bool, seed: int) -> Classifier:
     """The encoder's weights, or new ones, and a head; what is new depends on the seed only."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = Classifier(Encoder(encoder.config), classes)
+        net = Classifier(untrained(encoder.config), classes)
     if pretrained:
         net.encoder.load_state_dict(encoder.state_dict())
     return net
@@ -74,7 +74,7 @@ def standardise(
     parts: list[Tensor] = []
     for item in range(min(STANDARDISED, len(draws))):
         x = window(torch.from_numpy(draws[item]["crop"])[None].to(device), *hu_window)
-        parts.append(net.features(augment(x, generator, **augmentation)[:, None]).float())
+        parts.append(net.features(network_input(augment(x, generator, **augmentation))).float())
     features = torch.cat(parts)
     net.centre.copy_(features.mean(0))
     net.spread.copy_(features.std(0, correction=0).clamp(min=LEAST_SPREAD))
@@ -82,14 +82,14 @@ def standardise(
 
 @torch.no_grad()
 def logits(
-    net: nn.Module, crops: LesionDataset, hu_window: tuple[float, float], batch: int, precision: str
+    net: nn.Module, crops: CropDataset, hu_window: tuple[float, float], batch: int, precision: str
 ) -> Tensor:
     """(crops, classes) float32 of the centred crops, not augmented."""
     device = next(net.parameters()).device
     net.eval()
     parts = []
     for items in CropLoader(crops, batch, shuffle=False, drop_last=False):
-        x = window(items["crop"].to(device), *hu_window)[:, None]
+        x = network_input(window(items["crop"].to(device), *hu_window))
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             parts.append(net(x).float())
     return torch.cat(parts)

@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 
 from smartlab.data.augment import augment, window
-from smartlab.data.crops import LesionDataset
+from smartlab.data.crops import CropDataset
+from smartlab.data.images import is_flat, lesion_crops
 from smartlab.data.manifest import Manifest, load_manifest
 from smartlab.data.store import Store
 from smartlab.errors import DataError, UseError
 from smartlab.evaluation import metrics, stats
+from smartlab.evaluation.encoders import network_input
 from smartlab.evaluation.finetune import classifier, picture
 from smartlab.evaluation.finetune.draws import LesionDraws
 from smartlab.evaluation.finetune.trainer import (
@@ -47,7 +49,7 @@ from smartlab.evaluation.result import Estimate, Result
 from smartlab.evaluation.table import FeatureTable
 
 if TYPE_CHECKING:
-    from smartlab.models.encoder import Encoder
+    from smartlab.evaluation.encoders import AnyEncoder
 
 Balance = Literal["sampling", "loss", "none"]
 
@@ -56,7 +58,7 @@ Balance = Literal["sampling", "loss", "none"]
 class Task:
     """The labelled cases, and everything that the trainings of one call share."""
 
-    encoder: Encoder
+    encoder: AnyEncoder
     store: Store
     size: int
     spacing: float | None
@@ -72,11 +74,10 @@ class Task:
     resume: bool
     progress: bool
 
-    def part(self, rows: np.ndarray) -> LesionDataset:
+    def part(self, rows: np.ndarray) -> CropDataset:
         """The crops of some of the cases."""
-        return LesionDataset(
-            self.store, size=self.size, spacing=self.spacing, cases=list(self.about.case.iloc[rows])
-        )
+        cases, margin = list(self.about.case.iloc[rows]), self.encoder.config.data.margin
+        return lesion_crops(self.store, self.size, self.spacing, cases=cases, margin=margin)
 
     @property
     def targets(self) -> np.ndarray:
@@ -85,7 +86,7 @@ class Task:
 
 
 def classify(
-    encoder: Encoder,
+    encoder: AnyEncoder,
     store: Store,
     manifest: Manifest | str | Path,
     out: str | Path,
@@ -96,7 +97,7 @@ def classify(
     draws: int = 5,
     split: Split = "auto",
     folds: int = 5,
-    size: int = 64,
+    size: int | None = None,
     spacing: float | None = None,
     balance: Balance = "sampling",
     flip: bool = True,
@@ -113,7 +114,8 @@ def classify(
     label:   a binary, multiclass or multilabel label of the manifest.
     shots:   also train on k patients per class, for each k, `draws` times; scored by the mean over draws.
     split:   as in `make_plan`: the manifest's split or folds, else `folds` patient folds.
-    size, spacing: of the crops in voxels and mm; None: the store's own voxels.
+    size, spacing: of the crops in voxels and mm; by default 64, of mammograms the training view, and
+              the store's own voxels.
     flip, intensity: augmentation of the crops, as in `augment`.
     settings: of the training, see `Settings`.
 
@@ -121,6 +123,7 @@ def classify(
     >>> result.metrics["auc"]
     """
     man = load_manifest(manifest)
+    size = size or (encoder.config.data.view if is_flat(store) else 64)
     check_modes(modes, size, encoder)
     if balance not in ("sampling", "loss", "none"):
         raise UseError(f"balance={balance!r}", expected="sampling, loss or none")
@@ -150,6 +153,7 @@ def classify(
 def _facts(task: Task) -> dict[str, Any]:
     """What a reader needs to believe the numbers."""
     crops = {"size": task.size, "spacing": task.spacing, "balance": task.balance}
+    crops |= {"margin": task.encoder.config.data.margin} if is_flat(task.store) else {}
     return {
         "encoder": weights_hash(task.encoder),
         "data": task.store.fingerprint,
@@ -264,7 +268,7 @@ def _one(
 
     def loss(batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         x = augment(window(batch["crop"], *hu_window), generator, **task.augmentation)
-        return measure(net(x[:, None]).float(), learn[batch["row"]])
+        return measure(net(network_input(x)).float(), learn[batch["row"]])
 
     def said(rows: np.ndarray) -> Tensor:
         return classifier.logits(net, task.part(rows), hu_window, s.batch, s.precision)
@@ -299,6 +303,7 @@ def _depends_on(task: Task, train: np.ndarray, held_out: np.ndarray) -> dict[str
         "size": task.size,
         "spacing": task.spacing,
         "balance": task.balance,
+        "margin": task.encoder.config.data.margin if is_flat(task.store) else None,
         **task.augmentation,
         "train": keys[train].tolist(),
         "held_out": keys[held_out].tolist(),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from smartlab.data.crops import CropDataset, Fields, Item, LesionDataset, read_crop
+from smartlab.data.crops import CropDataset, Fields, Item, read_crop
 from smartlab.data.grid import AIR
 from smartlab.data.store import Store
 
@@ -24,7 +24,7 @@ class LesionDraws(CropDataset):
     """
 
     def __init__(
-        self, cases: LesionDataset, items: int, *, seed: int, weights: np.ndarray | None = None
+        self, cases: CropDataset, items: int, *, seed: int, weights: np.ndarray | None = None
     ) -> None:
         self.cases, self.items, self.seed = cases, items, seed
         self.weights = None if weights is None else weights / weights.sum()

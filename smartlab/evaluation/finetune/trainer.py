@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from smartlab.config import TrainConfig
 from smartlab.data.crops import CropDataset, CropLoader
 from smartlab.errors import DataError, UseError
+from smartlab.evaluation.encoders import total_stride
 from smartlab.evaluation.folds import deal
 from smartlab.training import checkpoint, schedules
 from smartlab.training.loop import mix
@@ -38,7 +39,7 @@ from smartlab.training.setup import keep_freed_memory, parameter_groups
 if TYPE_CHECKING:
     import pandas as pd
 
-    from smartlab.models.encoder import Encoder
+    from smartlab.evaluation.encoders import AnyEncoder
 
 Mode = Literal["full", "frozen", "scratch"]
 MODES: tuple[Mode, ...] = ("full", "frozen", "scratch")
@@ -81,11 +82,11 @@ def make_settings(**given: Any) -> Settings:
         ) from None
 
 
-def check_modes(modes: Sequence[str], size: int, encoder: Encoder) -> None:
+def check_modes(modes: Sequence[str], size: int, encoder: AnyEncoder) -> None:
     """Refuse unknown ways to start, and crops that the encoder cannot take."""
     if not modes or set(modes) - set(MODES) or len(set(modes)) < len(modes):
         raise UseError("unknown or repeated modes", found=list(modes), expected=f"some of {', '.join(MODES)}")
-    stride = encoder.config.encoder.stride(4)
+    stride = total_stride(encoder)
     if size % stride or size < stride:
         raise UseError(f"crops of {size} voxels", expected=f"a multiple of the encoder's stride {stride}")
 
@@ -346,6 +347,10 @@ def place_of(name: str) -> tuple[int, int]:
         return int(found[1]), int(found[2]) if found[2] else _MERGING
     if found := re.search(r"(?:^|\.)semantic\.(?:blocks\.(\d+))?", name):
         return 5, int(found[1] or 0)
+    if found := re.search(r"^blocks\.(\d+)\.", name):  # of a plain transformer
+        return 1 + int(found[1]), 0
+    if name.startswith("norm."):  # after its last block
+        return _MERGING, 0
     return 0, 0
 
 

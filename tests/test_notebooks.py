@@ -55,6 +55,7 @@ CHANGED: dict[str, dict] = {
         "case": 2,
         "view": 32,
         "ratio": 0.5,
+        "crops": 2,
         "noise": 0.2,
         "scans": 2,
         "workers": 1,

@@ -164,6 +164,9 @@ def _run(write: Any, todo: list[int], workers: int) -> Iterator[None]:
         for index in todo:
             yield write(index)
         return
-    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn"))
+    try:
         for future in as_completed([pool.submit(write, index) for index in todo]):
             yield future.result()
+    finally:  # a cell that is interrupted does not wait for patients not yet begun
+        pool.shutdown(cancel_futures=True)

@@ -70,6 +70,16 @@ def colour(labels: np.ndarray, opacity: float = 0.45) -> np.ndarray:
     return rgba
 
 
+def heat(values: np.ndarray, high: float, opacity: float = 0.8) -> np.ndarray:
+    """Values (H, W) -> RGBA to lay over a slice: nothing at 0, opaque and bright from `high` on."""
+    import matplotlib
+
+    part = np.clip(values / max(high, 1e-12), 0, 1)
+    rgba = matplotlib.colormaps["inferno"](0.3 + 0.65 * part)
+    rgba[..., 3] = opacity * np.sqrt(part)
+    return rgba
+
+
 def planes(
     array: np.ndarray,
     *,

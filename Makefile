@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 JOBS ?= 2
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup demo test test-fast check lab bench clean
+.PHONY: help setup demo test test-fast check notebooks lab bench clean
 help:          ## list the commands
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
@@ -32,7 +32,13 @@ test-fast: $(READY) ## run the tests that take seconds
 check: $(READY) ## formatting, lint, types
 	$(BIN)/ruff format --check smartlab tests benchmarks notebooks
 	$(BIN)/ruff check smartlab tests benchmarks notebooks
+	$(BIN)/python -m smartlab.notebook_files --check
 	$(BIN)/mypy
+
+notebooks: $(READY) ## strip and number the notebooks and format their code, before a commit
+	$(BIN)/python -m smartlab.notebook_files
+	$(BIN)/ruff format notebooks
+	$(BIN)/python -m smartlab.notebook_files
 
 lab: $(READY)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=.

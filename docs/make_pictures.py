@@ -1,11 +1,13 @@
 """Make the pictures of the README: `python docs/make_pictures.py [phantom-ct phantom-mammo …]`.
 
-Each function draws one picture below docs/images; all of them follow from seeds.
+The functions draw pictures below docs/images that follow from seeds; the others are taken from the
+notebooks as `make demo` ran them (runs/demo, or the folder in SMARTLAB_DEMO).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -178,8 +180,36 @@ def attention() -> None:
     _save(fig, "attention")
 
 
+FROM_NOTEBOOKS = {  # our name -> picture of a notebook
+    "masks": "03_masks_and_attention/figures/strategies.png",
+    "heads": "03_masks_and_attention/figures/heads.png",
+    "hidden": "03_masks_and_attention/figures/hidden.png",
+    "organ-map": "05_organ_clusters/figures/map.png",
+    "viewer-static": "00_start_here/figures/organs.png",
+}
+
+
+def from_notebook(name: str, largest: int = 200_000) -> None:
+    """A picture that a notebook made, with fewer colours and, if need be, smaller."""
+    demo = Path(os.environ.get("SMARTLAB_DEMO", IMAGES.parents[1] / "runs" / "demo"))
+    source = demo / FROM_NOTEBOOKS[name]
+    if not source.is_file():
+        sys.exit(f"{source} is not there: run `make demo` first")
+    with Image.open(source) as picture:
+        whole = picture.convert("RGB")
+    out, scale = IMAGES / f"{name}.png", 1.0
+    while True:
+        size = (round(whole.width * scale), round(whole.height * scale))
+        small = whole.resize(size, Image.Resampling.LANCZOS) if scale < 1 else whole
+        small.quantize(256, dither=Image.Dither.NONE).save(out, optimize=True)
+        if out.stat().st_size < largest:
+            break
+        scale *= 0.9
+    print(f"docs/images/{name}.png: {out.stat().st_size / 1000:.0f} kB, {size[0]} × {size[1]}")
+
+
 PICTURES = {"phantom-ct": phantom_ct, "phantom-mammo": phantom_mammo, "attention": attention}
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or PICTURES:
-        PICTURES[name]()
+    for name in sys.argv[1:] or [*PICTURES, *FROM_NOTEBOOKS]:
+        PICTURES[name]() if name in PICTURES else from_notebook(name)

@@ -4,7 +4,8 @@ Each is a `FeatureTable` over the same cases in the same order as `lesion_featur
 `stack_features`), to be probed alone by the same code: a feature that does not beat "size" is not
 news.
 
-    "size"          equivalent diameter in mm (of the ball of the same volume) and volume in ml, from the
+    "size"          equivalent diameter in mm (of the ball of the same volume; on a mammogram, of the disc of
+                    the same area) and volume in ml, from the
                     lesion's mask where the store has one, else from the annotated diameter or box;
                     then the annotated diameter itself, where every case has it
     "mean HU"       inside the mask, else in a central ball
@@ -22,8 +23,9 @@ import pandas as pd
 from scipy import ndimage
 from tqdm.auto import tqdm
 
-from smartlab.data.crops import LesionDataset, read_crop
+from smartlab.data.crops import read_crop
 from smartlab.data.grid import AIR
+from smartlab.data.images import is_flat, lesion_crops
 from smartlab.data.manifest import Manifest, load_manifest
 from smartlab.data.regions import is_lesion
 from smartlab.data.store import Store
@@ -50,7 +52,7 @@ def lesion_baselines(
     others, marked by a column of its own; where none is known, "size" is left out.
     """
     man = load_manifest(manifest)
-    keys = list(LesionDataset(store, cases=cases).table.index)
+    keys = list(lesion_crops(store, 64, cases=cases).table.index)
     wanted = [value for value, name in store.label_names.items() if is_lesion(name)]
     sizes, sources, means, histograms = [], [], [], []
     for key in tqdm(keys, desc="trivial features", disable=not progress, mininterval=1):
@@ -116,7 +118,11 @@ def _size_columns(diameter: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def _lesion(store: Store, row: pd.Series, wanted: list[int]) -> tuple[float | None, np.ndarray]:
-    """Volume in mm³ of a lesion's mask (None without one) and the HU in it, else in the central ball."""
+    """Volume in mm³ of a lesion's mask (None without one) and the HU in it, else in the central ball.
+
+    The mask on a mammogram counts as a ball of the same cross-section.
+    """
+    flat = is_flat(store)
     affine, shape = store.affine(row.image), np.array(store.shape(row.image))
     center = np.linalg.inv(affine)[:3] @ [*row.center_mm, 1.0]
     labels = store.labels(row.image) if wanted else None
@@ -124,7 +130,7 @@ def _lesion(store: Store, row: pd.Series, wanted: list[int]) -> tuple[float | No
         np.ceil(max(_NEAR_MM + BALL_MM, row.diameter_mm or 0.0, *(row.box_mm or [0.0])) / store.spacing)
     )
     while labels is not None:
-        start, size = np.rint(center).astype(int) - reach, (2 * reach + 1,) * 3
+        start, size = _box(center, reach, flat)
         mask = _component(
             np.isin(read_crop(labels, start, size, 0)[0], wanted), center - start, store.spacing
         )
@@ -136,12 +142,20 @@ def _lesion(store: Store, row: pd.Series, wanted: list[int]) -> tuple[float | No
         )
         if not cut.any():
             values = read_crop(store.array(row.image), start, size, AIR)[0][mask]
+            if flat:
+                return np.pi / 6 * (4 / np.pi * len(values) * store.spacing**2) ** 1.5, values
             return len(values) * store.spacing**3, values
         reach *= 2  # it goes on beyond the box
-    start = np.rint(center).astype(int) - (reach := int(np.ceil(BALL_MM / store.spacing)))
-    crop = read_crop(store.array(row.image), start, (2 * reach + 1,) * 3, AIR)[0]
+    start, size = _box(center, int(np.ceil(BALL_MM / store.spacing)), flat)
+    crop = read_crop(store.array(row.image), start, size, AIR)[0]
     ball = _distance(crop.shape, center - start) * store.spacing <= max(BALL_MM, store.spacing)
     return None, crop[ball]
+
+
+def _box(center: np.ndarray, reach: int, flat: bool) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Start and size of a cube around a voxel, of a square around a pixel."""
+    start, size = np.rint(center).astype(int) - reach, (2 * reach + 1,) * 3
+    return (np.array([*start[:2], 0]), (*size[:2], 1)) if flat else (start, size)
 
 
 def _component(mask: np.ndarray, center: np.ndarray, spacing: float) -> np.ndarray | None:

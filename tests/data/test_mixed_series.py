@@ -13,9 +13,9 @@ import pytest
 import smartlab as sl
 from smartlab.data import building, ingest
 from smartlab.data.dicom import series_files
-from smartlab.data.request import Settings
 from smartlab.data.privacy import salt
 from smartlab.data.readers import read_volume
+from smartlab.data.request import Settings
 from smartlab.errors import DataError, UseError
 from tests.data.dicom_factory import scan, write_series
 from tests.data.store_cohort import manifest, snapshot

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
 
 from tests.browser import example
 from tests.conftest import REPO
@@ -97,7 +97,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
         log.close()
 
 
-def wait_for(url: str, server: subprocess.Popen, log: Path, patience: float = 60) -> None:
+def wait_for(url: str, server: subprocess.Popen, log: Path, patience: float = 120) -> None:
     began = time.monotonic()
     while time.monotonic() - began < patience and server.poll() is None:
         try:
@@ -118,17 +118,22 @@ def write_notebooks(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def browser_context(lab) -> Iterator[BrowserContext]:
+def browser() -> Iterator[Browser]:
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium(), args=QUIET)
-        context = browser.new_context(viewport={"width": 1400, "height": 1000})
-        local = lab.url.removeprefix("http://")
-        context.route(
-            lambda url: local not in url and not url.startswith(("blob:", "data:")),
-            lambda route: route.abort(),
-        )
-        yield context
+        browser = play.chromium.launch(executable_path=chromium(), args=QUIET, timeout=120_000)
+        yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def context(browser, lab) -> Iterator[BrowserContext]:
+    """Pages that reach the JupyterLab of these tests and nothing else."""
+    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    context.set_default_timeout(120_000)
+    inside = (lab.url, lab.url.replace("http", "ws", 1), "blob:", "data:")
+    context.route(lambda url: not url.startswith(inside), lambda route: route.abort())
+    yield context
+    context.close()
 
 
 def run_notebook(context: BrowserContext, lab: Lab, name: str) -> tuple[Page, list[str]]:
@@ -137,8 +142,8 @@ def run_notebook(context: BrowserContext, lab: Lab, name: str) -> tuple[Page, li
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(lab.address(f"{name}.ipynb"))
-    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=60_000)
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=120_000)
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=120_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     return page, errors

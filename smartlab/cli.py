@@ -108,9 +108,34 @@ def export(
     )
 
 
-@app.command(
-    epilog="Example: smartlab evaluate runs/x --task probe --manifest phantom-ct --label malignancy folds=5"
-)
+EVALUATE = """Examples, one a task:
+
+\b
+smartlab evaluate runs/x --task probe --label malignancy folds=10
+smartlab evaluate runs/x --task knn --label margin neighbours=20
+smartlab evaluate runs/x --task fewshot --label malignancy shots=[1,5,20] draws=50
+smartlab evaluate runs/x --task outcome --label outcome covariates=clinic.csv
+smartlab evaluate runs/x --task outcome --label time_months event=event
+smartlab evaluate runs/x --task clusters embeddings=[umap,pca]
+smartlab evaluate runs/x --task unsupervised stage=2
+smartlab evaluate runs/x --task heads sample=scans --json
+smartlab evaluate runs/x --task localize regions=lesion
+smartlab evaluate x.safetensors --task probe --manifest nodules-png --root nodules
+
+A wrong setting is answered with those the task has. `smartlab compare` tells runs apart.
+"""
+FINETUNE = """Examples, one a task:
+
+\b
+smartlab finetune runs/x --task classify --label malignancy modes=[full,scratch] shots=[10]
+smartlab finetune runs/x --task segment labels=[liver,spleen] steps=400 --resume
+smartlab finetune runs/x --task segment modes=[full,frozen,scratch] fractions=[0.1,0.25,0.5,1]
+
+Stopped, it goes on with --resume and gives what it would have given.
+"""
+
+
+@app.command(epilog=EVALUATE)
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
     task: Annotated[
@@ -127,9 +152,7 @@ def evaluate(
     _judge(run, task, manifest, settings, root, label, out, as_json)
 
 
-@app.command(
-    epilog="Example: smartlab finetune runs/x --task segment --manifest phantom-ct steps=400 --resume"
-)
+@app.command(epilog=FINETUNE)
 def finetune(
     run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
     task: Annotated[str, typer.Option(help="classify or segment.")],
@@ -166,6 +189,9 @@ def _judge(
     from smartlab.evaluation.evaluate import FINE_TUNING
     from smartlab.evaluation.evaluate import evaluate as judge
 
+    given = parse_overrides(settings or [])
+    if taken := set(given) & {"task", "manifest", "root", "label", "out", "progress", "store"}:
+        raise UseError(f"{min(taken)} is an option here", fix=f"write --{min(taken)} …")
     if out is None:
         home = run if run.is_dir() else run.parent / run.stem
         name = task if label is None else f"{task}-{label}"
@@ -178,12 +204,29 @@ def _judge(
         label=label,
         out=out,
         progress=not as_json,
-        **(parse_overrides(settings or []) | more),
+        **(given | more),
     )
     from smartlab.evaluation.result import clean
 
     content = {"out": str(out), "metrics": {k: clean(v._asdict()) for k, v in result.metrics.items()}}
     say(as_json, content, f"{result}\n{out / 'figure.png'}")
+
+
+@app.command(epilog="Example: smartlab compare runs/smart runs/smit --task probe --metric auc")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders, or folders of results.")],
+    task: Annotated[str, typer.Option(help="The task, or its folder, such as probe-malignancy.")],
+    metric: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare results of one task on the same cases: differences, intervals, p-values after Holm."""
+    from smartlab.evaluation.compare import compare as tell_apart
+    from smartlab.evaluation.result import clean
+
+    if len({run.name for run in runs}) < len(runs):
+        raise UseError("two runs have the same name", found=", ".join(map(str, runs)))
+    table = tell_apart({run.name: run for run in runs}, task, metrics=metric)
+    say(as_json, clean(table.to_dict("records")), table.round(4).to_string(index=False))
 
 
 @app.command(epilog="Example: smartlab config smit mask.ratio=0.5 train.batch=8")

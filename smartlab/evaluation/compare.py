@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,15 @@ from smartlab.errors import DataError, UseError
 from smartlab.evaluation import metrics as scoring
 from smartlab.evaluation import stats
 from smartlab.evaluation.predictions import Predictions, from_table
+from smartlab.evaluation.result import Result
+
+Source = pd.DataFrame | Result | str | Path  # of a table: itself, a result, or a folder that holds one
+PER_CASE = {  # tasks whose table holds scores of cases: columns of a case, and the scores
+    "segment": (["case", "structure"], ["dice", "hd95"]),
+    "localize": (["case", "region"], ["lift", "matched_lift", "pointing", "auc", "quantile_dice"]),
+    "unsupervised": (["case", "organ"], ["dice"]),
+}
+ONLY = {"localize": ("score", "mean"), "unsupervised": ("feature", "encoder")}  # rows that count
 
 COLUMNS = [
     "metric",
@@ -39,7 +49,8 @@ def estimate(
 
 
 def compare(
-    runs: Mapping[str, pd.DataFrame],
+    runs: Mapping[str, Source],
+    task: str | None = None,
     metrics: Sequence[str] | None = None,
     kind: str | None = None,
     draws: int = 2000,
@@ -47,7 +58,10 @@ def compare(
 ) -> pd.DataFrame:
     """Every pair of runs on the same cases, a row per metric and pair.
 
-    runs: tables of predictions by name; rows may be in any order, cases must be the same.
+    runs: by name a result, its folder, its table, or with `task` a run folder, where the result is that of
+    RUN/evaluation/TASK (or RUN/finetune/TASK); rows may be in any order, cases must be the same.
+    task: also says that tables hold scores per case ("segment", "localize", "unsupervised"), whose means
+    over cases are compared by a paired t-test over patients; else tables hold predictions.
     metrics: names of scores; left out, all that are not of one class. p_holm corrects for all rows of
     the table, so name the few metrics that matter.
 
@@ -55,8 +69,17 @@ def compare(
     The AUC of a binary label is tested by DeLong's method, everything else by bootstrap.
 
     >>> compare({"smart": first, "random": second}, metrics=["auc"])
+    >>> compare({"smart": "runs/smart", "smit": "runs/smit"}, "probe", metrics=["auc"])
     """
-    tables = _aligned(runs, kind)
+    where, task = task, None if task is None else task.split("-")[0]  # "probe-malignancy" is a probe
+    read = {name: _table(name, source, where) for name, source in runs.items()}
+    if len(read) < 2:
+        raise UseError("a comparison needs at least two runs", found=", ".join(read) or "none")
+    kinds = {source.task for source in runs.values() if isinstance(source, Result)}
+    task = task or (kinds.pop() if len(kinds) == 1 else None)
+    if task in PER_CASE:
+        return _per_case(read, task, metrics)
+    tables = _aligned(read, kind)
     names, first = list(tables), next(iter(tables.values()))
     values = [_scorer(one)(one.truth, one.probability) for one in tables.values()]
     wanted = [m for m in values[0] if ":" not in m] if metrics is None else list(metrics)
@@ -87,10 +110,67 @@ def compare(
     return table
 
 
+def _table(name: str, source: Source, task: str | None) -> pd.DataFrame:
+    """The table of a result, wherever it is."""
+    if isinstance(source, pd.DataFrame):
+        return source
+    if isinstance(source, Result):
+        return _first_training(source.table) if "mode" in source.table else source.table
+    folder = Path(source)
+    places = [folder, *(folder / kind / task for kind in ("evaluation", "finetune") if task)]
+    for place in places:
+        if (place / "result.json").is_file():  # written last: the result is whole
+            table = pd.read_csv(place / "table.csv", dtype={"case": str, "patient": str})
+            return _first_training(table) if "mode" in table else table
+    expected = f"result.json in it{f', or in evaluation/{task} or finetune/{task}' if task else ''}"
+    raise DataError(f"{name} holds no result", path=folder, expected=expected, fix="evaluate it first")
+
+
+def _first_training(table: pd.DataFrame) -> pd.DataFrame:
+    """Of several trainings of fine-tuning, the first way to start with the most cases."""
+    of_most = {"shots": "all"} if "shots" in table else {"fraction": table.fraction.max()}
+    for column, value in ({"mode": table["mode"].iloc[0]} | of_most).items():
+        table = table[table[column] == value]
+    return table
+
+
+def _per_case(tables: dict[str, pd.DataFrame], task: str, metrics: Sequence[str] | None) -> pd.DataFrame:
+    """Paired differences of mean scores per case; a case of several structures counts by their mean."""
+    keys, known = PER_CASE[task]
+    wanted = [m for m in known if all(m in t for t in tables.values())] if metrics is None else list(metrics)
+    if unknown := [m for m in wanted if m not in known]:
+        raise UseError(f"no score {unknown[0]!r} of {task}", expected=", ".join(known))
+    first, *others = (_scores(name, table, task, [*keys]) for name, table in tables.items())
+    for name, one in zip(list(tables)[1:], others, strict=True):
+        if not one.index.equals(first.index):
+            raise DataError(f"{name} and {next(iter(tables))} hold different cases or structures")
+    found, rows = dict(zip(tables, [first, *others], strict=True)), []
+    for metric in wanted:
+        for a, b in combinations(found, 2):
+            both = pd.DataFrame({"a": found[a][metric], "b": found[b][metric]}).dropna()
+            means = both.groupby(level=["case", "patient"]).mean()
+            if means.empty:  # such as a lift within organs that have no label
+                continue
+            patients = means.index.get_level_values("patient").to_numpy()
+            d = stats.paired_mean(means.a.to_numpy(), means.b.to_numpy(), patients)
+            rows.append((metric, a, b, means.a.mean(), means.b.mean(), *d[:4], math.nan, "paired t", d.n))
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    table["p_holm"] = stats.holm(table.p.to_numpy(float))
+    return table
+
+
+def _scores(name: str, table: pd.DataFrame, task: str, keys: list[str]) -> pd.DataFrame:
+    """Rows by case, patient and structure, in order."""
+    if missing := {*keys, "patient"} - set(table):
+        raise DataError(f"{name} is not a table of {task}", found=f"no column {min(missing)!r}")
+    if task in ONLY:
+        column, value = ONLY[task]
+        table = table[table[column] == value]
+    return table.set_index([*keys, "patient"]).sort_index()
+
+
 def _aligned(runs: Mapping[str, pd.DataFrame], kind: str | None) -> dict[str, Predictions]:
     """Tables of predictions with their rows in the same order, refused unless they are of the same cases."""
-    if len(runs) < 2:
-        raise UseError("a comparison needs at least two runs", found=", ".join(runs) or "none")
     tables = {}
     for name, table in runs.items():
         one = from_table(table, name, kind)

@@ -70,7 +70,7 @@ def comparisons(
 ) -> pd.DataFrame:
     """Rows of `compare` for these pairs; p_holm corrects each metric for the number of pairs."""
     found = [
-        compare({a: predictions[a], b: predictions[b]}, HEADLINES[kind], kind, draws, seed) for a, b in pairs
+        compare({n: predictions[n] for n in pair}, None, HEADLINES[kind], kind, draws, seed) for pair in pairs
     ]
     return holm_by_metric(pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=COLUMNS))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ from smartlab.errors import DataError, UseError
 from smartlab.evaluation import metrics, stats
 from smartlab.evaluation.compare import COLUMNS, compare, estimate
 from smartlab.evaluation.predictions import from_table, to_table
+from smartlab.evaluation.result import Result
 
 N = 120
 CASES = [f"case{i:03d}" for i in range(N)]
@@ -141,3 +143,47 @@ def test_a_comparison_that_cannot_be_made_says_why():
     one_class = {k: run(k).assign(truth="benign") for k in (1, 2)}
     table = compare(one_class, draws=100)
     assert table[table.metric == "auc"].p.isna().all() and table[table.metric == "brier"].p.notna().all()
+
+
+def test_results_are_compared_from_their_folders_as_from_memory(tmp_path):
+    tables = {"a": run(1), "b": run(2, skill=0.2)}
+    for name, table in tables.items():
+        folder = tmp_path / name / "evaluation" / "probe"
+        Result("probe", {}, table, plt.figure).save(folder)
+    here = compare(tables, metrics=["auc", "brier"], draws=200)
+    there = compare({n: tmp_path / n for n in tables}, "probe", metrics=["auc", "brier"], draws=200)
+    pd.testing.assert_frame_equal(here, there)
+    (tmp_path / "b" / "evaluation" / "probe" / "result.json").unlink()  # written last: broken off
+    with pytest.raises(DataError, match="b holds no result"):
+        compare({n: tmp_path / n for n in tables}, "probe")
+
+
+def dice(shift: float, seed: int) -> pd.DataFrame:
+    """Dice of two structures in one or two scans of 20 patients, for two ways to start."""
+    r, rows = np.random.default_rng(seed), []
+    for i in range(30):
+        for organ in ("liver", "spleen"):
+            hard = 0.1 * np.sin(i)
+            rows += [
+                {"case": f"c{i}", "patient": f"p{i % 20}", "structure": organ, "mode": mode, "fraction": 1.0,
+                 "dice": 0.7 + hard + (shift if mode == "full" else 0) + 0.02 * r.normal(), "hd95": 5 + r.random()}
+                for mode in ("full", "scratch")
+            ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_scores_of_cases_are_compared_by_patient():
+    results = {
+        n: Result("segment", {}, dice(shift, s), plt.figure) for n, shift, s in [("a", 0.05, 1), ("b", 0, 2)]
+    }
+    found = compare(results).set_index("metric")
+    assert found.loc["dice", "patients"] == 20 and found.loc["dice", "test"] == "paired t"
+    a, b = (r.table[r.table["mode"] == "full"].groupby("case").dice.mean() for r in results.values())
+    expected = stats.paired_mean(a, b, [f"p{int(c[1:]) % 20}" for c in a.index])
+    assert found.loc["dice", ["difference", "low", "high", "p"]].tolist() == pytest.approx(expected[:4])
+    assert found.loc["dice", "p"] < 1e-6 < 0.05 < found.loc["hd95", "p"]
+    half = Result("segment", {}, dice(0, 3).iloc[4:], plt.figure)
+    with pytest.raises(DataError, match="different cases or structures"):
+        compare({"a": results["a"], "half": half})
+    with pytest.raises(UseError, match="no score 'auc' of segment"):
+        compare(results, "segment", metrics=["auc"])

@@ -61,6 +61,30 @@ def test_the_command_line_does_the_same(run, cohort, tmp_path, monkeypatch):  # 
     assert (run.path / "evaluation" / "heads" / "result.json").is_file()
 
 
+def test_help_shows_an_example_of_every_task_and_bad_use_has_its_exit_code(tmp_path, monkeypatch, capsys):
+    from smartlab.cli import main
+    from smartlab.evaluation.evaluate import FINE_TUNING, TASKS
+
+    def say(*words):
+        monkeypatch.setattr("sys.argv", ["smartlab", *map(str, words)])
+        with pytest.raises(SystemExit) as done:
+            main()
+        said = capsys.readouterr()
+        return done.value.code, said.out + said.err
+
+    for command in ("evaluate", "finetune"):
+        code, said = say(command, "--help")
+        for task in TASKS:
+            assert code == 0 and (f"--task {task}" in said) == (
+                (task in FINE_TUNING) == (command == "finetune")
+            )
+    assert say("evaluate", tmp_path, "--task", "porbe")[0] == 2
+    assert say("evaluate", tmp_path, "--task", "probe", "label=x")[0] == 2
+    assert say("evaluate", tmp_path / "none.safetensors", "--task", "probe")[0] in (1, 2)
+    code, said = say("compare", tmp_path, tmp_path / "b", "--task", "probe")
+    assert code == 1 and "holds no result" in said and "Traceback" not in said
+
+
 @pytest.mark.parametrize("label", ["outcome", "time_months"])
 def test_outcome_from_the_command_line_with_a_clinical_table(label, tmp_path):
     """Patients of the CSV are named as in the manifest, though tables of features know salted keys only."""

@@ -82,7 +82,7 @@ def test_predictions_are_kept_so_that_runs_can_be_compared_later():
     again = from_table(a.table)
     found = scores("binary", again.truth, again.probability, CLASSES)
     assert found["brier"] == pytest.approx(a.metrics["brier"].value)
-    assert set(compare({"a": a.table, "b": b.table}, ["auc"]).columns) >= {"difference", "low", "p"}
+    assert set(compare({"a": a.table, "b": b}, metrics=["auc"]).columns) >= {"difference", "low", "p"}
     assert "one p:malignant" in a.table
 
 

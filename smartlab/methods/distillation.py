@@ -140,12 +140,18 @@ def collapse_signs(target: Tensor, features: Tensor) -> dict[str, Tensor]:
 
     target: (…, K) teacher distributions (for regression: softmax over the centred channels). features: (B, C) image tokens.
     """
+    entropy = torch.special.entr(target.float()).sum(-1).mean()
+    kl = math.log(target.shape[-1]) - entropy
+    return feature_signs(features) | {"teacher_entropy": entropy, "teacher_kl_uniform": kl}
+
+
+@torch.no_grad()
+def feature_signs(features: Tensor) -> dict[str, Tensor]:
+    """How much image tokens (B, C) of different views differ: their spread and effective rank."""
     x = features.float().nan_to_num()  # a batch that will be skipped must not stop the run here
-    signs = {"feature_std": F.normalize(x, dim=-1).std(0, correction=0).mean() * math.sqrt(x.shape[-1])}
     spectrum = torch.linalg.svdvals(x - x.mean(0))
     share = spectrum / spectrum.sum().clamp_min(1e-12)
-    signs["effective_rank"] = torch.special.entr(share).sum().exp()
-    entropy = torch.special.entr(target.float()).sum(-1).mean()
-    signs["teacher_entropy"] = entropy
-    signs["teacher_kl_uniform"] = math.log(target.shape[-1]) - entropy
-    return signs
+    return {
+        "feature_std": F.normalize(x, dim=-1).std(0, correction=0).mean() * math.sqrt(x.shape[-1]),
+        "effective_rank": torch.special.entr(share).sum().exp(),
+    }

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from smartlab.masking import (
     uniform,
     upsample,
 )
+from smartlab.methods.clock import Clock
 from smartlab.methods.distillation import (
     Centre,
     Standardise,
@@ -45,21 +46,6 @@ from smartlab.methods.distillation import (
 )
 from smartlab.models.encoder import Encoded, Encoder
 from smartlab.models.heads import CoarseHead, ReconstructionHead
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Where training stands; everything that changes over time follows from it."""
-
-    step: int
-    total: int
-    steps_per_epoch: int
-    rank: int = 0
-    world: int = 1
-
-    @property
-    def epoch(self) -> float:
-        return self.step / self.steps_per_epoch
 
 
 class Branch(nn.Module):
@@ -285,6 +271,15 @@ class MaskedDistillation(nn.Module):
             "attention_entropy": torch.special.entr(a).sum(-1).mean(),
             "attention_informativeness": informativeness(a).mean(),
             "attention_hidden": (a.mean(1) * hidden).sum(-1).mean(),
+        }
+
+    def told(self, clock: Clock, momentum: float) -> dict[str, Any]:
+        """What the settings and the guard say about this step, for metrics.csv."""
+        guided = self.config.mask.strategy.startswith("attention")
+        return {
+            "momentum": momentum,
+            "teacher_temperature": self.teacher_temperature(clock),
+            "guided": self.guides(clock).float() if guided else 0.0,
         }
 
     @torch.no_grad()

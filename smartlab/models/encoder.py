@@ -7,6 +7,7 @@ scans of any size in HU, through sliding windows where the scan is larger than t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Encoded(NamedTuple):
     tokens: Tensor  # (B, N, C) one per mask unit
     attention: Tensor | None  # (B, heads, N) [CLS] row over the units; None without semantic attention
     received: Tensor | None  # (B, N) attention received; None unless asked for
-    grid: Grid  # of the N units
+    grid: tuple[int, ...]  # of the N units
 
 
 class Encoder(nn.Module):
@@ -63,6 +64,7 @@ class Encoder(nn.Module):
         self.stage = [e.stride(i) for i in range(5)].index(s.stride)
         self.unit_patches = s.stride // e.patch  # patch tokens per side of a mask unit
         self.channels = self.swin.channels[self.stage]
+        self.stage_channels = list(self.swin.channels)
         self.mask_token = nn.Parameter(torch.zeros(e.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         base = (config.data.view // s.stride,) * 3
@@ -73,6 +75,10 @@ class Encoder(nn.Module):
             if s.enabled
             else None
         )
+
+    @property
+    def device(self) -> torch.device:
+        return self.mask_token.device
 
     def grid(self, size: tuple[int, ...] | torch.Size) -> Grid:
         """Mask units of an image of this size."""
@@ -137,7 +143,7 @@ class Encoder(nn.Module):
         cls, number = torch.zeros(x.shape[0], self.channels, device=device), 0
         token_sum = torch.zeros(x.shape[0], *grid, self.channels, device=device)
         token_count = torch.zeros(*grid, 1, device=device)
-        for box in _windows(x.shape[2:], side, overlap, total):
+        for box in boxes(x.shape[2:], side, overlap, total):
             out = self(x[(..., *box)])
             cls, number = cls + out.cls.float(), number + 1
             part = tuple(slice(b.start // self.stride, b.stop // self.stride) for b in box)
@@ -169,7 +175,7 @@ class Encoder(nn.Module):
         heads = self.config.semantic.heads
         summed = torch.zeros(x.shape[0], heads, *grid, device=device)
         count = torch.zeros(*grid, device=device)
-        for box in _windows(x.shape[2:], side, overlap, total):
+        for box in boxes(x.shape[2:], side, overlap, total):
             out = self(x[(..., *box)])
             part = tuple(slice(b.start // self.stride, b.stop // self.stride) for b in box)
             assert out.attention is not None
@@ -223,20 +229,14 @@ class Encoder(nn.Module):
         return view if max(x.shape[2:]) > 2 * view else max(x.shape[2:])
 
 
-def _windows(
+def boxes(
     size: torch.Size | tuple[int, ...], side: int, overlap: float, stride: int
-) -> Iterator[tuple[slice, slice, slice]]:
-    """Boxes of at most `side` voxels that cover the volume, starting on multiples of `stride`."""
+) -> Iterator[tuple[slice, ...]]:
+    """Boxes of at most `side` a side that cover an image of any dimensions, from multiples of `stride` on."""
     starts = []
     for length in size:
         step = max(stride, int(side * (1 - overlap)) // stride * stride)
         last = max(0, length - side)
         starts.append(sorted({*range(0, last, step), last}))
-    for a in starts[0]:
-        for b in starts[1]:
-            for c in starts[2]:
-                yield (
-                    slice(a, min(a + side, size[0])),
-                    slice(b, min(b + side, size[1])),
-                    slice(c, min(c + side, size[2])),
-                )
+    for corner in itertools.product(*starts):
+        yield tuple(slice(a, min(a + side, length)) for a, length in zip(corner, size, strict=True))

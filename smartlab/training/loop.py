@@ -25,19 +25,18 @@ from torch import Tensor, nn
 
 from smartlab.config import Config, load_config
 from smartlab.data.augment import window
-from smartlab.data.crops import CropLoader, ViewDataset
+from smartlab.data.crops import CropLoader
 from smartlab.data.prepare import prepare_store
 from smartlab.errors import DataError, UseError
+from smartlab.methods.clock import Clock
 from smartlab.methods.distillation import mean_over_ranks
-from smartlab.methods.masked_distillation import Clock, MaskedDistillation
 from smartlab.training import checkpoint, schedules
+from smartlab.training.families import family_of
 from smartlab.training.monitor import Monitor
-from smartlab.training.picture import reconstruction_picture
 from smartlab.training.requests import Requests
 from smartlab.training.run import Run
 from smartlab.training.setup import keep_freed_memory, make_accelerator, parameter_groups
 from smartlab.training.sharding import gathered, scattered, shard
-from smartlab.training.views import prepare
 
 if TYPE_CHECKING:
     from smartlab.data.store import Store
@@ -81,7 +80,7 @@ class Trainer:
         store: Store | None,
         progress: bool,
     ) -> None:
-        self.config, self.out = config, out
+        self.config, self.out, self.family = config, out, family_of(config)
         self.device_run = accelerator = make_accelerator(config)
         self.main = accelerator.is_main_process
         there = checkpoint.steps(out)
@@ -99,7 +98,7 @@ class Trainer:
         self.loader = self._make_loader()
         per_epoch = config.train.steps_per_epoch or max(1, len(self.loader) // config.train.accumulate)
         torch.manual_seed(config.seed)
-        self.method = MaskedDistillation(config)
+        self.method = self.family.method(config)
         self.per_epoch, self.step = per_epoch, 0
         self.header = {"config": json.dumps(config.model_dump(mode="json")), "data": store.fingerprint}
         state: dict[str, Any] | None = None
@@ -139,7 +138,7 @@ class Trainer:
         while self.step < train.steps:
             metrics = self.one_step()
             self.step += 1
-            seen += 2 * train.batch * train.accumulate * self.world
+            seen += self.family.views * train.batch * train.accumulate * self.world
             if self._logs(self.step):
                 elapsed = max(time.monotonic() - began, 1e-9)
                 metrics |= {
@@ -180,7 +179,7 @@ class Trainer:
             batch = next(self._batches)
             generator = torch.Generator().manual_seed(mix(self.config.seed, step, micro))
             torch.manual_seed(mix(self.config.seed, step, micro, self.rank))
-            views, shares = prepare(
+            views, shares = self.family.prepare(
                 batch,
                 self.config,
                 self.device_run.device,
@@ -211,17 +210,14 @@ class Trainer:
         else:
             self._skip(drawn)
         self.optimiser.zero_grad(set_to_none=True)
-        guided = self.config.mask.strategy.startswith("attention")
         return totals | {
             "grad_norm": norm,
             "step": step + 1,
             "epoch": clock.epoch,
             "lr": lr,
             "weight_decay": decay,
-            "momentum": momentum,
-            "teacher_temperature": self.method.teacher_temperature(clock),
-            "guided": self.method.guides(clock).float() if guided else 0.0,
             "skipped": self.skipped,
+            **self.method.told(clock, momentum),
         }
 
     def _logs(self, step: int) -> bool:
@@ -252,23 +248,16 @@ class Trainer:
     # ---- parts
 
     def _make_loader(self) -> CropLoader:
-        d, train = self.config.data, self.config.train
-        cases = self.store.cases
+        train, cases = self.config.train, self.store.cases
         training = sorted({int(i) for i in cases.image[(cases.split == "train") | cases.split.isna()]})
-        global_batch = train.batch * self.world
-        draws = max(1, -(-global_batch * train.accumulate // max(1, len(training))))
-        dataset = ViewDataset(
-            self.store,
-            region=d.region,
-            view=d.view,
-            seed=self.config.seed,
-            min_overlap=d.min_overlap,
-            draws=draws,
-            images=training,
-            labels=bool(self.store.label_names),
-        )
+        least = train.batch * self.world * train.accumulate
         return CropLoader(
-            dataset, train.batch, workers=d.workers, seed=self.config.seed, rank=self.rank, world=self.world
+            self.family.dataset(self.store, self.config, training, least),
+            train.batch,
+            workers=self.config.data.workers,
+            seed=self.config.seed,
+            rank=self.rank,
+            world=self.world,
         )
 
     def _endless(self) -> Iterator[dict[str, Any]]:
@@ -326,7 +315,7 @@ class Trainer:
         path = self.out / "figures" / f"step-{self.step:06d}.png"
         clock = Clock(self.step - 1, self.config.train.steps, self.per_epoch, self.rank, self.world)
         guided = self.config.mask.strategy.startswith("attention") and bool(self.method.guides(clock))
-        reconstruction_picture(self.method, view, path, f"step {self.step}", guided)
+        self.family.picture(self.method, view, path, f"step {self.step}", guided)
         self.monitor.picture(path)
 
     # ---- folder, resuming, signals

@@ -54,6 +54,12 @@ COLUMNS = [
 ]
 
 
+def columns(config: Config) -> list[str]:
+    """Columns of metrics.csv: the same for every method, and for several scales the loss of each."""
+    scales = config.mae.scales if config.method.family == "multiscale_mae" else ()
+    return [*COLUMNS, *(f"loss_scale_{scale}" for scale in scales)]
+
+
 class Monitor:
     """Writes what happens in a run folder. A disabled monitor (other ranks) writes nothing."""
 
@@ -68,6 +74,7 @@ class Monitor:
         if not enabled:
             return
         rewind(run / "metrics.csv", start)
+        self.columns = columns(config)
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
@@ -93,8 +100,8 @@ class Monitor:
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         if not path.exists() or not path.stat().st_size:
-            writer.writerow(COLUMNS)
-        writer.writerow([_text(values.get(name)) for name in COLUMNS])
+            writer.writerow(self.columns)
+        writer.writerow([_text(values.get(name)) for name in self.columns])
         with path.open("a", encoding="utf-8") as file:  # one write per row: a killed run leaves whole rows
             file.write(buffer.getvalue())
         for name, value in values.items():
@@ -190,7 +197,8 @@ def rewind(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n") and line.count(",") == len(COLUMNS) - 1]
+    commas = lines[0].count(",") if lines else 0
+    whole = [line for line in lines if line.endswith("\n") and line.count(",") == commas]
     kept = whole[:1] + [line for line in whole[1:] if int(line.split(",", 1)[0]) <= step]
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(kept), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor
 
 from smartlab.masking import make_mask, upsample
 from smartlab.methods.masked_distillation import MaskedDistillation
+from smartlab.methods.multiscale_mae import MultiscaleMAE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @torch.no_grad()
@@ -70,6 +75,56 @@ def reconstruction_picture(
         ax.set_title(name, fontsize=9)
         ax.axis("off")
     figure.suptitle(f"{title}, {strategy.replace('_', ' ')} mask", fontsize=10)
+    return _write(figure, path)
+
+
+@torch.no_grad()
+def scales_picture(
+    method: MultiscaleMAE, view: Tensor, path: Path, title: str = "", guided: bool = False
+) -> Path:
+    """Write a PNG for one windowed view (1, H, W) in [0, 1]: a row per scale, with a fixed random mask."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    was_training = method.training
+    method.eval()
+    found = method.reconstruct(view[None].float(), torch.Generator().manual_seed(0))
+    method.train(was_training)
+    figure, axes = plt.subplots(
+        len(found), 4, figsize=(9, 2.4 * len(found) + 0.4), layout="constrained", squeeze=False
+    )
+    for row, (scale, parts) in zip(axes, found.items(), strict=True):
+        target, guess, hidden = (parts[name][0, 0].cpu().numpy() for name in ("target", "guess", "hidden"))
+        low, high = target.min(), max(target.max(), target.min() + 1e-3)
+        filled = np.where(hidden > 0, guess, target)
+        panels = {
+            f"target, {target.shape[1]} × {target.shape[0]} pixels": target,
+            "what the encoder sees" if scale == 1 else "what is hidden": np.where(
+                hidden > 0, (low + high) / 2, target
+            ),
+            "hidden part reconstructed": filled,
+            "absolute error": np.abs(filled - target),
+        }
+        for ax, (name, panel) in zip(row, panels.items(), strict=True):
+            error = name.endswith("error")
+            ax.imshow(
+                panel,
+                cmap="magma" if error else "gray",
+                vmin=0 if error else low,
+                vmax=(high - low) / 2 if error else high,
+            )
+            ax.set_title(name, fontsize=9)
+            ax.axis("off")
+    note = ", brightness and contrast of each patch given" if method.config.mae.normalise else ""
+    figure.suptitle(f"{title}, {method.config.mask.strategy} mask{note}", fontsize=10)
+    return _write(figure, path)
+
+
+def _write(figure: Figure, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, dpi=100, format="png")

@@ -14,7 +14,7 @@ from smartlab.training import checkpoint
 if TYPE_CHECKING:
     import pandas as pd
 
-    from smartlab.models.encoder import Encoder
+    from smartlab.models.build import AnyEncoder
 
 
 class Run:
@@ -70,12 +70,12 @@ class Run:
     def finished(self) -> bool:
         return self.step >= self.config.train.steps
 
-    def encoder(self, role: str = "teacher", step: int | None = None) -> Encoder:
+    def encoder(self, role: str = "teacher", step: int | None = None) -> AnyEncoder:
         """The encoder of a checkpoint, the newest by default; the student where there is no teacher."""
         import torch
         from safetensors.torch import load_file
 
-        from smartlab.models.encoder import Encoder
+        from smartlab.models.build import make_encoder
 
         if role not in checkpoint.ROLES:
             raise DataError(f"no role {role!r}", path=self.path, expected=" or ".join(checkpoint.ROLES))
@@ -91,6 +91,6 @@ class Run:
         if not self.config.teacher.enabled:
             role = "student"
         with torch.random.fork_rng():
-            encoder = Encoder(self.config)
+            encoder = make_encoder(self.config)
         encoder.load_state_dict(load_file(folder / f"{role}.safetensors"))
         return encoder.eval().requires_grad_(False)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from smartlab.config import Config
 from smartlab.errors import UseError
-from smartlab.methods.masked_distillation import Clock, MaskedDistillation
+from smartlab.methods.clock import Clock
+from smartlab.training.families import family_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,19 +59,19 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         if not parameter.requires_grad:
             continue
         plain = parameter.dim() < 2 or name.endswith(
-            ("bias", "cls", "position", "mask_token", "log_scale", "bias_table")
+            ("bias", "cls", "cls_token", "position", "mask_token", "log_scale", "bias_table")
         )
         (spared if plain else decays).append(parameter)
     return [{"params": decays, "decays": True}, {"params": spared, "decays": False}]
 
 
 def overfit_one_batch(config: Config, views: Tensor, steps: int = 200, lr: float = 2e-3) -> list[float]:
-    """AMIP on one fixed batch with one fixed mask: a sanity check that must go to a small error.
+    """The reconstruction of one fixed batch with one fixed mask: a sanity check that must go to a small error.
 
-    views: (B, 2, 1, D, H, W) windowed. Returns the reconstruction loss of every step.
+    views: windowed, as the method takes them. Returns the reconstruction loss of every step.
     """
     torch.manual_seed(config.seed)
-    method = MaskedDistillation(config)
+    method = family_of(config).method(config)
     optimiser = torch.optim.AdamW(parameter_groups(method), lr=lr, weight_decay=0.0)
     history = []
     for step in range(steps):
@@ -81,5 +82,5 @@ def overfit_one_batch(config: Config, views: Tensor, steps: int = 200, lr: float
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        history.append(float(metrics["loss_amip"]))
+        history.append(float(metrics.get("loss_amip", loss.detach())))
     return history

@@ -18,12 +18,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from smartlab.models.swin import Block
+from smartlab.models.vit import ViTBlock
 
 
 def shard(model: nn.Module) -> FSDPModule:
     """Spread the parameters of `model` over all processes, in place."""
     for module in model.modules():
-        if isinstance(module, Block):
+        if isinstance(module, Block | ViTBlock):
             fully_shard(module)
     return fully_shard(model)
 

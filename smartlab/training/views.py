@@ -37,3 +37,16 @@ def prepare(
         labels = labels if labels is None else mirror(labels, mirrors)
     flat = None if labels is None else labels.flatten(0, 1)
     return x[:, :, None], unit_shares(hu.flatten(0, 1), flat, label_names, config.mask.unit)
+
+
+def prepare_images(
+    batch: dict[str, Tensor],
+    config: Config,
+    device: torch.device,
+    generator: torch.Generator,
+    shard: tuple[int, int],
+    label_names: dict[int, str] | None = None,
+) -> tuple[Tensor, None]:
+    """int16 grey values (B, 1, H, W) -> views (B, 1, H, W) in [0, 1]; mirrored by the dataset already."""
+    x = window(batch["views"].to(device, non_blocking=True), *config.data.window)
+    return augment(x, generator, flip=False, intensity=config.data.intensity, shard=shard), None

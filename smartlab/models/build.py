@@ -1,0 +1,14 @@
+"""The encoder that a configuration describes."""
+
+from __future__ import annotations
+
+from smartlab.config import Config
+from smartlab.models.encoder import Encoder
+from smartlab.models.vit import ViTEncoder
+
+AnyEncoder = Encoder | ViTEncoder
+
+
+def make_encoder(config: Config) -> AnyEncoder:
+    """With fresh weights: a Swin transformer for scans, or a vision transformer for images."""
+    return ViTEncoder(config) if config.encoder.kind == "vit" else Encoder(config)

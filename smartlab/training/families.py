@@ -1,0 +1,65 @@
+"""The methods that the one training loop runs, and what it must know of each.
+
+`method.family` names the entry. A method is a module with `student` (its `encoder` is saved apart), `teacher` (or
+None), `forward(views, clock, generator, shares) -> loss, metrics`, `told(clock, momentum)` for further columns
+of metrics.csv, and `update_teacher(momentum)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from smartlab.config import Config
+from smartlab.data.crops import CropDataset, ViewDataset
+from smartlab.data.images import ImageDataset
+from smartlab.methods.masked_distillation import MaskedDistillation
+from smartlab.methods.multiscale_mae import MultiscaleMAE
+from smartlab.training.picture import reconstruction_picture, scales_picture
+from smartlab.training.views import prepare, prepare_images
+
+if TYPE_CHECKING:
+    from smartlab.data.store import Store
+
+
+class Family(NamedTuple):
+    """What differs between methods, as the loop sees it."""
+
+    method: Callable[[Config], Any]
+    dataset: Callable[[Store, Config, list[int], int], CropDataset]  # store, config, images, least items
+    prepare: Callable[..., Any]  # a batch -> what the method takes
+    picture: Callable[..., Any]  # method, one view, path, title, guided -> PNG
+    views: int  # per item
+
+
+def _scans(store: Store, config: Config, images: list[int], least: int) -> CropDataset:
+    d = config.data
+    return ViewDataset(
+        store,
+        region=d.region,
+        view=d.view,
+        seed=config.seed,
+        min_overlap=d.min_overlap,
+        draws=max(1, -(-least // max(1, len(images)))),
+        images=images,
+        labels=bool(store.label_names),
+    )
+
+
+def _images(store: Store, config: Config, images: list[int], least: int) -> CropDataset:
+    d = config.data
+    dataset = ImageDataset(
+        store, view=d.view, crop=d.crop, margin=d.margin, seed=config.seed, flip=d.flip, images=images
+    )
+    dataset.draws = max(1, -(-least // len(dataset)))
+    return dataset
+
+
+FAMILIES = {
+    "masked_distillation": Family(MaskedDistillation, _scans, prepare, reconstruction_picture, 2),
+    "multiscale_mae": Family(MultiscaleMAE, _images, prepare_images, scales_picture, 1),
+}
+
+
+def family_of(config: Config) -> Family:
+    return FAMILIES[config.method.family]

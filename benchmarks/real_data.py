@@ -40,6 +40,7 @@ HERE = Path(__file__).parent
 DATA = Path(os.environ.get("SMARTLAB_REAL_DATA", HERE.parents[1] / "shared" / "data"))
 RESULTS = HERE / "results" / "real_data.json"
 KEPT = ("cases", "patients", "split", "notes", "failed", "cut", "images", "with_region", "n", "spacing_mm")
+WHOLE = ("clusters", "unsupervised", "heads", "localize", "segment")
 Tasks = dict[str, Callable[[], "Result | dict[str, Any]"]]
 
 
@@ -57,7 +58,12 @@ def main() -> None:
     report: dict[str, Any] = {
         "what": "every task on real images and the phantom, numbers as they are: too few to quote",
         "encoder": facts,
-        "settings": {"steps": args.steps, "scans": args.scans, "phantom_cases": args.phantom_cases},
+        "settings": {
+            "steps": args.steps,
+            "scans": args.scans,
+            "phantom_cases": args.phantom_cases,
+            "phantom_scans": args.phantom_scans,
+        },
     }
     failed = 0
     for name in args.only or sections:
@@ -81,7 +87,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", choices=["nodules", "sarcoma", "organs", "phantom"])
     parser.add_argument("--steps", type=int, default=120, help="of each fine-tuning")
     parser.add_argument("--scans", type=int, default=24, help="sarcoma scans, all 24 by default")
-    parser.add_argument("--phantom-cases", type=int, default=60)
+    parser.add_argument("--phantom-cases", type=int, default=60, help="for tasks on lesions")
+    parser.add_argument("--phantom-scans", type=int, default=12, help="for tasks on whole scans")
     parser.add_argument("--json", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -212,8 +219,9 @@ def phantom(source: Any, args: argparse.Namespace) -> Tasks:
     """Every task on the phantom; few patients are in its test split, so learned tasks use folds."""
 
     def of(task: str, name: str | None = None, **settings: Any) -> Callable[[], Result]:
-        out = args.out / f"phantom-{args.phantom_cases}-{args.steps}" / (name or task)
-        more = {"phantom_cases": args.phantom_cases, "out": out, "workers": 1}
+        patients = args.phantom_scans if task in WHOLE else args.phantom_cases
+        out = args.out / f"phantom-{patients}-{args.steps}" / (name or task)
+        more = {"phantom_cases": patients, "out": out, "workers": 1}
         return lambda: sl.evaluate(source, task, "phantom-ct", **more, **settings)
 
     short = {"steps": args.steps, "validate_every": max(1, args.steps // 4), "resume": True}
@@ -227,7 +235,7 @@ def phantom(source: Any, args: argparse.Namespace) -> Tasks:
         "clusters": of("clusters"),
         "unsupervised": of("unsupervised"),
         "heads": of("heads"),
-        "localize": of("localize"),
+        "localize": of("localize", images=range(args.phantom_scans)),
         "classify": of("classify", label="malignancy", **short),
         "segment": of("segment", **short),
     }

@@ -220,10 +220,13 @@ def _set_grid(scene: Scene, panels: Sequence[Panel], shape: tuple[int, ...], uni
     if scene.grid is None:
         return
     if unit is None:
-        if any(n % g for n, g in zip(shape, scene.grid, strict=True)):
+        # an encoder pads a scan to whole strides: 8 units of 16 for 112 voxels, which 8 would divide too
+        sizes = [n // g if n % g == 0 else 0 for n, g in zip(shape, scene.grid, strict=True)]
+        if any(size.bit_count() != 1 for size in sizes):
             raise UseError(
-                "the grid of units does not divide the image",
+                "the size of a unit does not follow from the image and its grid",
                 found=f"{scene.grid} units for {tuple(shape)} voxels",
+                expected="1, 2, 4, 8, 16, … voxels a unit",
                 fix="say how many voxels a unit has along each axis: unit=16",
             )
         size = [n / g for n, g in zip(shape, scene.grid, strict=True)]

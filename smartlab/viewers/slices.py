@@ -236,7 +236,7 @@ def view(
     plane:   the plane that several panels show; one panel shows all three.
     labels:  whole numbers of the image's shape, 0 for none; label_names: number -> name.
     mask, attention, reconstruction: as in `Panel`, or panels for several side by side.
-    unit:    voxels of one mask unit along each axis; default: the image divided by the grid.
+    unit:    voxels of one mask unit along each axis; default: the image divided by the grid, where that is 1, 2, 4, …
 
     >>> viewer = view(volume, window="lung", mask=hidden, attention=heads)      # doctest: +SKIP
     >>> viewer.figure(40).savefig("slice.png")                                  # doctest: +SKIP

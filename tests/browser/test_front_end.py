@@ -150,7 +150,9 @@ def test_a_slice_change_is_drawn_within_what_we_promise(page):
     for _ in range(3):
         results = measure(page)
         for name in PROMISED:
-            assert results[name]["changed"] == results[name]["events"] == 50, "every event changes the picture"
+            assert results[name]["changed"] == results[name]["events"] == 50, (
+                "every event changes the picture"
+            )
         if all(results[name]["shown_ms"] < limit for name, limit in PROMISED.items()):
             return
     pytest.fail(f"slower than promised: {results}")

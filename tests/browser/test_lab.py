@@ -1,0 +1,203 @@
+"""A person's session in JupyterLab: run the notebook, look around, toggle overlays, click points."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import nbformat
+import numpy as np
+import pytest
+
+from smartlab.viewers import render, view
+from tests.browser import example
+from tests.browser.conftest import run_notebook
+from tests.browser.looking import index, pixels, readout, same, stage, windowed
+
+SOFT = (-160, 240)
+
+
+@pytest.fixture(scope="module")
+def scan(lab):
+    return example.scan(lab.folder)
+
+
+@pytest.fixture(scope="module")
+def single(context, lab, artifacts):
+    """The page of the notebook with one panel, its cells run; and the errors of its console."""
+    page, errors = run_notebook(context, lab, "single")
+    page.wait_for_selector(".smartlab-stage")
+    stage(page).scroll_into_view_if_needed()
+    page.screenshot(path=artifacts / "lab.png")
+    yield page, errors
+    page.close()
+
+
+def overlaid(scan, page, **look):
+    """What the axial slice must show, by the painter of the static picture."""
+    viewer = view(
+        scan,
+        mask=example.masks()["random"],
+        attention=example.attention(),
+        reconstruction=example.reconstruction(scan.array),
+    )
+    return render.paint(viewer.scene, viewer.scene.layers[0], "axial", index(page), window=SOFT, **look)
+
+
+def until(check, seconds: float = 60) -> None:
+    """Wait for something that happens soon."""
+    end = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)
+
+
+def test_wheel_key_and_slider_turn_to_the_right_slice(single, scan, artifacts):
+    page, _ = single
+    page.locator("button[data-overlay=mask]").click()  # off: the plain image
+    middle = example.SIDE // 2
+    assert same(pixels(page), windowed(scan.array, "axial", middle, *SOFT))
+    stage(page).hover()
+    page.mouse.wheel(0, -100)
+    until(lambda: index(page) == middle + 1)
+    assert same(pixels(page), windowed(scan.array, "axial", middle + 1, *SOFT))
+    stage(page).focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    assert index(page) == middle - 1
+    assert same(pixels(page), windowed(scan.array, "axial", middle - 1, *SOFT))
+    coronal = page.locator("figure", has=stage(page, "coronal")).locator("input.smartlab-slice")
+    coronal.fill("40")
+    assert same(pixels(page, "coronal"), windowed(scan.array, "coronal", 40, *SOFT))
+    page.locator(".smartlab-viewer").screenshot(path=artifacts / "viewer.png")
+
+
+def test_overlays_come_and_go_by_key_and_not_the_notebooks_cells(single, scan, artifacts):
+    page, _ = single
+    cells = page.locator(".jp-Notebook .jp-Cell").count()
+    stage(page).focus()
+    plain = pixels(page)
+    for key, overlay in (("m", "mask"), ("a", "attention"), ("r", "reconstruction"), ("e", "error")):
+        page.keyboard.press(key)
+        assert same(pixels(page), overlaid(scan, page, shown=[overlay])), overlay
+        assert not same(pixels(page), plain)
+        page.keyboard.press(key)
+        assert same(pixels(page), plain)
+    assert page.locator(".jp-Notebook .jp-Cell").count() == cells, "m and a are keys of JupyterLab, too"
+    page.keyboard.press("a")
+    page.locator("input[data-overlay=attention]").fill("80")
+    page.locator(".smartlab-viewer select").select_option("1")
+    assert same(pixels(page), overlaid(scan, page, shown=["attention"], opacity={"attention": 0.8}, head=1))
+    page.locator(".smartlab-viewer").screenshot(path=artifacts / "attention.png")
+    page.keyboard.press("Escape")
+    stage(page).focus()
+    page.keyboard.press("a")
+
+
+def test_the_read_out_is_the_array(single, scan):
+    page, _ = single
+    rng = np.random.default_rng(1)
+    box = stage(page).bounding_box()
+    attention = example.attention()
+    hidden = example.masks()["random"]
+    head = int(page.locator(".smartlab-viewer select").input_value())
+    for column, row in rng.integers(0, example.SIDE, (5, 2)):
+        i, j, k = example.SIDE - 1 - column, example.SIDE - 1 - row, index(page)
+        place = {
+            "x": (column + 0.5) * box["width"] / example.SIDE,
+            "y": (row + 0.5) * box["height"] / example.SIDE,
+        }
+        stage(page).hover(position=place)
+        facts = readout(page)
+        assert facts["voxel"] == f"{i}, {j}, {k}"
+        assert facts["HU"] == str(scan.array[i, j, k]).replace("-", "−")
+        world = scan.to_world([i, j, k])
+        letters = [pair[int(v < 0)] for pair, v in zip(("RL", "AP", "SI"), world, strict=True)]
+        assert (
+            facts["position"]
+            == "  ".join(f"{a} {abs(v):.1f}" for a, v in zip(letters, world, strict=True)) + " mm"
+        )
+        unit = (i // 16, j // 16, k // 16)
+        share = (attention.mean(0) if head < 0 else attention[head])[unit] * attention[0].size
+        assert float(facts["attention"].split()[0]) == pytest.approx(share, abs=0.0051)
+        assert facts["unit"] == f"{unit[0]}, {unit[1]}, {unit[2]} {'hidden' if hidden[unit] else 'visible'}"
+
+
+def test_the_picture_of_the_browser_can_be_saved(single, artifacts):
+    page, _ = single
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Save PNG").click()
+    assert download.value.suggested_filename == "one-crop.png"
+    download.value.save_as(artifacts / "saved.png")
+    assert (artifacts / "saved.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_notebook_stays_small_and_keeps_a_static_picture(single, lab):
+    page, _ = single
+    assert page.locator("img.smartlab-still").is_hidden(), "the widget has taken its place"
+    page.keyboard.press("Control+s")
+    path = lab.folder / "single.ipynb"
+    until(lambda: "smartlab-still" in path.read_text(encoding="utf-8"))
+    assert path.stat().st_size < 500_000
+    book = nbformat.read(path, as_version=4)
+    state = json.dumps(book.metadata.get("widgets", {}))
+    assert len(state) < 100_000
+
+
+def test_a_dark_theme_stays_readable(single, artifacts):
+    page, _ = single
+    page.evaluate("document.body.setAttribute('data-jp-theme-light', 'false')")
+    page.get_by_role("menuitem", name="Settings", exact=True).click()
+    page.get_by_role("menuitem", name="Theme", exact=True).hover()
+    page.get_by_role("menuitem", name="JupyterLab Dark", exact=True).click()
+    page.wait_for_selector("body[data-jp-theme-name='JupyterLab Dark']")
+    page.wait_for_timeout(500)
+    ink, paper = page.locator(".smartlab-viewer").evaluate(
+        """e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor].map(
+             (text) => text.match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0) / 3)"""
+    )
+    page.locator(".smartlab-viewer").screenshot(path=artifacts / "dark.png")
+    assert ink - paper > 120
+
+
+def test_linked_panels_turn_together(context, lab, scan, artifacts):
+    page, errors = run_notebook(context, lab, "linked")
+    page.wait_for_selector(".smartlab-stage")
+    page.locator("button[data-overlay=mask]").click()
+    stage(page, panel=1).hover()
+    page.mouse.wheel(0, 100)
+    middle = example.SIDE // 2
+    for panel in range(3):
+        until(lambda panel=panel: index(page, panel=panel) == middle - 1)
+        assert same(pixels(page, panel=panel), windowed(scan.array, "axial", middle - 1, -1000, 400))
+    page.locator("button[data-overlay=mask]").click()
+    page.locator(".smartlab-viewer").screenshot(path=artifacts / "linked.png")
+    assert errors == []
+    page.close()
+
+
+def test_a_click_on_a_point_shows_its_crop(context, lab, artifacts):
+    page, errors = run_notebook(context, lab, "points")
+    page.wait_for_selector(".smartlab-scatter")
+    canvas = page.locator(".smartlab-scatter")
+    canvas.scroll_into_view_if_needed()
+    points, edge = example.points(), 14
+    low, high = points.min(0), points.max(0)
+    for number in (17, 42):
+        box = canvas.bounding_box()
+        across, up = (points[number] - low) / (high - low)
+        x = edge + across * (box["width"] - 2 * edge)
+        y = box["height"] - edge - up * (box["height"] - 2 * edge)
+        canvas.click(position={"x": x, "y": y})
+        page.wait_for_selector(f'.smartlab-crop [data-point="{number}"] .smartlab-stage')
+        assert page.locator(".smartlab-tip").inner_text() == f"case {number:03d} · {example.kinds()[number]}"
+        for plane in ("axial", "coronal", "sagittal"):
+            assert same(pixels(page, plane), windowed(example.crop(number), plane, 12, *SOFT))
+    page.locator(".smartlab-viewer.smartlab-embedding").screenshot(path=artifacts / "points.png")
+    assert errors == []
+    page.close()
+
+
+def test_the_console_has_no_error(single):
+    _, errors = single
+    assert errors == []

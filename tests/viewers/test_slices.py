@@ -1,0 +1,163 @@
+"""The viewer's Python side: what it accepts, what it draws, what it says, and what it keeps out of notebooks."""
+
+from __future__ import annotations
+
+import json
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import smartlab as sl
+from smartlab.viewers import Panel, masks, render
+from smartlab.viewers.scene import Packed, build
+from smartlab.viewers.slices import packed
+
+SHAPE, GRID = (24, 16, 8), (6, 4, 2)
+RNG = np.random.default_rng(0)
+IMAGE = RNG.integers(-1000, 1000, SHAPE).astype(np.int16)
+MASK = RNG.random(GRID) < 0.5
+HEADS = RNG.random((3, *GRID))
+HEADS /= HEADS.sum((1, 2, 3), keepdims=True)
+
+
+def test_a_slice_is_drawn_as_a_radiologist_sees_it():
+    image = np.full(SHAPE, -1000, np.int16)
+    image[20:, 12:, 3] = 1000  # right, anterior
+    viewer = sl.view(image, window=(-1000, 1000))
+    pixels = render.paint(viewer.scene, viewer.scene.layers[0], "axial", 3, window=viewer.window)
+    assert (pixels[:4, :4] == 255).all() and pixels.sum() == 4 * 4 * 3 * 255
+
+
+def test_a_hidden_unit_is_coloured_exactly_over_its_voxels():
+    mask = np.zeros(GRID, bool)
+    mask[5, 0, 1] = True
+    viewer = sl.view(np.zeros(SHAPE, np.int16), mask=mask, window=(0, 100))
+    pixels = render.paint(
+        viewer.scene, viewer.scene.layers[0], "axial", 4, window=viewer.window, shown=["mask"]
+    )
+    where = np.zeros(SHAPE[:2], bool)
+    where[20:, :4] = True
+    assert np.array_equal(pixels.any(-1), np.flip(where.T))
+    other = render.paint(
+        viewer.scene, viewer.scene.layers[0], "axial", 3, window=viewer.window, shown=["mask"]
+    )
+    assert not other.any()
+
+
+def test_units_may_reach_beyond_the_image_when_their_size_is_said():
+    mask = np.ones((2, 2, 2), bool)
+    with pytest.raises(sl.UseError, match=r"does not follow.*unit=16"):
+        sl.view(np.zeros((24, 24, 24), np.int16), mask=mask)
+    scene = sl.view(np.zeros((24, 24, 24), np.int16), mask=mask, unit=16).scene
+    assert scene.unit_of(0).tolist() == [0] * 16 + [1] * 8
+    with pytest.raises(sl.UseError, match="do not cover"):
+        sl.view(np.zeros((40, 40, 40), np.int16), mask=mask, unit=16)
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=40))
+def test_fractions_travel_with_the_precision_of_their_range(values):
+    array = np.array(values, np.float32).reshape(-1, 1, 1)
+    span = float(array.max()) - float(array.min())
+    assert np.abs(Packed.of(array).values() - array).max() <= span / 65535 + 1e-6
+
+
+@pytest.mark.parametrize("kind", [np.int16, np.uint16, np.uint8, np.float32, bool])
+def test_whole_numbers_travel_exactly(kind):
+    values = (
+        np.array([0, 1])
+        if kind is bool
+        else np.array([np.iinfo(np.int16).min if kind is np.int16 else 0, 7, 255])
+    )
+    values = np.append(values, 65535) if kind is np.uint16 else values
+    image = np.broadcast_to(values.astype(kind)[:, None, None], (len(values), 2, 2))
+    assert np.array_equal(build(image, [Panel()]).image.values(), image.astype(float))
+
+
+def test_what_is_sent_is_what_was_given():
+    guess = IMAGE + 0.25
+    viewer = sl.view(IMAGE, mask=MASK, attention=torch.as_tensor(HEADS)[None], reconstruction=guess)
+    message, buffers = packed(viewer.scene)
+    sent = {
+        part["name"]: np.frombuffer(zlib.decompress(data), part["type"]).reshape(part["shape"])
+        for part, data in zip(message["arrays"], buffers, strict=True)
+    }
+    assert np.array_equal(sent["image"], IMAGE)
+    assert np.array_equal(sent["mask0"].astype(bool), MASK)
+    assert np.allclose(sent["attention0"][1:], HEADS) and np.allclose(sent["attention0"][0], HEADS.mean(0))
+    assert json.dumps(message)
+
+
+def test_no_voxel_is_part_of_what_a_notebook_saves():
+    small = sl.view(IMAGE, mask=MASK, attention=HEADS)
+    large = sl.view(np.tile(IMAGE, (4, 4, 8)), mask=MASK, attention=HEADS)
+    sizes = [len(json.dumps(viewer.get_state())) for viewer in (small, large)]
+    assert sizes[1] < 60_000 and sizes[1] - sizes[0] < 2_000
+    assert len(large.still()) < 600_000
+
+
+def test_a_large_volume_is_thinned_and_says_so():
+    array = np.arange(24 * 24 * 24, dtype=np.int16).reshape(24, 24, 24)
+    scene = build(array, [Panel("", np.ones((6, 6, 6), bool))], spacing=(1, 1, 2), limit=13**3)
+    assert scene.step == 2 and scene.shape == (12, 12, 12)
+    assert scene.spacing == (2, 2, 4) and scene.unit == (2, 2, 2)
+    assert np.array_equal(scene.image.raw, array[::2, ::2, ::2])
+    assert (scene.affine @ [5, 5, 5, 1])[:3].tolist() == [10, 10, 20]
+    assert "every 2nd voxel is shown" in scene.notes[0]
+
+
+def test_the_figure_goes_where_it_is_told(tmp_path):
+    viewer = sl.view(IMAGE, affine=np.diag([2.0, 2, 3, 1]), window="bone", mask=MASK, title="Where")
+    assert len(viewer.figure().axes) == 3 and viewer.figure(5)._suptitle.get_text() == "Where"
+    titles = [ax.get_title() for ax in viewer.figure(mm=(10, 4, 6)).axes]
+    assert titles == [f"axial {2}", f"coronal {2}", f"sagittal {5}"]
+    for bad in (8, (0, 0, 99)):
+        with pytest.raises(sl.UseError, match="outside the image"):
+            viewer.figure(bad)
+    assert Image.open(viewer.save_png(tmp_path / "x.png")).size[0] > 500
+
+
+def test_strategies_stand_side_by_side():
+    viewer = masks.compare(
+        IMAGE, {"random": MASK, "attention_high": ~MASK}, attention=HEADS, label_names=None
+    )
+    assert [p["title"] for p in viewer.meta["panels"]] == ["random", "attention_high"]
+    titles = [ax.get_title() for ax in viewer.figure().axes[:2]]
+    assert titles == [f"random · {MASK.mean():.0%} hidden", f"attention_high · {(~MASK).mean():.0%} hidden"]
+    assert viewer.scene.top(-1) == pytest.approx(HEADS.mean(0).max())
+
+
+def test_a_viewer_shows_its_picture_and_its_widget(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, **_: shown.append(data))
+    sl.view(IMAGE, title="<b>")._ipython_display_()
+    assert "data:image/png;base64," in shown[0]["text/html"] and "&lt;b&gt;" in shown[0]["text/html"]
+    assert "application/vnd.jupyter.widget-view+json" in shown[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": np.zeros((2, 2, 2, 2))}, r"cannot view this image.*\(2, 2, 2, 2\)"),
+        ({"image": np.full(SHAPE, np.nan)}, "NaN"),
+        ({"window": "liver"}, "no window 'liver'.*lung"),
+        ({"window": (5, 5)}, "from low to high"),
+        ({"plane": "oblique"}, "no plane 'oblique'"),
+        ({"mask": np.zeros(48, bool)}, "not on a grid of units.*Reshape"),
+        ({"attention": -HEADS}, "not shares"),
+        ({"reconstruction": IMAGE[1:]}, "not like the image"),
+        ({"labels": IMAGE}, "labels do not fit"),
+        ({"spacing": (1, 1)}, "spacing does not fit"),
+        ({"affine": np.eye(3)}, "affine has the wrong shape"),
+        ({"panels": []}, "no panels"),
+        ({"panels": [Panel("a")], "mask": MASK}, "not both"),
+        ({"panels": [Panel("a", MASK), Panel("b", MASK[:3])]}, "different grids"),
+    ],
+)
+def test_wrong_input_is_named(change, message):
+    with pytest.raises(sl.UseError, match=message):
+        sl.view(**({"image": IMAGE} | change))

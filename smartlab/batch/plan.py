@@ -1,7 +1,9 @@
 """Plan files: which notebooks to run with which parameters, checked before anything runs.
 
 A parameter is named bare (`manifest`: in every step that has it) or with its step (`probe.shots`).
-The notebooks' own `parameters` cells say which there are and of what type.
+The notebooks' own `parameters` cells say which there are and of what type. A text may take in the folder
+of an earlier step's run, the plan's folder, and factors: "{pretrain}/run", "{plan}/my.yaml",
+"mask.ratio={ratio}".
 
     title: Does masking by attention help?
     steps:
@@ -85,6 +87,7 @@ class Step:
     known: dict[str, Any]  # parameter -> default in the notebook
     resources: Resources
     after: tuple[str, ...]  # names of the steps it refers to
+    templates: dict[str, tuple[str, ...]]  # parameter -> the factors that its text takes in
 
 
 @dataclass(frozen=True)
@@ -183,13 +186,12 @@ def _override(file: _File, overrides: dict[str, Any], path: Path) -> _File:
                 step["resources"].pop(rest, None)
         elif head.endswith(".resources"):
             _step_of(content, head.removesuffix(".resources"), path)["resources"][rest] = value
-        elif key in content["grid"] and isinstance(value, list):
-            content["grid"][key] = value
+        elif key in content["grid"]:
+            content["grid"][key] = value if isinstance(value, list) else [value]
         elif isinstance(value, list):
             content["grid"][key] = value
             content["parameters"].pop(key, None)
         else:
-            content["grid"].pop(key, None)
             content["parameters"][key] = value
             for step in content["steps"]:
                 if head in ("", step["name"]):
@@ -217,39 +219,43 @@ def _steps(file: _File, path: Path) -> dict[str, Step]:
         raise UseError("runs nothing", path=path, expected="`notebook` or `steps`")
     if len({step.name for step in written}) < len(written):
         raise UseError("two steps have one name", path=path, found=", ".join(s.name for s in written))
+    varied = _varied(file)
     steps: dict[str, Step] = {}
     for step in written:
-        notebook = locate(step.notebook, path)
-        known = notebook_parameters(notebook)
-        if "out" not in known:
-            raise UseError("has no parameter `out`", path=notebook, expected="the folder for result.json")
-        own = {}
-        for name, value in file.parameters.items():
-            head, _, bare = name.rpartition(".")
-            if head == step.name or (not head and bare in known and bare not in step.parameters):
-                own[bare] = value
-        own |= {
-            name: value
-            for name, value in step.parameters.items()
-            if f"{step.name}.{name}" not in file.parameters
-        }
-        needs = file.resources.model_copy(update=step.resources.model_dump(exclude_none=True))
-        after = tuple(
-            dict.fromkeys(
-                name for v in own.values() for name in references(v, [*steps, "plan"], step.name, path)
-            )
-        )
-        steps[step.name] = Step(
-            step.name,
-            notebook,
-            own,
-            known,
-            Resources.model_validate(needs.model_dump()),
-            tuple(a for a in after if a != "plan"),
-        )
+        steps[step.name] = _make_step(step, file, steps, varied, path)
     for name in file.parameters:  # a name no step knows must not pass silently
         _owners(name, steps, path)
     return steps
+
+
+def _varied(file: _File) -> list[str]:
+    """The names of factors that a text may take in."""
+    pairs = file.paired if isinstance(file.paired, list) else [file.paired]
+    names = [
+        *file.grid,
+        *(n for row in [*file.list_, *pairs] for n in row),
+        *(["seed"] if file.seeds else []),
+    ]
+    return [name for name in dict.fromkeys(names) if "." not in name]
+
+
+def _make_step(step: _Step, file: _File, before: Mapping[str, Step], varied: list[str], path: Path) -> Step:
+    notebook = locate(step.notebook, path)
+    known = notebook_parameters(notebook)
+    if "out" not in known:
+        raise UseError("has no parameter `out`", path=notebook, expected="the folder for result.json")
+    own = {}
+    for name, value in file.parameters.items():
+        head, _, bare = name.rpartition(".")
+        if head == step.name or (not head and bare in known and bare not in step.parameters):
+            own[bare] = value
+    own |= {n: v for n, v in step.parameters.items() if f"{step.name}.{n}" not in file.parameters}
+    uses = {n: references(v, [*before, "plan", *varied], step.name, path) for n, v in own.items()}
+    after = tuple(dict.fromkeys(name for names in uses.values() for name in names if name in before))
+    templates = {n: tuple(name for name in names if name in varied) for n, names in uses.items()}
+    needs = file.resources.model_copy(update=step.resources.model_dump(exclude_none=True))
+    resources = Resources.model_validate(needs.model_dump())
+    return Step(step.name, notebook, own, known, resources, after, {n: t for n, t in templates.items() if t})
 
 
 def _owners(name: str, steps: Mapping[str, Step], path: Path) -> tuple[str, ...]:
@@ -261,7 +267,11 @@ def _owners(name: str, steps: Mapping[str, Step], path: Path) -> tuple[str, ...]
         )
     if bare == "out":
         raise UseError("`out` is set by the batch", path=path, fix="remove it from the plan")
-    owners = tuple(s for s in ([head] if head else steps) if bare in steps[s].known)
+    owners = tuple(
+        s
+        for s in ([head] if head else steps)
+        if bare in steps[s].known or (not head and any(bare in used for used in steps[s].templates.values()))
+    )
     if not owners:
         known = sorted({p for s in ([head] if head else steps) for p in steps[s].known if p != "out"})
         raise UseError(
@@ -334,6 +344,8 @@ def _check_values(
 
 def _check_type(step: Step, name: str, value: Scalar, path: Path) -> None:
     """A value must be of the type of the notebook's default; a whole number may stand for a fraction."""
+    if name not in step.known:  # a factor that only texts take in
+        return
     default = step.known[name]
     fits = type(value) is type(default) or (type(default) is float and type(value) is int)
     if default is not None and not fits:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import smartlab
-from smartlab.batch.notebooks import references
 from smartlab.batch.plan import Assignment, Plan, Resources, Step
 from smartlab.batch.records import digest
 
@@ -35,7 +35,7 @@ class BatchRun:
     identity: str  # like the key, but without smartlab's source and the notebook's text
     notebook: Path
     parameters: dict[str, Any]  # with references such as "{pretrain}/run" not yet resolved
-    settings: dict[str, Any]  # the parameters with the notebook's defaults for all others
+    settings: dict[str, Any]  # with the notebook's defaults, and factors instead of texts made of them
     upstream: dict[str, BatchRun]
     resources: Resources
     data: str
@@ -66,10 +66,12 @@ def _run(
     code: str,
     number: int,
 ) -> BatchRun:
-    parameters = dict(step.parameters)
+    factors: Assignment = {}
     for factor, value in combination.items():
-        parameters |= {name: value for owner, name in plan.targets(factor) if owner == step.name}
-    parameters = {k: _plan_folder(v, plan) for k, v in parameters.items()}
+        factors |= {name: value for owner, name in plan.targets(factor) if owner == step.name}
+    words = {"plan": str(plan.path.resolve().parent), **combination}
+    parameters = {n: fill(v, words) for n, v in step.parameters.items()}
+    parameters |= {n: fill(v, words) for n, v in factors.items() if n in step.known}
     upstream = {name: chain[name] for name in step.after}
     full = {k: v for k, v in step.known.items() if k != "out"} | parameters
     data = data_digest(full)
@@ -86,7 +88,7 @@ def _run(
         identity=identity,
         notebook=step.notebook,
         parameters=parameters,
-        settings=full,
+        settings={k: v for k, v in full.items() if k not in step.templates} | factors,
         upstream=upstream,
         resources=step.resources,
         data=data,
@@ -94,15 +96,20 @@ def _run(
     )
 
 
-def _plan_folder(value: Any, plan: Plan) -> Any:
-    if isinstance(value, str) and "{plan}" in value:
-        return value.replace("{plan}", str(plan.path.resolve().parent))
-    return value
+def fill(value: Any, words: Mapping[str, Any]) -> Any:
+    """A text with these words filled in; references to steps stay for `resolve`."""
+    if not isinstance(value, str) or "{" not in value:
+        return value
+    parts = []
+    for text, name, _, _ in string.Formatter().parse(value):
+        parts.append(text.replace("{", "{{").replace("}", "}}"))
+        parts += [] if name is None else [str(words[name]) if name in words else f"{{{name}}}"]
+    return "".join(parts)
 
 
 def resolve(value: Any, folders: Mapping[str, Path]) -> Any:
-    """A parameter with `{step}` replaced by the folder of that step's run."""
-    if isinstance(value, str) and references(value, [*folders], "", Path()):
+    """A filled-in text with `{step}` replaced by the folder of that step's run."""
+    if isinstance(value, str) and "{" in value:
         return value.format(**{name: str(folder) for name, folder in folders.items()})
     return value
 

@@ -45,6 +45,7 @@ lab: $(READY)  ## open JupyterLab on the notebooks
 
 bench: $(READY) ## time what we promise; results in benchmarks/results
 	$(BIN)/python -m benchmarks.loader --out benchmarks/results/loader.json
+	$(BIN)/python -m benchmarks.viewer --out benchmarks/results/viewer.json
 
 clean:         ## remove .venv and the demo; your runs and data stay
 	rm -rf $(VENV) runs/demo build dist

@@ -86,9 +86,10 @@ CHANGED: dict[str, dict] = {
         "classify_steps": 2,
         "classify_size": 64,
         "organs": "spleen",
+        "segment_modes": "scratch, frozen",
         "segment_steps": 2,
         "segment_size": 32,
-        "batch": 1,
+        "batch": 2,
         "resume": False,
         "workers": 1,
         "seed": 1,
@@ -111,7 +112,12 @@ WRONG = {  # values of the right type that make no sense
     "03_masks_and_attention": {"ratio": 1.5, "view": 40},
     "04_linear_probe": {"label": "malignity", "split": "crossed", "draws": 3, "pooling": "clss"},
     "05_organ_clusters": {"segmented": 1, "pooling": "mean"},
-    "06_finetune": {"label": "malignity", "organs": "liver,lever", "classify_size": 30},
+    "06_finetune": {
+        "label": "malignity",
+        "organs": "liver,lever",
+        "classify_size": 30,
+        "segment_modes": "ful",
+    },
     "07_localize": {"quantile": 1.0, "regions": ""},
 }
 

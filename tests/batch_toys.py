@@ -61,7 +61,7 @@ def write_plan(folder: Path, name: str = "p", **content) -> Path:
         content.setdefault("notebook", "toy.ipynb")
     content.setdefault("resources", {"memory": 0.1, "minutes": 2})
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return path
 
 

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from smartlab import UseError
+from smartlab import UseError, load_config
 from smartlab.batch import dry_run, expand, load_plan, shipped_plans
 from smartlab.batch.summary import describe
+from smartlab.config import parse_overrides
 from tests.batch_toys import toy_notebook, write_plan
 
 
@@ -152,6 +153,11 @@ def test_every_shipped_plan_fits_the_notebooks_as_they_are(name, tmp_path):
     assert plan.title and plan.about and len(runs) > 3
     assert len({r.key for r in runs}) == len(runs)
     assert name in describe(dry_run(plan, tmp_path / name))
+    for run in runs:  # and every pretraining has a configuration that holds together
+        if run.notebook.stem == "02_pretrain":
+            p = {**plan.steps[0].known, **run.parameters}
+            chosen = {"method.preset": p["method"]} | ({"mask.strategy": p["strategy"]} if p["strategy"] else {})
+            load_config(p["preset"], chosen | parse_overrides(p["extra"].split()))
 
 
 def test_the_command_line_refuses_a_misspelt_plan_and_lists_a_good_one(tmp_path):

@@ -15,7 +15,6 @@ misspelt name without a word.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import smartlab
-from smartlab.errors import UseError
+from smartlab.errors import DataError, UseError
 
 if TYPE_CHECKING:
     from smartlab.config import Config
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 _JUPYTER = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 SPACING = 2.0  # mm: that of `tiny`, and so of every notebook's phantom
-BRIEF_STEPS = 120  # of the encoder that is trained where none is shipped
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 
@@ -114,46 +112,30 @@ def open_cohort(
     return Cohort(made, store, Path(root))
 
 
-def default_encoder(workers: int = 2, progress: bool = True) -> Path:
-    """The small encoder that notebooks use unless told otherwise: a file of the package, or a run folder.
-
-    Where the package carries none, one is pretrained briefly on the phantom, once, and kept in the cache.
-    """
-    from smartlab.config import load_config
-    from smartlab.data.prepare import cache_folder
-    from smartlab.training.run import Run
-
-    shipped = WEIGHTS / "tiny-teacher.safetensors"  # benchmarks/attention.py trains it; then `smartlab export`
-    if shipped.is_file():
-        return shipped
-    config = load_config(
-        "tiny", {"data.phantom_cases": 12, "data.workers": workers, "train.steps": BRIEF_STEPS}
-    )
-    settings = config.model_dump(mode="json")
-    settings["data"].pop("workers")
-    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    out = cache_folder() / f"encoder-tiny-{name}"
-    if not (out / "config.yaml").is_file() or not Run(out).finished:
-        if progress:
-            print(
-                f"No encoder given and none in this package: pretraining a tiny one for {BRIEF_STEPS} steps, once.\n"
-                "That is enough to show every step, and far too little to judge what pretraining brings."
-            )
-        smartlab.pretrain(config, out, resume=True, allow_changes=True, progress=progress)
-    return out
+def default_encoder() -> Path:
+    """The small pretrained encoder that the package carries and notebooks use unless told otherwise."""
+    path = WEIGHTS / "tiny-teacher.safetensors"
+    if not path.is_file():
+        raise DataError(
+            "the small encoder of the package is missing",
+            path=path,
+            fix="install smartlab again, or give `encoder` a run folder or an exported file",
+        )
+    return path
 
 
-def open_encoder(source: str = "", *, workers: int = 2, progress: bool = True) -> tuple[Encoder, str]:
+def open_encoder(source: str = "") -> tuple[Encoder, str]:
     """The encoder a notebook works with, and one line that says which; "" is `default_encoder`.
 
     source: a run folder, an exported file, or any file that `sl.load_encoder` understands.
     """
-    path = Path(source) if source else default_encoder(workers, progress)
+    path = Path(source) if source else default_encoder()
     encoder = smartlab.load_encoder(path)
     config = encoder.config
-    brief = f", {config.train.steps} steps" if path.is_dir() else ""
-    name = path.name if source or path.is_file() else "a briefly pretrained tiny encoder"
-    return encoder, f"{name}: {config.method.preset}{brief}, units of {encoder.stride} voxels"
+    return encoder, (
+        f"{path.name}: {config.method.preset}, masks {config.mask.strategy}, {config.train.steps} steps, "
+        f"units of {encoder.stride} voxels"
+    )
 
 
 def train(config: Config, out: str | Path, *, resume: bool = True, processes: int = 1) -> Run:

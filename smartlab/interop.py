@@ -2,7 +2,7 @@
 
 Out: a `.pt` that MONAI's SwinUNETR loads (`{"state_dict": {"swinViT.…": …}}`, `weights_only=True`), or
 safetensors with a model card. In: our run folders and exports, MONAI SwinUNETR checkpoints, MONAI's
-SwinUNETR self-supervised weights, SMIT-style checkpoints. Nothing is loaded by halves: what does not
+SwinUNETR self-supervised weights, SMIT-style checkpoints, and MAE's vision transformers (`interop_vit.py`). Nothing is loaded by halves: what does not
 match is refused with a table of what did and what did not.
 
 Patch merging stacks the eight corners of a 2×2×2 cell in an order that is not in the weights: the same
@@ -28,8 +28,10 @@ from torch import Tensor
 
 from smartlab.config import Config, load_config
 from smartlab.errors import DataError, UseError
-from smartlab.models.encoder import Encoder
+from smartlab.interop_vit import config_of_vit, convert_vit, is_vit, to_monai
+from smartlab.models.build import AnyEncoder, make_encoder
 from smartlab.models.swin import MERGE_ORDER
+from smartlab.models.vit import ViTEncoder
 from smartlab.training.checkpoint import header_of
 from smartlab.training.run import Run
 
@@ -59,13 +61,18 @@ _OLD = re.compile(r"\.fc[12]\.|^module\.|(^|\.)layers\.\d\.|rotation_head")  # S
 
 
 def load_encoder(
-    source: str | Path, role: Literal["teacher", "student"] = "teacher", *, merging: str | None = None
-) -> Encoder:
+    source: str | Path,
+    role: Literal["teacher", "student"] = "teacher",
+    *,
+    merging: str | None = None,
+    heads: int | None = None,
+) -> AnyEncoder:
     """An encoder from a run folder, an exported file, or any file described above.
 
     role:    which encoder of a run folder.
     merging: the patch-merging order of a foreign file, one of `MERGE_ORDERS`; no file tells it. "monai" by
              default, with a warning for names that come from elsewhere or from before MONAI 1.5.
+    heads:   of a foreign vision transformer of unusual size; no file tells them either.
 
     >>> enc = sl.load_encoder("runs/a", role="teacher")
     """
@@ -80,6 +87,11 @@ def load_encoder(
         _load_all(encoder, load_file(path), path)
         return encoder.eval().requires_grad_(False)
     found = read_weights(path)
+    if is_vit(found):
+        found = convert_vit(found, path)
+        image_encoder = _fresh(config_of_vit(found, path, heads))
+        _load_all(image_encoder, found, path)
+        return image_encoder.eval().requires_grad_(False)
     if merging is None and any(_OLD.search(key) for key in found):
         warnings.warn(
             f"{path}: the order of its patch merging is not in the file; taken as 'monai'. If it was trained with "
@@ -88,25 +100,31 @@ def load_encoder(
         )
     weights = convert(found, path, merging or "monai")
     encoder = _fresh(config_of(weights, path))
-    _load_all(encoder.swin, weights, path)
+    _load_all(encoder.swin, weights, path)  # type: ignore[arg-type]
     return encoder.eval().requires_grad_(False)
 
 
 def export(
-    source: str | Path | Encoder, to: Literal["monai", "safetensors"], out: str | Path, role: str = "teacher"
+    source: str | Path | AnyEncoder,
+    to: Literal["monai", "safetensors"],
+    out: str | Path,
+    role: str = "teacher",
 ) -> Path:
-    """Write an encoder for others: "monai" (.pt for SwinUNETR) or "safetensors" with a model card.
+    """Write an encoder for others: "monai" (.pt for its SwinUNETR or ViT) or "safetensors" with a model card.
 
     >>> export("runs/a", "monai", "encoder.pt")
     >>> net = monai.networks.nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=48, …)
     >>> net.load_state_dict(torch.load("encoder.pt", weights_only=True)["state_dict"], strict=False)
     """
-    run = Run(source) if not isinstance(source, Encoder) and Path(source).is_dir() else None
-    encoder = source if isinstance(source, Encoder) else load_encoder(source, role)  # type: ignore[arg-type]
+    given = isinstance(source, torch.nn.Module)
+    run = Run(source) if not given and Path(source).is_dir() else None  # type: ignore[arg-type]
+    encoder: Any = source if given else load_encoder(source, role)  # type: ignore[arg-type]
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
-    if to == "monai":
+    if to == "monai" and isinstance(encoder, ViTEncoder):
+        torch.save({"state_dict": to_monai(encoder)}, temporary)
+    elif to == "monai":
         weights = {f"swinViT.{k}": v.detach().cpu().clone() for k, v in encoder.swin.state_dict().items()}
         torch.save({"state_dict": weights}, temporary)
     elif to == "safetensors":
@@ -155,10 +173,10 @@ def convert(weights: Mapping[str, Tensor], path: Path, merging: str = "monai") -
     named = {_rename(key): value for key, value in weights.items()}
     if not any(key.startswith("layers1.0.blocks.0.") for key in named):
         raise DataError(
-            "holds no 3D Swin encoder that is known here",
+            "holds no 3D Swin encoder or ViT that is known here",
             path=path,
             found=f"keys such as {', '.join(list(weights)[:3])}",
-            expected="swinViT.layers1.0.blocks.0.… (MONAI) or layers.0.blocks.0.… (SMIT)",
+            expected="swinViT.layers1.0.blocks.0.… (MONAI), layers.0.blocks.0.… (SMIT) or MAE's vision transformer",
         )
     kept = {
         k: v
@@ -203,9 +221,9 @@ def config_of(weights: Mapping[str, Tensor], path: Path) -> Config:
     )
 
 
-def _fresh(config: Config) -> Encoder:
+def _fresh(config: Config) -> AnyEncoder:
     with torch.random.fork_rng():
-        return Encoder(config)
+        return make_encoder(config)
 
 
 def _rename(key: str) -> str:
@@ -239,7 +257,7 @@ def _load_all(module: torch.nn.Module, weights: Mapping[str, Tensor], path: Path
     module.load_state_dict(dict(weights))
 
 
-def _card(encoder: Encoder, run: Run | None, source: Any, role: str) -> dict[str, str]:
+def _card(encoder: AnyEncoder, run: Run | None, source: Any, role: str) -> dict[str, str]:
     """What the safetensors file says about itself."""
     card = {
         "format": "smartlab encoder",
@@ -254,6 +272,6 @@ def _card(encoder: Encoder, run: Run | None, source: Any, role: str) -> dict[str
         if len(history):  # the numbers of the exported step, not of a run that went on
             last = {k: v for k, v in history.iloc[-1].to_dict().items() if v == v}
             card["metrics"] = json.dumps(last)
-    elif not isinstance(source, Encoder) and Path(source).suffix == ".safetensors":
+    elif not isinstance(source, torch.nn.Module) and Path(source).suffix == ".safetensors":
         card = header_of(Path(source)) | {"format": card["format"], "config": card["config"]}
     return card

@@ -193,7 +193,7 @@ class MaskedDistillation(nn.Module):
 
     def predict_voxels(self, student: Encoded, x: Tensor, hidden: Tensor) -> Tensor:
         """AMIP: L1 on the hidden voxels."""
-        voxels = upsample(hidden, student.grid, self.student.encoder.stride)[:, None]
+        voxels = upsample(hidden, self.student.encoder.grid(x.shape), self.student.encoder.stride)[:, None]
         apart = (self.reconstruct(student.stages[-1]).float() - x).abs()
         return (apart * voxels).sum() / voxels.sum()
 

@@ -144,7 +144,7 @@ class Encoder(nn.Module):
         token_sum = torch.zeros(x.shape[0], *grid, self.channels, device=device)
         token_count = torch.zeros(*grid, 1, device=device)
         for box in boxes(x.shape[2:], side, overlap, total):
-            out = self(x[(..., *box)])
+            out = self(x[(slice(None), slice(None), *box)])
             cls, number = cls + out.cls.float(), number + 1
             part = tuple(slice(b.start // self.stride, b.stop // self.stride) for b in box)
             token_sum[(slice(None), *part)] += out.tokens.float().view(x.shape[0], *out.grid, -1)
@@ -176,7 +176,7 @@ class Encoder(nn.Module):
         summed = torch.zeros(x.shape[0], heads, *grid, device=device)
         count = torch.zeros(*grid, device=device)
         for box in boxes(x.shape[2:], side, overlap, total):
-            out = self(x[(..., *box)])
+            out = self(x[(slice(None), slice(None), *box)])
             part = tuple(slice(b.start // self.stride, b.stop // self.stride) for b in box)
             assert out.attention is not None
             # a window of n units gives each 1/n on average: weigh by n, so that windows are comparable

@@ -193,12 +193,13 @@ class ViTEncoder(ViT):
         window: side of the sliding windows in pixels; None: the training view where the image is larger than
                 twice that, else the image at once.
         """
-        x, sums = self._prepare(image), []
+        x = self._prepare(image)
+        sums: list[Tensor] = []
         grid, side = self.grid(x.shape), self._window(x, window)
         count = torch.zeros(*grid, 1, device=x.device)
         cls, number = torch.zeros(len(x), self.channels, device=x.device), 0
         for box in boxes(x.shape[2:], side, overlap, self.stride):
-            out = self(x[(..., *box)])
+            out = self(x[(slice(None), slice(None), *box)])
             cls, number = cls + out.cls.float(), number + 1
             part = tuple(slice(b.start // self.stride, b.stop // self.stride) for b in box)
             count[part] += 1
@@ -224,7 +225,7 @@ class ViTEncoder(ViT):
         summed = torch.zeros(len(x), self.config.encoder.heads, *grid, device=x.device)
         count = torch.zeros(*grid, device=x.device)
         for box in boxes(x.shape[2:], side, overlap, self.stride):
-            out = self(x[(..., *box)])
+            out = self(x[(slice(None), slice(None), *box)])
             assert out.attention is not None
             part = tuple(slice(b.start // self.stride, b.stop // self.stride) for b in box)
             rows = out.attention.unflatten(2, out.grid) * out.attention.shape[-1]  # 1 is the mean

@@ -130,7 +130,7 @@ def test_a_run_elsewhere_is_watched_until_it_ends(settings, tmp_path):
     with subprocess.Popen([sys.executable, "-c", start]) as process:
         with kernel(tmp_path) as (_, client):
             code = "from smartlab.training.follow import follow\n"
-            reply = run(client, code + f"run = follow({str(out)!r}, 120)\nassert run.finished, run")
+            reply = run(client, code + f"run = follow({str(out)!r}, 250)\nassert run.finished, run")
         assert process.wait(60) == 0
     assert reply["status"] == "ok", reply
     assert "step 8 of 8" in reply["html"] and "<polyline" in reply["html"]

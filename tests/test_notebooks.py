@@ -73,7 +73,7 @@ CHANGED: dict[str, dict] = {
     },
     "05_organ_clusters": {
         "scans": 3,
-        "segmented": 2,
+        "segmented": 3,
         "pooling": "stages",
         "crop": 32,
         "neighbours": 5,

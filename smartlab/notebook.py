@@ -99,6 +99,7 @@ def open_cohort(
     >>> cohort, store, root = open_cohort("phantom-ct")           # doctest: +SKIP
     """
     from smartlab.config import DataConfig
+    from smartlab.data.index import read_header
     from smartlab.data.manifest import load_manifest
     from smartlab.data.prepare import prepare_store
 
@@ -108,7 +109,8 @@ def open_cohort(
     data = DataConfig(
         manifest=manifest, root=root or None, spacing=SPACING, phantom_cases=patients, workers=workers
     )
-    made, store = prepare_store(data, progress)
+    finished = read_header(Path(root).parent / f"{Path(root).name}-store-{SPACING:g}mm") is not None
+    made, store = prepare_store(data, progress and not finished)
     return Cohort(made, store, Path(root))
 
 

@@ -200,19 +200,15 @@ def check_outputs(executed: Path) -> None:
         data = [o.data for o in cell.outputs if "data" in o]
         widgets = [d for d in data if "application/vnd.jupyter.widget-view+json" in d]
         stills = [d for d in data if 'src="data:image/png;base64,' in str(d.get("text/html", ""))]
-        assert len(stills) >= len([w for w in widgets if "FloatProgress" not in str(w)]) or progress_only(
-            cell, widgets
-        ), f"{executed.name} {cell.id}: a widget without a static picture"
+        viewers = [w for w in widgets if "Viewer(" in w["text/plain"]]
+        assert len(stills) >= len(viewers), f"{executed.name} {cell.id}: a widget without a static picture"
+        assert len(viewers) == len([w for w in widgets if "%|" not in w["text/plain"]]), "else only progress"
         said = "".join(o.get("text", "") for o in cell.outputs if o.output_type == "stream")
         assert len(said) < 8000, f"{executed.name} {cell.id}: a flood of text"
         assert "Traceback" not in said and "Warning:" not in said, f"{executed.name} {cell.id}: {said[-600:]}"
         for still in stills:
             encoded = re.search(r"base64,([^\"']+)", still["text/html"])
             assert encoded and base64.b64decode(encoded[1])[:4] == b"\x89PNG"
-
-
-def progress_only(cell, widgets) -> bool:
-    return all("it/s" in w.get("text/plain", "") or "%|" in w.get("text/plain", "") for w in widgets)
 
 
 # ---- with other parameters

@@ -85,7 +85,7 @@ def ended(out: Path) -> int:
     return sum(event != "started" for events in attempts(out).values() for event in events)
 
 
-def wait_for(condition, seconds: float = 90, what: str = "") -> None:
+def wait_for(condition, seconds: float = 240, what: str = "") -> None:
     limit = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < limit, f"waited {seconds} s for {what or condition}"

@@ -28,6 +28,7 @@ _PUBLIC = {  # imported lazily: kernels and launchers pass through this package
     "run_batch": "execute",
     "BatchReport": "summary",
     "dry_run": "summary",
+    "describe": "summary",
     "load_results": "results",
     "load_runs": "results",
     "export_results": "results",
@@ -38,6 +39,7 @@ _PUBLIC = {  # imported lazily: kernels and launchers pass through this package
 __all__ = [
     "BatchReport",
     "Plan",
+    "describe",
     "dry_run",
     "expand",
     "export_results",
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
     from smartlab.batch.report import write_report
     from smartlab.batch.results import export_results, load_results, load_runs, summarise
     from smartlab.batch.runs import expand
-    from smartlab.batch.summary import BatchReport, dry_run
+    from smartlab.batch.summary import BatchReport, describe, dry_run
 
 
 def __getattr__(name: str) -> Any:

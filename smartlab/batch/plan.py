@@ -230,12 +230,9 @@ def _steps(file: _File, path: Path) -> dict[str, Step]:
 
 def _varied(file: _File) -> list[str]:
     """The names of factors that a text may take in."""
-    pairs = file.paired if isinstance(file.paired, list) else [file.paired]
-    names = [
-        *file.grid,
-        *(n for row in [*file.list_, *pairs] for n in row),
-        *(["seed"] if file.seeds else []),
-    ]
+    rows: list[Any] = [*file.list_]
+    rows += file.paired if isinstance(file.paired, list) else [file.paired]
+    names = [*file.grid, *(name for row in rows for name in row), *(["seed"] if file.seeds else [])]
     return [name for name in dict.fromkeys(names) if "." not in name]
 
 

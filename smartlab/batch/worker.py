@@ -140,6 +140,7 @@ def execute(request: dict[str, Any]) -> dict[str, Any]:
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "TQDM_MININTERVAL": "10",
+            "SMARTLAB_STORE_WAIT": str(request["seconds"]),  # the first run builds it, others wait
             "PYTHONUTF8": "1",
         }
         launcher = _launcher()

@@ -156,12 +156,14 @@ def clean(out: Path, rows: Iterable[Row]) -> int:
 
 
 @contextmanager
-def locked(out: Path, wait: float = 10.0) -> Iterator[None]:
+def locked(out: Path, wait: float | None = None) -> Iterator[None]:
     """One build at a time. A record lock: it dies with its process and is not inherited by workers."""
     _check_place(out)
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as file:
-        until = time.monotonic() + wait
+        # in a batch, many runs want one store at once: the first builds it and the others wait
+        seconds = float(os.environ.get("SMARTLAB_STORE_WAIT", 10)) if wait is None else wait
+        until = time.monotonic() + seconds
         while True:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -113,7 +113,7 @@ def heads(
 
 
 def _check(encoder: Encoder, sample: str, views: int) -> None:
-    if encoder.semantic is None:
+    if getattr(encoder, "semantic", None) is None:  # also that of images
         raise UseError("this encoder has no semantic attention", fix="train with semantic.enabled=true")
     if encoder.config.semantic.heads < 2:
         raise UseError("one head cannot differ from others", found="semantic.heads=1", expected="two or more")
@@ -133,7 +133,8 @@ def _encoders(
     if not steps:
         raise DataError("has no checkpoint yet", path=run.path, fix="wait for the first one to be saved")
     facts = as_encoder(run, role)[1]
-    return {step: run.encoder(facts["role"], step) for step in steps}, facts, run.history
+    encoders: dict[int | None, Any] = {step: run.encoder(facts["role"], step) for step in steps}
+    return encoders, facts, run.history
 
 
 @torch.no_grad()

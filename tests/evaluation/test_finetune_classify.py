@@ -152,6 +152,9 @@ def test_few_shot_runs_have_their_own_scores_over_draws(tmp_path):
     )
     names = [f" ({mode}, {k} per class)" for mode in ("frozen", "scratch") for k in (1, 2)]
     assert all(result.metrics["auc" + name].n == 2 for name in names) and "auc (scratch)" in result.metrics
+    apart = result.metrics["auc"].value - result.metrics["auc (scratch)"].value
+    assert result.metrics["auc minus scratch"].value == pytest.approx(apart)
+    assert {row["b"] for row in result.facts["comparisons"]} == {"scratch"}
     counts = result.table.groupby(["mode", "shots"]).draw.nunique().to_dict()
     assert counts["frozen", "2"] == 2 and counts["scratch", "all"] == 1
     assert all(result.table.groupby(["mode", "shots", "draw"]).case.nunique() == N)

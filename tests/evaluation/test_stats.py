@@ -6,12 +6,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as distributions
 
 from smartlab.errors import DataError, UseError
-from smartlab.evaluation import metrics, stats
+from smartlab.evaluation import heads, metrics, stats
+from smartlab.evaluation.means import patient_means
 
 
 def binary(seed: int, n: int = 60, shift: float = 1.0):
@@ -359,3 +361,57 @@ def test_coverage_and_false_alarms_of_paired_differences():
         return [within(t, 0) for t in tests]
 
     coverage(map(one, STUDIES))
+
+
+@pytest.mark.slow
+def test_coverage_of_concordance():
+    def study(seed, n):
+        r = np.random.default_rng(seed)
+        risk = r.normal(size=n)
+        event_at, lost_at = r.exponential(np.exp(-0.8 * risk)), r.uniform(0.2, 3, n)
+        return np.minimum(event_at, lost_at), event_at <= lost_at, risk
+
+    def one(seed):
+        drawn = stats.bootstrap(metrics.concordance, np.arange(100), *study(seed, 100), draws=200, seed=seed)
+        return (within(drawn["value"], truth),)
+
+    truth = metrics.concordance(*study(10**6, 200_000))
+    coverage(map(one, STUDIES))
+
+
+@pytest.mark.slow
+def test_coverage_of_many_means_with_missing_values():
+    """Organs that some scans lack, patients with several scans."""
+
+    def one(seed):
+        r = np.random.default_rng(seed)
+        who = np.repeat(np.arange(40), r.integers(1, 4, 40))
+        values = 0.6 + 0.1 * r.normal(size=40)[who, None] + 0.1 * r.normal(size=(len(who), 2))
+        values[r.random(len(who)) < 0.4, 1] = np.nan
+        return [within(e, 0.6) for e in patient_means(values, who, 400, seed)]
+
+    coverage(map(one, STUDIES))
+
+
+@pytest.mark.slow
+def test_coverage_of_the_alignment_of_heads():
+    """Three heads whose maps follow a common cause in part."""
+
+    def study(seed, n):
+        r = np.random.default_rng(seed)
+        ways = np.random.default_rng(0).normal(size=(3, 4, 27))
+        cause = r.normal(size=(n, 1, 4)) + 0.8 * r.normal(size=(n, 3, 4))
+        maps = np.exp(0.5 * np.einsum("nhc,hcu->nhu", cause, ways) + 0.2 * r.normal(size=(n, 3, 27)))
+        maps /= maps.sum(-1, keepdims=True)
+        return list(torch.from_numpy(maps).unflatten(-1, (3, 3, 3)))
+
+    truth = heads._mean_cka(grams(study(10**6, 2000)))
+    coverage((within(heads.alignment(study(seed, 40), np.arange(40)), truth),) for seed in STUDIES)
+
+
+def grams(samples):
+    """(heads, n, n) inner products of the maps of samples, without their own."""
+    maps = torch.stack([a.flatten(1) for a in samples], 1).double()
+    found = maps @ maps.transpose(1, 2)
+    found.diagonal(dim1=1, dim2=2).zero_()
+    return found

@@ -45,6 +45,7 @@ from smartlab.evaluation.finetune.trainer import (
 )
 from smartlab.evaluation.folds import Plan, Split, make_plan, present_classes
 from smartlab.evaluation.predictions import to_table
+from smartlab.evaluation.report import comparisons, differences
 from smartlab.evaluation.result import Estimate, Result
 from smartlab.evaluation.table import FeatureTable
 
@@ -120,7 +121,7 @@ def classify(
     settings: of the training, see `Settings`.
 
     >>> result = classify(sl.load_encoder("runs/a"), store, "phantom-ct", "runs/a/malignancy", label="malignancy")
-    >>> result.metrics["auc"]
+    >>> result.metrics["auc"]  # with modes=("full", "scratch") also "auc (scratch)", "auc minus scratch"
     """
     man = load_manifest(manifest)
     size = size or (encoder.config.data.view if is_flat(store) else 64)
@@ -173,10 +174,11 @@ def _compare(
     bootstraps: int,
     facts: dict[str, Any],
 ) -> Result:
-    """Every way to start, with all training patients (None) and with k per class."""
+    """Every way to start, with all training patients (None) and with k per class; ways to start compared."""
     runs: list[tuple[str, str]] = []  # name on the axis, suffix of its metrics
     estimates: dict[str, Estimate] = {}
     tables: list[pd.DataFrame] = []
+    whole: dict[str, pd.DataFrame] = {}  # predictions of each way to start with all training patients
     histories: dict[str, pd.DataFrame] = {}
     for mode in modes:
         for k in shots:
@@ -188,10 +190,15 @@ def _compare(
                 predictions.append(probability)
                 histories |= history if draw == 0 else {}
                 table = _table(task, plan, probability)
+                whole |= {mode: table} if k is None else {}
                 tables.append(table.assign(mode=mode, shots="all" if k is None else str(k), draw=draw))
             found = _estimates(task, plan.predicted, predictions, bootstraps)
             estimates |= {name + suffix: value for name, value in found.items()}
             runs.append((mode if k is None else f"{mode}, k = {k}", suffix))
+    pairs = [(modes[0], other) for other in modes[1:]]
+    compared = comparisons(whole, task.kind, pairs, bootstraps, task.seed)
+    estimates |= differences(compared, modes[0])
+    facts = facts | {"comparisons": compared.to_dict("records")}
     return Result(
         "classify",
         estimates,

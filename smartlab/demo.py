@@ -111,7 +111,7 @@ def _run(notebook: Path, out: Path, parameters: dict[str, Any]) -> Step:
     folder.mkdir(exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)
     first, _, about = nbformat.read(notebook, as_version=4).cells[0].source.partition("\n")
-    step = Step(notebook.stem, first.lstrip("# ").strip(), " ".join(about.split()))
+    step = Step(notebook.stem, first.lstrip("# ").strip(), " ".join(about.replace("*", "").split()))
     executed = folder / "notebook.ipynb"
     start = time.monotonic()
     try:
@@ -157,7 +157,7 @@ def _thumbnail(figure: Path) -> str:
     from PIL import Image
 
     with Image.open(figure) as image:
-        image.thumbnail((520, 360))
+        image.thumbnail((1100, 400))
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

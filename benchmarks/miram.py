@@ -1,0 +1,171 @@
+"""Two scales against one: what the finer target brings, on the mammography phantom at a CPU size.
+
+For each of several seeds the same small vision transformer is pretrained as MAE (one scale) and as MIRAM
+(two scales), for the same number of steps on the same views of all lesions, without labels. Then, from frozen
+features, by patient folds that are the same for all:
+
+- probes of pathology and of the five margin classes: AUC and average precision, each method's mean over
+  seeds and the paired difference, with intervals over patients (all seeds together in every draw); a
+  network of the same form that was not trained, for each seed, stands beside;
+- how much fine detail of hidden patches the reconstruction at the stored resolution keeps
+  (`evaluation.spectrum`): MIRAM's finer decoder against MAE's reconstruction enlarged; interval over seeds.
+
+Small by design (a CPU, minutes): it shows that the comparison runs and which way it points, no more.
+
+    python -m benchmarks.miram
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import smartlab as sl
+from benchmarks.loader import machine
+from smartlab.config import Config
+from smartlab.data.augment import window
+from smartlab.data.images import ImageDataset
+from smartlab.data.prepare import prepare_store
+from smartlab.data.store import Store
+from smartlab.evaluation import metrics, stats
+from smartlab.evaluation.encoders import random_encoder
+from smartlab.evaluation.features import lesion_features
+from smartlab.evaluation.predictions import from_table
+from smartlab.evaluation.probe import probe
+from smartlab.evaluation.spectrum import detail, enlarged
+from smartlab.methods.multiscale_mae import MultiscaleMAE
+from smartlab.notebook import code_version
+from smartlab.training import checkpoint
+
+RESULTS = Path(__file__).parent / "results" / "miram.json"
+LABELS = {"pathology": "binary", "mass_margins": "multilabel"}
+SCORES = ("auc", "average_precision")
+METHODS = ("mae", "miram")
+FOLDS = 4  # each margin class has at least so many patients among the first 40
+
+
+def configuration(method: str, seed: int, args: argparse.Namespace) -> Config:
+    """`miram-tiny` on so many patients."""
+    settings = {"method.preset": method, "seed": seed, "train.steps": args.steps, "train.log_every": 50}
+    settings |= {"data.phantom_cases": args.patients, "data.workers": 0, "train.checkpoint_every": args.steps}
+    return sl.load_config("miram-tiny", settings | {"train.picture_every": args.steps})
+
+
+def sharpness(run: sl.Run, store: Store, lesions: int = 64) -> dict[str, float]:
+    """Fine detail that comes back at the stored resolution, on views of the first lesions."""
+    config = run.config
+    method = MultiscaleMAE(config).eval()
+    method.load_state_dict(checkpoint.load(checkpoint.folder(run.path, run.step))[0])
+    views = ImageDataset(store, view=config.data.view, jitter=0)
+    batch = np.stack([views[i]["views"] for i in range(min(lesions, len(views)))])
+    x = window(torch.from_numpy(batch), *config.data.window)
+    parts = method.reconstruct(x, torch.Generator().manual_seed(0))
+    factor = config.data.view // config.mae.input
+    guess = parts[factor]["guess"] if factor in parts else enlarged(parts[1], factor)
+    hidden = parts[1]["hidden"].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    return detail(guess, x, hidden, config.encoder.patch * factor)
+
+
+def predictions(encoder: Any, store: Store, manifest: Any) -> dict[str, Any]:
+    """Probes of both labels over patient folds: label -> predictions."""
+    table = lesion_features(encoder, store, manifest, pooling="cls+tokens", cache=False, progress=False)
+    return {
+        label: from_table(probe(table, label, split="cross", folds=FOLDS, draws=50).table, kind=kind)
+        for label, kind in LABELS.items()
+    }
+
+
+def compare(label: str, found: dict[str, list[Any]], draws: int) -> dict[str, Any]:
+    """Means over seeds of every score, and differences, with intervals over patients."""
+    first = found["mae"][0]
+    seeds = {name: len(runs) for name, runs in found.items()}
+    stacked = [run.probability for runs in found.values() for run in runs]
+
+    def means(truth: np.ndarray, *given: np.ndarray) -> dict[str, float]:
+        out, rest = {}, list(given)
+        for name, count in seeds.items():
+            mine, rest = rest[:count], rest[count:]
+            each = [metrics.scores(LABELS[label], truth, p, first.classes) for p in mine]
+            out |= {
+                f"{name} {score}": float(np.mean([s[score] for s in each]))
+                for score in each[0]
+                if score.split(":")[0] in SCORES
+            }
+        for score in [s.removeprefix("mae ") for s in out if s.startswith("mae ")]:
+            out[f"miram - mae {score}"] = out[f"miram {score}"] - out[f"mae {score}"]
+            out[f"miram - untrained {score}"] = out[f"miram {score}"] - out[f"untrained {score}"]
+        return out
+
+    estimates = stats.bootstrap(means, first.patient, first.truth, *stacked, draws=draws)
+    return {name: {k: plain(v) for k, v in value._asdict().items()} for name, value in estimates.items()}
+
+
+def plain(value: Any) -> Any:
+    return round(float(value), 4) if isinstance(value, float) else int(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--patients", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.process_time()
+    manifest, store = prepare_store(configuration("mae", 0, args).data, progress=False)
+    print(f"{len(store)} mammograms, {time.process_time() - began:.0f} s of CPU time", flush=True)
+    found: dict[str, list[Any]] = {"mae": [], "miram": [], "untrained": []}
+    detail_of: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
+    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(args.seeds):
+            for method in METHODS:
+                config, start = configuration(method, seed, args), time.process_time()
+                run = sl.pretrain(config, Path(folder) / f"{method}-{seed}", store=store, progress=False)
+                seconds[method].append(round(time.process_time() - start, 1))
+                found[method].append(predictions(run.encoder("student"), store, manifest))
+                detail_of[method].append(sharpness(run, store))
+                print(f"seed {seed} {method}: {seconds[method][-1]} s, {detail_of[method][-1]}", flush=True)
+            found["untrained"].append(predictions(random_encoder(config, seed), store, manifest))
+    scores = {
+        label: compare(label, {name: [r[label] for r in runs] for name, runs in found.items()}, args.draws)
+        for label in LABELS
+    }
+    report = {
+        "what": "MIRAM (two scales) against MAE (one scale): linear probes of frozen features and fine detail",
+        "smoke": True,
+        "data": {"manifest": manifest.name, "patients": args.patients, "fingerprint": store.fingerprint},
+        "n": {label: len(found["mae"][0][label].truth) for label in LABELS},
+        "settings": {"preset": "miram-tiny", "steps": args.steps, "seeds": args.seeds, "folds": FOLDS},
+        "probes": scores,
+        "detail": {
+            method: {
+                name: stats.t_interval([one[name] for one in runs])._asdict()
+                for name in ("energy", "agreement")
+            }
+            for method, runs in detail_of.items()
+        },
+        "cpu_seconds_of_pretraining": seconds,
+        "cpu_seconds": round(time.process_time() - began, 1),
+        "machine": machine(),
+        "code": code_version(),
+    }
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for label, values in scores.items():
+        for name in (f"{m} {s}" for s in SCORES for m in ("mae", "miram", "untrained", "miram - mae")):
+            v = values[name]
+            print(f"{label} {name}: {v['value']:.3f} [{v['low']:.3f}, {v['high']:.3f}]")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ import pytest
 import smartlab as sl
 from smartlab.batch import load_plan, load_runs, run_batch
 from smartlab.batch.worker import Devices
-from tests.batch_toys import attempts, processes_in, toy_notebook, write_plan
+from tests.batch_toys import attempts, processes_in, toy_notebook, wait_for, write_plan
+from tests.conftest import REPO
 
 
 @pytest.mark.slow
@@ -68,6 +70,25 @@ def test_a_slow_run_and_a_dead_kernel_fail_alone_and_leave_no_process(tmp_path):
 
 
 @pytest.mark.slow
+def test_notebook_09_draws_a_batch_that_ran_elsewhere(tmp_path):
+    import papermill
+
+    grid = {"x": [1, 2], "kind": ["a", "b"]}
+    assert run_batch(write_plan(tmp_path, grid=grid, seeds=2), tmp_path / "r", workers=2, progress=False).ok
+    given = {"results": str(tmp_path / "r"), "plan": "noise", "metric": "score", "step": "toy"}
+    book = REPO / "notebooks" / "09_ablations.ipynb"
+    where = {"out": str(tmp_path / "o")}
+    papermill.execute_notebook(
+        book, tmp_path / "o.ipynb", given | where, progress_bar=False, kernel_name="python3"
+    )
+    result = json.loads((tmp_path / "o" / "result.json").read_text())
+    assert result["metrics"]["runs"] == 8 and result["metrics"]["combinations"] == 4
+    assert result["metrics"]["score of x 2, kind a"]["value"] == pytest.approx(2.05)
+    assert {"figures/forest.png", "figures/heat.png"} <= set(result["figures"])
+    assert not (tmp_path / "o" / "batch").exists()
+
+
+@pytest.mark.slow
 def test_progress_bars_do_not_flood_the_log(tmp_path):
     bars = (
         "import pathlib, json, time\nfrom tqdm import tqdm\nfor _ in tqdm(range(300), mininterval=0):\n    time.sleep(0.003)\n"
@@ -117,8 +138,6 @@ def test_a_kernel_that_does_not_start_is_started_again(tmp_path, monkeypatch):
 @pytest.fixture
 def two_workers(tmp_path):
     """A scheduler and two workers as separate processes, one GPU each (by name; nothing is computed on them)."""
-    import os
-
     where = tmp_path / "scheduler.json"
     dask = [sys.executable, "-m", "dask"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -145,8 +164,6 @@ def two_workers(tmp_path):
                 [*command, "--no-dashboard"], env=dict(os.environ, CUDA_VISIBLE_DEVICES=gpu), **quiet
             )
         )
-    from tests.batch_toys import wait_for
-
     wait_for(where.exists, what="the scheduler")
     yield json.loads(where.read_text())["address"]
     for process in reversed(running):

@@ -214,6 +214,8 @@ class Batch:
             self.busy[key] = time.monotonic() + LOOK_AGAIN
         elif state == "changed":
             self.changed = True
+        elif state == "stopped":  # its worker is closing; after a request to stop nothing is sent anyway
+            self._consider(key)
         elif state == "lost":
             self.lost[key] += 1
             if self.lost[key] < MOST_LOST:

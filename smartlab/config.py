@@ -143,7 +143,7 @@ METHODS: dict[str, dict[str, Any]] = {
         **_MAE,
         "mae.scales": (1, 2),
         "mae.attention": ("softmax", "nystrom"),
-        "mae.weights": (1.0, 1.0),
+        "mae.weights": (1.0,),
     },
     "custom": {},
 }

@@ -7,12 +7,14 @@ import itertools
 import pytest
 import torch
 from monai.networks.nets import SwinUNETR
+from monai.networks.nets import ViT as MonaiViT
 from monai.networks.nets.swin_unetr import SwinTransformer
 
 import smartlab as sl
 from smartlab.errors import DataError, UseError
 from smartlab.interop import MERGE_ORDERS, export, load_encoder
 from smartlab.models.encoder import Encoder
+from smartlab.models.vit import ViTEncoder
 from smartlab.training.checkpoint import header_of
 
 SETTINGS = {
@@ -59,13 +61,92 @@ def test_export_to_swinunetr_and_back_gives_the_same_features(encoder, tmp_path)
     assert back.config.encoder.depths == (2, 1, 2, 1) and back.config.encoder.window_size == 4
 
 
-def test_safetensors_carry_their_card_and_load_alone(encoder, tmp_path):
+@pytest.fixture
+def image_encoder():
+    torch.manual_seed(0)
+    net = ViTEncoder(sl.load_config("miram-tiny")).eval()
+    with torch.no_grad():  # as trained: nothing at its first value
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("encoder", (64, 64, 64)), ("image_encoder", (128, 160))])
+def test_safetensors_carry_their_card_and_load_alone(kind, shape, request, tmp_path):
+    encoder = request.getfixturevalue(kind)
     file = export(encoder, "safetensors", tmp_path / "e.safetensors", role="student")
     assert header_of(file)["role"] == "student" and "config" in header_of(file)
     back = load_encoder(file)
-    volume = torch.randint(-1000, 400, (64, 64, 64), dtype=torch.int16).numpy()
+    volume = torch.randint(-1000, 400, shape, dtype=torch.int16).numpy()
     assert torch.equal(encoder.attention(volume), back.attention(volume))
     assert torch.equal(encoder.features(volume)["cls"], back.features(volume)["cls"])
+
+
+def test_a_vision_transformer_exported_to_monai_is_the_same_function_there(image_encoder, tmp_path):
+    weights = torch.load(export(image_encoder, "monai", tmp_path / "v.pt"), weights_only=True)["state_dict"]
+    net = MonaiViT(1, 64, 8, 96, 384, 4, 4, "conv", "learnable", True, spatial_dims=2, qkv_bias=True).eval()
+    for part in net.modules():
+        if isinstance(part, torch.nn.LayerNorm):
+            part.eps = 1e-6  # MONAI has 1e-5: the only difference
+    missing, unexpected = net.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all(k.startswith("classification_head") or "cross_attn" in k for k in missing), missing
+    x = torch.rand(2, 1, 64, 64)
+    with torch.no_grad():
+        mine, levels, _ = image_encoder.encode(x)
+        cls, theirs = net.norm(net(x)[1][-1]), net(x)[1]
+        torch.testing.assert_close(mine, cls, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(levels[-1], theirs[-1], atol=1e-4, rtol=1e-4)
+
+
+def public_mae(net, colours):
+    """A file as the published MAE weights are: colour patches, and a decoder that is of no use here."""
+    weights = dict(net.state_dict()) | {
+        "mask_token": torch.zeros(1, 1, 8),
+        "decoder_embed.weight": torch.ones(8, 96),
+    }
+    kernel = torch.randn(96, colours, 8, 8) / 8
+    return {"model": weights | {"patch_embed.proj.weight": kernel}}
+
+
+def test_public_mae_weights_load_by_name_and_see_grey_as_they_saw_colour(image_encoder, tmp_path):
+    torch.save(public := public_mae(image_encoder, 3), tmp_path / "mae.pt")
+    with pytest.warns(UserWarning, match="three colours summed to one"):
+        back = load_encoder(tmp_path / "mae.pt", heads=4)
+    assert (back.config.encoder.blocks, back.config.mae.input, back.config.encoder.patch) == (4, 64, 8)
+    grey = torch.rand(1, 1, 64, 64)
+    mean, spread = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    weights = public["model"]
+    colour = torch.nn.functional.conv2d(
+        (grey - mean) / spread, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=8
+    )
+    torch.testing.assert_close(
+        back.patch_embed(grey), colour.flatten(2).transpose(1, 2), atol=1e-4, rtol=1e-4
+    )
+    assert torch.equal(back.blocks[3].mlp.fc2.weight, image_encoder.blocks[3].mlp.fc2.weight)
+    assert back.features(4095 * grey)["cls"].shape == (1, 96)
+    assert back.features(torch.zeros(100, 70))["grid"] == (13, 9), "positions for another grid"
+
+
+def test_vision_transformers_that_do_not_fit_are_refused_with_a_table(image_encoder, tmp_path):
+    public = public_mae(image_encoder, 1)["model"]
+    torch.save({"model": public}, tmp_path / "grey.pt")
+    load_encoder(tmp_path / "grey.pt", heads=4)
+    with pytest.raises(UseError, match="96 channels has no usual number of heads"):
+        load_encoder(tmp_path / "grey.pt")
+    part = {k: v for k, v in public.items() if k != "blocks.2.norm1.weight"}
+    part["blocks.1.mlp.fc1.weight"] = torch.zeros(5, 5)
+    torch.save(part, tmp_path / "part.pt")
+    with pytest.raises(
+        DataError, match=r"fits only in part(.|\n)*missing +blocks\.2(.|\n)*\(5, 5\) in the file"
+    ):
+        load_encoder(tmp_path / "part.pt", heads=4)
+    torch.save(public | {"patch_embed.proj.weight": torch.zeros(96, 4, 8, 8)}, tmp_path / "four.pt")
+    with pytest.raises(DataError, match="for other images"):
+        load_encoder(tmp_path / "four.pt", heads=4)
+    torch.save(public | {"pos_embed": torch.zeros(1, 60, 96)}, tmp_path / "odd.pt")
+    with pytest.raises(DataError, match="no square grid"):
+        load_encoder(tmp_path / "odd.pt", heads=4)
 
 
 def test_weights_of_the_other_merging_order_are_permuted_to_the_same_function(encoder, tmp_path):

@@ -42,7 +42,7 @@ class Decoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pixels = nn.Linear(width, patch**2)
-        table = sine_positions((fine, fine), width, (side, side))[None]
+        table = sine_positions((fine, fine), width)[None]  # counted in fine tokens, to tell neighbours apart
         self.register_buffer("position", table, persistent=False)
         self.register_buffer("stretch", stretching(side, fine), persistent=False)
         nn.init.normal_(self.mask_token, std=0.02)

@@ -70,6 +70,18 @@ class Run:
     def finished(self) -> bool:
         return self.step >= self.config.train.steps
 
+    def method(self, step: int | None = None) -> Any:
+        """All that was trained, decoders and heads too, as of a checkpoint: to look at reconstructions."""
+        import torch
+
+        from smartlab.training.families import family_of
+
+        with torch.random.fork_rng():
+            method = family_of(self.config).method(self.config)
+        weights, _ = checkpoint.load(self._checkpoint(step))
+        method.load_state_dict(weights)
+        return method.eval().requires_grad_(False)
+
     def encoder(self, role: str = "teacher", step: int | None = None) -> AnyEncoder:
         """The encoder of a checkpoint, the newest by default; the student where there is no teacher."""
         import torch
@@ -79,6 +91,15 @@ class Run:
 
         if role not in checkpoint.ROLES:
             raise DataError(f"no role {role!r}", path=self.path, expected=" or ".join(checkpoint.ROLES))
+        folder = self._checkpoint(step)
+        if not self.config.teacher.enabled:
+            role = "student"
+        with torch.random.fork_rng():
+            encoder = make_encoder(self.config)
+        encoder.load_state_dict(load_file(folder / f"{role}.safetensors"))
+        return encoder.eval().requires_grad_(False)
+
+    def _checkpoint(self, step: int | None) -> Path:
         step = self.step if step is None else step
         folder = checkpoint.folder(self.path, step)
         if not folder.is_dir():
@@ -88,9 +109,4 @@ class Run:
                 found=f"step {step}",
                 expected=f"one of {checkpoint.steps(self.path)}",
             )
-        if not self.config.teacher.enabled:
-            role = "student"
-        with torch.random.fork_rng():
-            encoder = make_encoder(self.config)
-        encoder.load_state_dict(load_file(folder / f"{role}.safetensors"))
-        return encoder.eval().requires_grad_(False)
+        return folder

@@ -10,19 +10,28 @@ import smartlab as sl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["simmim", "smit", "smart", "dagman"])
+@pytest.mark.parametrize("method", ["simmim", "smit", "smart", "dagman", "mae", "miram"])
 def test_reconstruction_falls_and_nothing_collapses_in_300_steps(
     method, tmp_path, monkeypatch, tmp_path_factory
 ):
     monkeypatch.setenv(
         "SMARTLAB_CACHE", str(tmp_path_factory.getbasetemp() / "learning")
     )  # one phantom for all
-    config = sl.load_config("tiny", {"method.preset": method, "data.phantom_cases": 12, "data.workers": 0})
+    flat = method in ("mae", "miram")
+    config = sl.load_config(
+        "miram-tiny" if flat else "tiny",
+        {"method.preset": method, "data.phantom_cases": 12, "data.workers": 0},
+    )
     assert config.train.steps == 300
     history = sl.pretrain(config, tmp_path / "r", progress=False).history
-    first, last = history.loss_amip.iloc[0], history.loss_amip.tail(3).mean()
-    assert last < 0.6 * first, f"{first:.3f} -> {last:.3f}"
-    if method == "simmim":
+    losses = ["loss_amip"] if not flat else [f"loss_scale_{scale}" for scale in config.mae.scales]
+    for loss in losses:
+        first, last = history[loss].iloc[0], history[loss].tail(3).mean()
+        assert last < 0.6 * first, f"{loss} {first:.3f} -> {last:.3f}"
+    if flat:
+        late = history.tail(5)
+        assert late.feature_std.mean() > 0.01 and late.effective_rank.mean() > 1.2
+    if method in ("simmim", "mae", "miram"):
         return
     late = history.tail(5)
     entropy = late.teacher_entropy / math.log(

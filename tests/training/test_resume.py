@@ -79,11 +79,13 @@ def wait_for_step(run, step, process, seconds=90):
             "dagman",
             {"train.accumulate": 2, "data.workers": 2, "teacher.noise_std": 0.05, "encoder.drop_path": 0.2},
         ),
+        ("miram", {}),
+        ("miram", {"train.accumulate": 2, "data.workers": 2, "mae.attention": ["performer", "linformer"]}),
     ],
-    ids=["simmim", "smit", "dagman", "dagman-accumulating"],
+    ids=["simmim", "smit", "dagman", "dagman-accumulating", "miram", "miram-accumulating"],
 )
-def test_killed_and_resumed_equals_never_stopped(method, more, settings, tmp_path):
-    settings = settings | {"method.preset": method} | more
+def test_killed_and_resumed_equals_never_stopped(method, more, settings_of, tmp_path):
+    settings = settings_of(method) | more
     whole = start(settings, tmp_path / "whole")
     killed = start(settings, tmp_path / "killed", slow=0.15)
     wait_for_step(tmp_path / "killed", random.Random(method + str(more)).randint(4, 7), killed)
@@ -160,6 +162,32 @@ def test_a_run_folder_is_complete(settings, tmp_path):
     saved = load_file(folder / "teacher.safetensors")
     assert all(torch.equal(v, saved[k]) for k, v in encoder.state_dict().items())
     assert run.encoder("student") is not encoder
+
+
+def test_a_run_of_several_scales_tells_the_loss_of_each(settings_of, tmp_path):
+    """Beside the columns that every run has; those that mean nothing here are empty."""
+    config = sl.load_config("tiny", settings_of("miram") | {"train.steps": 4})
+    run = sl.pretrain(config, tmp_path / "r", progress=False)
+    history = run.history
+    assert list(history.columns) == [*COLUMNS, "loss_scale_1", "loss_scale_2"] and run.finished
+    assert (
+        history[["loss", "loss_scale_1", "loss_scale_2", "lr", "grad_norm", "feature_std"]]
+        .notna()
+        .all()
+        .all()
+    )
+    assert history[["loss_amip", "momentum", "teacher_entropy", "guided"]].isna().all().all()
+    assert history.views_per_second.gt(0).all() and (tmp_path / "r/figures/step-000004.png").exists()
+    folder = checkpoint.folder(tmp_path / "r", 4)
+    assert sorted(p.name for p in folder.iterdir()) == ["state.pt", "student.safetensors"]
+    net = run.method()
+    mine, theirs = net.student.encoder.state_dict(), run.encoder().state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+    assert not net.training and "decoders.2.pixels.weight" in net.state_dict()
+    older = checkpoint.header_of(folder / "student.safetensors")
+    settings = json.loads(older["config"])
+    del settings["mae"]["features"]  # as a run from before this setting
+    assert checkpoint.differences(older | {"config": json.dumps(settings)}, older) == []
 
 
 def test_a_folder_with_a_run_is_not_overwritten_and_changes_are_told(settings, tmp_path):

@@ -60,6 +60,10 @@ def write_inputs(folder: Path, runs: int) -> Path:
     return plan
 
 
+def environment() -> dict[str, str]:
+    return dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parents[1]), OMP_NUM_THREADS="1")
+
+
 def time_kernels(folder: Path, runs: int, workers: int) -> float:
     """Seconds that a trivial notebook takes from the start of its kernel to the end, `workers` at once."""
     running = []

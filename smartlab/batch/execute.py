@@ -206,7 +206,7 @@ class Batch:
         answer = place.answer(future)
         state = answer["state"]
         if state in (records.DONE, records.FAILED):
-            self.executed += 1
+            self.executed += answer["now"]  # another batch may have done it a moment ago
             self._settle(key, Path(answer["folder"]), answer["state"], answer["error"], answer["seconds"])
             return
         self.state[key] = WAITING
@@ -241,7 +241,7 @@ class Batch:
         fresh = {"step": run.step, "key": key, "identity": run.identity, "settings": run.settings}
         if held is not None:
             record = {**fresh, "notebook": run.notebook.name, **records.read(folder)}
-            records.write(folder, record | {"state": records.FAILED, "error": error})
+            records.write(folder, record | {"state": records.FAILED, "error": error, "seconds": 0.0})
             os.close(held)
         self._settle(key, folder, records.FAILED, error, 0.0)
 

@@ -133,7 +133,7 @@ def _answer(child: Child) -> None:
     if code == 0 and folder is not None:
         record = records.read(folder)
         facts = {name: record.get(name) for name in ("state", "error", "seconds", "attempt")}
-        answer |= {"folder": str(folder), **facts}
+        answer |= {"folder": str(folder), **facts, "now": record.get("pid") == child.pid}
     elif code == notebook_run.BUSY:
         answer |= {"state": "busy"}
     elif code == notebook_run.CHANGED:

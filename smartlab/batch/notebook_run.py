@@ -71,7 +71,7 @@ def perform(request: dict[str, Any]) -> int:
     """Do the run of a request and record it; the exit code is 0 when the record says what came of it."""
     out, key = Path(request["out"]), request["key"]
     BatchKernel.sockets = request["sockets"]
-    held = records.lock(out, key)
+    held = records.lock(out, key, wait=0.2)  # a batch that looks whether the run goes on has it for a moment
     if held is None:
         return BUSY
     folder = records.find(out, key) or out / request["step"] / request["name"]

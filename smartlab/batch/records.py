@@ -22,17 +22,21 @@ from typing import Any
 DONE, FAILED, RUNNING = "done", "failed", "running"
 
 
-def lock(out: Path, key: str) -> int | None:
-    """The open lock of a run, or None while another process has it."""
+def lock(out: Path, key: str, wait: float = 0.0) -> int | None:
+    """The open lock of a run, or None while another process has it (for `wait` seconds)."""
     folder = out / ".batch" / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / key, os.O_RDWR | os.O_CREAT, 0o666)  # never inherited by the kernel
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    return handle
+    until = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                os.close(handle)
+                return None
+            time.sleep(0.02)
 
 
 def is_locked(out: Path, key: str) -> bool:

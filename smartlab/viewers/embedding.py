@@ -59,7 +59,7 @@ class EmbeddingViewer(anywidget.AnyWidget):
     def scene(self, number: int) -> Scene:
         """The crop of a point, checked."""
         crop = self._crops(number) if callable(self._crops) else self._crops[number]
-        return build(crop, [Panel(self.names[number])])
+        return build(crop, [Panel()])
 
     def _answer(self, _: Any, message: Any, __: Any) -> None:
         """Send the points, or the crop of one point, to the front end that asks."""

@@ -27,6 +27,10 @@ from tests.browser import example
 from tests.conftest import REPO
 
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+CONNECTED = """() => {
+  const kernel = window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel;
+  return kernel?.connectionStatus === "connected" && kernel.status === "idle" && !document.querySelector(".jp-Dialog");
+}"""
 
 
 @dataclass
@@ -60,6 +64,9 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("lab")
     example.prepare(folder)
     write_notebooks(folder)
+    news = folder / ".settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false"}', encoding="utf-8")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,7 +75,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
         *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"),
         *("--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0"),
         *(f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"),
-        *("--LabApp.news_url=None", "--LabApp.extension_manager=readonly"),
+        "--LabApp.expose_app_in_browser=True",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     ]
     own = {
@@ -76,6 +83,7 @@ def lab(tmp_path_factory) -> Iterator[Lab]:
         for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
     }
     settings = {
+        "JUPYTERLAB_SETTINGS_DIR": str(folder / ".settings"),
         "PYTHONPATH": str(REPO),
         "OMP_NUM_THREADS": "1",
         "PYTHONUTF8": "1",
@@ -141,9 +149,9 @@ def run_notebook(context: BrowserContext, lab: Lab, name: str) -> tuple[Page, li
     page, errors = context.new_page(), []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(lab.address(f"{name}.ipynb"))
-    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=120_000)
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=120_000)
+    page.goto(lab.address(f"{name}.ipynb"), wait_until="commit")
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell")
+    page.wait_for_function(CONNECTED)  # a run asked for earlier is dropped without a word
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     return page, errors

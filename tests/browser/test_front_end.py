@@ -9,6 +9,7 @@ from benchmarks.viewer import PROMISED, measure, mount
 from smartlab.viewers import masks, render, view
 from tests.browser.looking import index, pixels, readout, same, stage, windowed
 
+pytestmark = pytest.mark.slow
 SHAPE, GRID = (48, 40, 32), (6, 5, 4)
 
 

@@ -14,6 +14,7 @@ from tests.browser import example
 from tests.browser.conftest import run_notebook
 from tests.browser.looking import index, pixels, readout, same, stage, windowed
 
+pytestmark = pytest.mark.slow
 SOFT = (-160, 240)
 
 
@@ -22,14 +23,20 @@ def scan(lab):
     return example.scan(lab.folder)
 
 
-@pytest.fixture(scope="module")
-def single(context, lab, artifacts):
-    """The page of the notebook with one panel, its cells run; and the errors of its console."""
+def test_a_session_with_one_panel(context, lab, scan, artifacts):
     page, errors = run_notebook(context, lab, "single")
     page.wait_for_selector(".smartlab-stage")
     stage(page).scroll_into_view_if_needed()
     page.screenshot(path=artifacts / "lab.png")
-    yield page, errors
+    wheel_key_and_slider_turn_to_the_right_slice(page, scan)
+    page.locator(".smartlab-viewer").screenshot(path=artifacts / "viewer.png")
+    overlays_come_and_go_by_key_and_not_the_notebooks_cells(page, scan, artifacts)
+    the_read_out_is_the_array(page, scan)
+    the_picture_can_be_saved(page, artifacts / "saved.png")
+    the_notebook_stays_small_and_keeps_a_static_picture(page, lab.folder / "single.ipynb")
+    a_dark_theme_stays_readable(page)
+    page.locator(".smartlab-viewer").screenshot(path=artifacts / "dark.png")
+    assert errors == [], "in the browser's console"
     page.close()
 
 
@@ -52,8 +59,7 @@ def until(check, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-def test_wheel_key_and_slider_turn_to_the_right_slice(single, scan, artifacts):
-    page, _ = single
+def wheel_key_and_slider_turn_to_the_right_slice(page, scan):
     page.locator("button[data-overlay=mask]").click()  # off: the plain image
     middle = example.SIDE // 2
     assert same(pixels(page), windowed(scan.array, "axial", middle, *SOFT))
@@ -69,11 +75,9 @@ def test_wheel_key_and_slider_turn_to_the_right_slice(single, scan, artifacts):
     coronal = page.locator("figure", has=stage(page, "coronal")).locator("input.smartlab-slice")
     coronal.fill("40")
     assert same(pixels(page, "coronal"), windowed(scan.array, "coronal", 40, *SOFT))
-    page.locator(".smartlab-viewer").screenshot(path=artifacts / "viewer.png")
 
 
-def test_overlays_come_and_go_by_key_and_not_the_notebooks_cells(single, scan, artifacts):
-    page, _ = single
+def overlays_come_and_go_by_key_and_not_the_notebooks_cells(page, scan, artifacts):
     cells = page.locator(".jp-Notebook .jp-Cell").count()
     stage(page).focus()
     plain = pixels(page)
@@ -94,8 +98,7 @@ def test_overlays_come_and_go_by_key_and_not_the_notebooks_cells(single, scan, a
     page.keyboard.press("a")
 
 
-def test_the_read_out_is_the_array(single, scan):
-    page, _ = single
+def the_read_out_is_the_array(page, scan):
     rng = np.random.default_rng(1)
     box = stage(page).bounding_box()
     attention = example.attention()
@@ -123,20 +126,17 @@ def test_the_read_out_is_the_array(single, scan):
         assert facts["unit"] == f"{unit[0]}, {unit[1]}, {unit[2]} {'hidden' if hidden[unit] else 'visible'}"
 
 
-def test_the_picture_of_the_browser_can_be_saved(single, artifacts):
-    page, _ = single
+def the_picture_can_be_saved(page, path):
     with page.expect_download() as download:
         page.get_by_role("button", name="Save PNG").click()
     assert download.value.suggested_filename == "one-crop.png"
-    download.value.save_as(artifacts / "saved.png")
-    assert (artifacts / "saved.png").read_bytes().startswith(b"\x89PNG")
+    download.value.save_as(path)
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_notebook_stays_small_and_keeps_a_static_picture(single, lab):
-    page, _ = single
+def the_notebook_stays_small_and_keeps_a_static_picture(page, path):
     assert page.locator("img.smartlab-still").is_hidden(), "the widget has taken its place"
     page.keyboard.press("Control+s")
-    path = lab.folder / "single.ipynb"
     until(lambda: "smartlab-still" in path.read_text(encoding="utf-8"))
     assert path.stat().st_size < 500_000
     book = nbformat.read(path, as_version=4)
@@ -144,9 +144,7 @@ def test_the_notebook_stays_small_and_keeps_a_static_picture(single, lab):
     assert len(state) < 100_000
 
 
-def test_a_dark_theme_stays_readable(single, artifacts):
-    page, _ = single
-    page.evaluate("document.body.setAttribute('data-jp-theme-light', 'false')")
+def a_dark_theme_stays_readable(page):
     page.get_by_role("menuitem", name="Settings", exact=True).click()
     page.get_by_role("menuitem", name="Theme", exact=True).hover()
     page.get_by_role("menuitem", name="JupyterLab Dark", exact=True).click()
@@ -156,7 +154,6 @@ def test_a_dark_theme_stays_readable(single, artifacts):
         """e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor].map(
              (text) => text.match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => a + Number(b), 0) / 3)"""
     )
-    page.locator(".smartlab-viewer").screenshot(path=artifacts / "dark.png")
     assert ink - paper > 120
 
 
@@ -196,8 +193,3 @@ def test_a_click_on_a_point_shows_its_crop(context, lab, artifacts):
     page.locator(".smartlab-viewer.smartlab-embedding").screenshot(path=artifacts / "points.png")
     assert errors == []
     page.close()
-
-
-def test_the_console_has_no_error(single):
-    _, errors = single
-    assert errors == []

@@ -38,7 +38,7 @@ def test_only_the_crop_that_is_looked_at_is_read(monkeypatch):
     viewer._answer(None, {"kind": "crop", "point": 7}, [])
     assert read == [7]
     message, buffers = sent[1]
-    assert message["point"] == 7 and message["meta"]["panels"][0]["title"] == "case 7"
+    assert message["point"] == 7 and message["meta"]["title"] == "case 7"
     assert (np.frombuffer(zlib.decompress(buffers[0]), np.int16) == 7).all()
 
 

@@ -55,16 +55,15 @@ class ViTBlock(nn.Module):
         self.attn = Attention(dim, heads, kind, tokens, settings)
         self.mlp = Mlp(dim, round(dim * mlp_ratio))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
-    def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """forward(x), and the [CLS] row of the attention over the other tokens, (B, heads, N − 1), in float32."""
+    def forward(self, x: Tensor, looks: bool = False) -> Any:
+        """With `looks` also the [CLS] row of the attention over the other tokens, (B, heads, N − 1), float32."""
         q, k, v = self.attn.split(self.norm1(x))
-        out = x + self.attn.proj(self.attn.core(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.attn.proj(self.attn.core(q, k, v).transpose(1, 2).flatten(2))
+        x = x + self.mlp(self.norm2(x))
+        if not looks:
+            return x
         rows = q[:, :, :1].detach().float() @ k.detach().float().transpose(-2, -1) * q.shape[-1] ** -0.5
-        return out + self.mlp(self.norm2(out)), rows[:, :, 0, 1:].softmax(-1)
+        return x, rows[:, :, 0, 1:].softmax(-1)
 
 
 class PatchEmbed(nn.Module):
@@ -135,7 +134,7 @@ class ViT(nn.Module):
             if number < depth - 1:
                 x = block(x)
             else:
-                x, attention = block.look(x)  # type: ignore[operator]
+                x, attention = block(x, looks=True)
             levels += [x] * wanted.count(number)
         return self.norm(x), levels, attention
 

@@ -104,7 +104,7 @@ def header_of(file: Path) -> dict[str, str]:
 
 def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
     """What differs between two checkpoint headers, as "key: old → new"; more steps are no difference."""
-    from smartlab.config import flatten, known_keys
+    from smartlab.config import Config, flatten
 
     before, after = (dict(flatten(json.loads(h["config"]))) for h in (old, new))
     harmless = {
@@ -115,7 +115,8 @@ def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
         "train.keep_every",
         "data.workers",
     }
-    before = known_keys() | before  # a setting that is newer than the run had its default
+    defaults = dict(flatten(Config().model_dump(mode="json")))
+    before = defaults | before  # a setting that is newer than the run had its default
     found = [
         f"{k}: {before.get(k)} → {after.get(k)}"
         for k in after

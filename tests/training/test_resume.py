@@ -186,8 +186,9 @@ def test_a_run_of_several_scales_tells_the_loss_of_each(settings_of, tmp_path):
     assert not net.training and "decoders.2.pixels.weight" in net.state_dict()
     older = checkpoint.header_of(folder / "student.safetensors")
     settings = json.loads(older["config"])
-    del settings["mae"]["features"]  # as a run from before this setting
-    assert checkpoint.differences(older | {"config": json.dumps(settings)}, older) == []
+    del settings["data"]["window"], settings["data"]["grey"]  # as a run from before these settings
+    told = checkpoint.differences(older | {"config": json.dumps(settings)}, older)
+    assert told == ["data.window: [-175.0, 250.0] → [0.0, 4095.0]"]
 
 
 def test_a_folder_with_a_run_is_not_overwritten_and_changes_are_told(settings, tmp_path):

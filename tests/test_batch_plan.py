@@ -156,7 +156,9 @@ def test_every_shipped_plan_fits_the_notebooks_as_they_are(name, tmp_path):
     for run in runs:  # and every pretraining has a configuration that holds together
         if run.notebook.stem == "02_pretrain":
             p = {**plan.steps[0].known, **run.parameters}
-            chosen = {"method.preset": p["method"]} | ({"mask.strategy": p["strategy"]} if p["strategy"] else {})
+            chosen = {"method.preset": p["method"]} | (
+                {"mask.strategy": p["strategy"]} if p["strategy"] else {}
+            )
             load_config(p["preset"], chosen | parse_overrides(p["extra"].split()))
 
 

@@ -146,10 +146,13 @@ def check_image(
             _check_sum(path, group.cases)
         if modality == "MG":
             from smartlab.data.mammography import read_mammogram
+            from smartlab.data.request import files_of
 
-            image = read_mammogram(path)
+            if len(files := files_of(path)) != 1:
+                raise DataError("the series should be one mammogram", path=path, found=f"{len(files)} files")
+            image = read_mammogram(files[0])
             row["shape"], row["spacing_mm"] = _by(image.array.shape), _by(np.round(image.spacing_mm, 3))
-            _check_flat_masks(group.cases, image.array.shape, root)
+            row["problem"] = _check_outlines(group.cases, image.array, root)
         else:
             from smartlab.data.readers import read_volume
 
@@ -218,20 +221,24 @@ def _check_grid(place: str, labels: Volume, volume: Volume) -> None:
         )
 
 
-def _check_flat_masks(cases: tuple[Case, ...], shape: tuple[int, ...], root: Path) -> None:
-    from PIL import Image
+def _check_outlines(cases: tuple[Case, ...], image: np.ndarray, root: Path) -> str:
+    """Find the outline of every lesion of a mammogram -> what is odd about them, in words."""
+    from smartlab.data.cbis import find_outline
+    from smartlab.data.dicom import find_series
+    from smartlab.data.request import files_of
 
+    odd = []
     for case in cases:
+        files: list[Path] = []
         for place in case.masks.values():
-            if not place.startswith("series:"):
-                with Image.open(_below(root, place)) as mask:
-                    if (mask.height, mask.width) != tuple(shape):
-                        raise DataError(
-                            "is not on the image's grid",
-                            path=place,
-                            found=f"{mask.height}×{mask.width}",
-                            expected=_by(shape),
-                        )
+            uid = place.removeprefix("series:")
+            files += [_below(root, place)] if uid == place else files_of(find_series(root, uid))
+        if files:
+            try:
+                odd += find_outline(files, image)[1]
+            except DataError as error:
+                odd.append(f"case {case.id}: {error}")
+    return "; ".join(odd)
 
 
 def _check_sum(path: Path, cases: tuple[Case, ...]) -> None:

@@ -24,6 +24,7 @@ KINDS = {"Mass": "mass", "Calc": "calc"}
 PARTS = {"Training": "train", "Test": "test"}
 MARGINS = ["circumscribed", "ill_defined", "spiculated", "obscured", "microlobulated"]
 LESIONS = 3568
+PIXEL_MM = 0.045  # the files give none; the films of DDSM were digitised at 0.042 to 0.05 mm
 HOMEPAGE = "https://www.cancerimagingarchive.net/collection/cbis-ddsm/"
 COLUMNS = ("patient id", "left or right breast", "image view", "abnormality id", "pathology", "breast density",
            "subtlety", "assessment")  # fmt: skip
@@ -83,7 +84,7 @@ def build(tables: str | Path | None = None) -> Manifest:
             kind="idc",
             location="cbis_ddsm",
             size_gb=idc.gigabytes(cases),
-            parameters={"index_version": idc.index_version()},
+            parameters={"index_version": idc.index_version(), "pixel_mm": PIXEL_MM},
             notes="No account is needed. The description tables, only needed to rebuild, are on the homepage.",
         ),
         labels=_LABELS,
@@ -129,11 +130,19 @@ def _case(row: Mapping[str, str], series: Mapping[str, Mapping[str, str]], leaki
         id=name,
         patient=row["patient id"],
         series_uid=_find(series, image)["mask"],
-        masks={"lesion": f"series:{outline.get('mask') or outline['crop']}"},
+        masks=_masks(outline),
         labels=_labels(row),
         split=None if left_out else ("train" if row["part"] == "Training" else "test"),
         excluded=LEAK if left_out else None,
     )
+
+
+def _masks(series: Mapping[str, str]) -> dict[str, str]:
+    """Where the outline is; where it and the cut-out are two series also the other, for they may be exchanged."""
+    places = {"lesion": series.get("mask") or series["crop"]}
+    if len(series) > 1:
+        places["crop"] = series["crop"]
+    return {name: f"series:{uid}" for name, uid in places.items()}
 
 
 def _labels(row: Mapping[str, str]) -> dict[str, LabelValue]:
@@ -212,6 +221,9 @@ def _notes(cases: list[Case], leaking: int) -> list[str]:
         f"{unknown} masses have no margin recorded, and therefore no `mass_margins` label.",
         "Density and subtlety of 0 in the tables mean not given, and are no label here.",
         "The outline (`lesion` mask) and the cropped lesion are often two images of one series: the outline is the "
-        "image with the size of the mammogram. Lesion centres follow from it once fetched.",
+        "two-valued image with the size of the mammogram. Lesion centres follow from it once fetched. Descriptions and "
+        "file names are exchanged for many lesions, so only the content tells.",
+        f"The files give no size of a pixel: {PIXEL_MM} mm is taken (`pixel_mm`), for films digitised at 0.042 to 0.05 "
+        "mm, so lengths are right within about 10%.",
         "A film with a mass and a calcification is there twice, as two series. Films were digitised on several scanners.",
     ]

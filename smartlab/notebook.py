@@ -131,8 +131,16 @@ def open_encoder(source: str = "") -> tuple[Encoder, str]:
 
     source: a run folder, an exported file, or any file that `sl.load_encoder` understands.
     """
+    from smartlab.models.encoder import Encoder
+
     path = Path(source) if source else default_encoder()
     encoder = smartlab.load_encoder(path)
+    if not isinstance(encoder, Encoder):
+        raise DataError(
+            "is an encoder of images, and this notebook works on CT",
+            path=path,
+            fix="give a run or file of a Swin encoder here; 08_mammography takes this one",
+        )
     config = encoder.config
     return encoder, (
         f"{path.name}: {config.method.preset}, masks {config.mask.strategy}, {config.train.steps} steps, "

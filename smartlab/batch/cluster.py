@@ -7,9 +7,7 @@ workers offer them.
 
 from __future__ import annotations
 
-import logging
 import math
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from typing import Any
 from smartlab.batch.plan import Resources
 from smartlab.batch.runs import BatchRun
 from smartlab.batch.worker import execute
+from smartlab.data.workers import local_cluster
 from smartlab.errors import DataError, UseError
 
 FIRST = 8  # runs sent to a cluster that has no workers yet: an adaptive one starts some when it is asked
@@ -121,7 +120,8 @@ def connect(runs: Sequence[BatchRun], workers: int | None, scheduler: str | None
     if workers:  # said so: cores are shared
         has["CORES"] = max(has["CORES"], workers * max(one.cores for one in wanted))
     _check_fit(runs, [has])
-    with _local(at_once, has) as cluster, Client(cluster) as client:
+    # one worker process with a thread per run: it only waits, the runs are processes of their own
+    with local_cluster(1, at_once, resources=has) as cluster, Client(cluster) as client:
         yield Place(client, set(has), at_once)
 
 
@@ -138,27 +138,3 @@ def _check_fit(runs: Sequence[BatchRun], offers: list[dict[str, float]]) -> None
                     fix=f"lower resources.{ {'GPU': 'gpus', 'CORES': 'cores', 'MEMORY': 'memory'}[name] }, "
                     "or use --scheduler with workers that offer it",
                 )
-
-
-@contextmanager
-def _local(at_once: int, has: dict[str, float]) -> Iterator[Any]:
-    """One worker process with a thread per run: it only waits, the runs are processes of their own.
-
-    Forked for the reasons given in `smartlab.data.workers`. No memory limit: the runs are not its memory.
-    """
-    import dask
-    from distributed import LocalCluster
-
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    with (
-        dask.config.set({"distributed.worker.multiprocessing-method": method}),
-        LocalCluster(
-            n_workers=1,
-            threads_per_worker=at_once,
-            resources=has,
-            memory_limit=None,
-            dashboard_address="127.0.0.1:0",
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-    ):
-        yield cluster

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
 from typing import Any, Generic, TypeVar
@@ -75,7 +78,7 @@ def run_bounded(
     from distributed import KilledWorker, as_completed
 
     with ExitStack() as stack:
-        cluster = _connect(scheduler) if scheduler else stack.enter_context(_local(workers))
+        cluster = _connect(scheduler) if scheduler else stack.enter_context(local_cluster(workers))
         client = stack.enter_context(_client(cluster))
         width = 2 * (workers or sum(client.nthreads().values()) or 1)
         jobs_of = {}
@@ -106,7 +109,7 @@ def run_bounded(
 
 
 @contextmanager
-def _local(workers: int) -> Iterator[Any]:
+def local_cluster(workers: int, threads: int = 1, **options: Any) -> Iterator[Any]:
     """Worker processes on this machine.
 
     Forked where possible: a spawned worker imports the user's script again, which for a script
@@ -122,13 +125,25 @@ def _local(workers: int) -> Iterator[Any]:
         dask.config.set({"distributed.worker.multiprocessing-method": method}),
         LocalCluster(
             n_workers=workers,
-            threads_per_worker=1,
+            threads_per_worker=threads,
             memory_limit=None,
             dashboard_address="127.0.0.1:0",  # any free port: several builds may run
             silence_logs=logging.CRITICAL,
+            **options,
         ) as cluster,
     ):
         yield cluster
+
+
+def _renew_helper_thread() -> None:
+    """Dask hands large messages to one helper thread of the process. A fork of a process that has it already
+    believes in a thread that was not forked along, and waits for it forever."""
+    if utils := sys.modules.get("distributed.utils"):
+        utils._offload_executor = ThreadPoolExecutor(1, thread_name_prefix="Dask-Offload")  # type: ignore[attr-defined]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_helper_thread)
 
 
 def _client(cluster: Any) -> Any:

@@ -433,6 +433,18 @@ def test_few_jobs_are_in_flight_however_many_there_are():
     assert done == 60
 
 
+def test_a_second_build_in_one_process_does_not_wait_for_a_thread_that_was_not_forked():
+    from distributed import utils
+
+    utils._offload_executor.submit(int).result()  # as Dask does with a large message
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: utils._offload_executor.submit(int).result(10)
+    )
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+
+
 def test_one_build_at_a_time(cohort):
     out = cohort[2]
     context = multiprocessing.get_context("fork")

@@ -12,12 +12,15 @@ features, by patient folds that are the same for all:
 
 Small by design (a CPU, minutes): it shows that the comparison runs and which way it points, no more.
 
-    python -m benchmarks.miram
+    python -m benchmarks.miram [--steps 600] [--runs DIR]
+
+With --runs the pretrainings are kept there, and those that are there are not trained again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import tempfile
 import time
@@ -40,14 +43,15 @@ from smartlab.evaluation.features import lesion_features
 from smartlab.evaluation.predictions import from_table
 from smartlab.evaluation.probe import probe
 from smartlab.evaluation.spectrum import detail, enlarged
-from smartlab.methods.multiscale_mae import MultiscaleMAE
 from smartlab.notebook import code_version
-from smartlab.training import checkpoint
+from smartlab.viewers.plots import OKABE_ITO
 
 RESULTS = Path(__file__).parent / "results" / "miram.json"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "miram.png"
 LABELS = {"pathology": "binary", "mass_margins": "multilabel"}
 SCORES = ("auc", "average_precision")
 METHODS = ("mae", "miram")
+SHOWN = (0, 3)  # which views are drawn
 FOLDS = 4  # each margin class has at least so many patients among the first 40
 
 
@@ -58,11 +62,10 @@ def configuration(method: str, seed: int, args: argparse.Namespace) -> Config:
     return sl.load_config("miram-tiny", settings | {"train.picture_every": args.steps})
 
 
-def sharpness(run: sl.Run, store: Store, lesions: int = 64) -> dict[str, float]:
-    """Fine detail that comes back at the stored resolution, on views of the first lesions."""
+def sharpness(run: sl.Run, store: Store, lesions: int = 64) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Fine detail that comes back at the stored resolution, on views of the first lesions, and the views SHOWN."""
     config = run.config
-    method = MultiscaleMAE(config).eval()
-    method.load_state_dict(checkpoint.load(checkpoint.folder(run.path, run.step))[0])
+    method = run.method()
     views = ImageDataset(store, view=config.data.view, jitter=0)
     batch = np.stack([views[i]["views"] for i in range(min(lesions, len(views)))])
     x = window(torch.from_numpy(batch), *config.data.window)
@@ -70,14 +73,16 @@ def sharpness(run: sl.Run, store: Store, lesions: int = 64) -> dict[str, float]:
     factor = config.data.view // config.mae.input
     guess = parts[factor]["guess"] if factor in parts else enlarged(parts[1], factor)
     hidden = parts[1]["hidden"].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    return detail(guess, x, hidden, config.encoder.patch * factor)
+    drawn = {"original": x, "guess": torch.where(hidden > 0, guess, x), "hidden": hidden}
+    found = detail(guess, x, hidden, config.encoder.patch * factor)
+    return found, {name: part[list(SHOWN), 0].numpy() for name, part in drawn.items()}
 
 
 def predictions(encoder: Any, store: Store, manifest: Any) -> dict[str, Any]:
     """Probes of both labels over patient folds: label -> predictions."""
     table = lesion_features(encoder, store, manifest, pooling="cls+tokens", cache=False, progress=False)
     return {
-        label: from_table(probe(table, label, split="cross", folds=FOLDS, draws=50).table, kind=kind)
+        label: from_table(probe(table, label, split="cross", folds=FOLDS, draws=100).table, kind=kind)
         for label, kind in LABELS.items()
     }
 
@@ -111,13 +116,65 @@ def plain(value: Any) -> Any:
     return round(float(value), 4) if isinstance(value, float) else int(value)
 
 
+def spent(run: Path, seconds: float) -> float:
+    """CPU seconds of a pretraining, remembered beside it: a run that is there already took none now."""
+    told = run / "cpu_seconds.txt"
+    if not told.exists():
+        told.write_text(f"{seconds:.1f}", encoding="utf-8")
+    return float(told.read_text(encoding="utf-8"))
+
+
+def draw(report: dict[str, Any], shown: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """Reconstructions of the first seed at the stored resolution, and every score with its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(11, 3.9), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.9, 1))
+    mae, miram = shown["mae"], shown["miram"]
+    hidden = np.where(mae["hidden"] > 0, np.nan, mae["original"])
+    columns = {"original": mae["original"], "hidden": hidden, "one scale, enlarged": mae["guess"]}
+    columns["two scales"] = miram["guess"]
+    for row, axes in enumerate(left.subplots(len(SHOWN), len(columns))):
+        low, high = np.percentile(mae["original"][row], (0.5, 99.5))
+        for ax, (name, images) in zip(axes, columns.items(), strict=True):
+            ax.set_facecolor("#3b4a5a")
+            ax.imshow(images[row], cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            if row == 0:
+                ax.set_title(name, fontsize=9)
+    names = {"untrained": "untrained", "mae": "one scale", "miram": "two scales"}
+    rows = [(label, score) for label in LABELS for score in SCORES]
+    ax = right.subplots()
+    for k, (method, name) in enumerate(names.items()):
+        found = [report["probes"][label][f"{method} {score}"] for label, score in rows]
+        value, low, high = (np.array([one[part] for one in found]) for part in ("value", "low", "high"))
+        at = np.arange(len(rows)) + 0.22 * (k - 1)
+        bars = [value - low, high - value]
+        ax.errorbar(value, at, xerr=bars, fmt="o", ms=5, capsize=2, color=OKABE_ITO[(7, 0, 4)[k]], label=name)
+    words = {"auc": "AUC", "average_precision": "average precision", "mass_margins": "margins"}
+    ax.set_yticks(range(len(rows)), [f"{words.get(a, a)}\n{words[b]}" for a, b in rows], fontsize=9)
+    ax.invert_yaxis()
+    ax.set_xlabel("linear probe, 95% over patients", fontsize=9)
+    right.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8.5, columnspacing=1)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="x", alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--patients", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--runs", type=Path, help="folder of the pretrainings; default: one that is deleted")
     args = parser.parse_args()
     torch.set_num_threads(1)
     began = time.process_time()
@@ -126,14 +183,18 @@ def main() -> None:
     found: dict[str, list[Any]] = {"mae": [], "miram": [], "untrained": []}
     detail_of: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
-    with tempfile.TemporaryDirectory() as folder:
+    shown: dict[str, dict[str, np.ndarray]] = {}
+    with contextlib.nullcontext(args.runs) if args.runs else tempfile.TemporaryDirectory() as folder:
         for seed in range(args.seeds):
             for method in METHODS:
                 config, start = configuration(method, seed, args), time.process_time()
-                run = sl.pretrain(config, Path(folder) / f"{method}-{seed}", store=store, progress=False)
-                seconds[method].append(round(time.process_time() - start, 1))
+                place = Path(folder) / f"{method}-{seed}"
+                run = sl.pretrain(config, place, store=store, resume=True, progress=False)
+                seconds[method].append(spent(place, time.process_time() - start))
                 found[method].append(predictions(run.encoder("student"), store, manifest))
-                detail_of[method].append(sharpness(run, store))
+                sharp, views = sharpness(run, store)
+                detail_of[method].append(sharp)
+                shown.setdefault(method, views)
                 print(f"seed {seed} {method}: {seconds[method][-1]} s, {detail_of[method][-1]}", flush=True)
             found["untrained"].append(predictions(random_encoder(config, seed), store, manifest))
     scores = {
@@ -161,6 +222,7 @@ def main() -> None:
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    draw(report, shown, args.picture)
     for label, values in scores.items():
         for name in (f"{m} {s}" for s in SCORES for m in ("mae", "miram", "untrained", "miram - mae")):
             v = values[name]

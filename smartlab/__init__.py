@@ -16,6 +16,7 @@ _PUBLIC = {
     "Config": "smartlab.config",
     "read_volume": "smartlab.data.readers",
     "Volume": "smartlab.data.readers",
+    "read_mammogram": "smartlab.data.mammography",
     "load_manifest": "smartlab.data.manifest",
     "Manifest": "smartlab.data.manifest",
     "verify_manifest": "smartlab.data.verify",
@@ -24,6 +25,7 @@ _PUBLIC = {
     "ViewDataset": "smartlab.data.crops",
     "LesionDataset": "smartlab.data.crops",
     "CropLoader": "smartlab.data.crops",
+    "ImageDataset": "smartlab.data.images",
     "make_phantom": "smartlab.data.phantom",
     "fetch": "smartlab.data.sources",
     "pretrain": "smartlab.training.loop",
@@ -46,6 +48,8 @@ if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.batch.results import load_results
     from smartlab.config import Config, load_config
     from smartlab.data.crops import CropLoader, LesionDataset, ViewDataset
+    from smartlab.data.images import ImageDataset
+    from smartlab.data.mammography import read_mammogram
     from smartlab.data.manifest import Manifest, load_manifest
     from smartlab.data.phantom import make_phantom
     from smartlab.data.readers import Volume, read_volume

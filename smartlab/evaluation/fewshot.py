@@ -5,6 +5,10 @@ in a random order and takes, for each class, one case of each of the first k pat
 supports grow: those of k = 1 are in those of k = 2; within a draw every k, and every set of features, is
 tested on the same patients, and no patient is ever in both support and test.
 
+Where a case may carry several classes, the k cases of each class are drawn in the same way and put
+together, each counted once: fewer cases where some serve several classes. One model per class learns from
+all of them; a class that all of them carry is not learned, every case gets the same probability.
+
 The interval of a mean is the middle 95% of the draws: where a single study with k cases per class would
 land. It is not a confidence interval of the mean: draws share patients and are not independent. For the
 same reason differences come with the share of draws that one set of features wins, not with a p-value.
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOTS = (1, 2, 5, 10, 20, 50)
+KINDS = ("binary", "multiclass", "multilabel")
 SCORES = ("auc", "average_precision", "accuracy", "balanced_accuracy", "brier")
 
 
@@ -55,8 +60,10 @@ def fewshot(
     """
     kept, y, classes, absent = labelled(table, label)
     kind = kept.specs[label].kind
-    if kind not in ("binary", "multiclass"):
-        raise UseError(f"few-shot needs one class per case, and label {label!r} is of kind {kind}")
+    if kind not in KINDS:
+        raise UseError(f"few-shot needs classes, and label {label!r} is of kind {kind}")
+    if len(classes) < 2:
+        raise DataError("few-shot needs at least two classes", found=", ".join(classes))
     if draws < 20:
         raise UseError("too few draws to tell how much they differ", found=draws, expected="at least 20")
     features = align(beside, kept)
@@ -66,12 +73,13 @@ def fewshot(
     if not shots or min(shots) < 1:
         raise UseError("shots count cases per class, from 1 on", found=list(shots))
     how, tests = _tests(kept, y, classes, split, test_folds, draws, seed)
-    results = _score(features, y, patients, classes, tests, shots, strength, seed)
+    results = _score(kind, features, y, patients, classes, tests, shots, strength, seed)
     possible = set(results.k)
     if not len(results):
         raise DataError(f"a class has fewer than {min(shots)} patients to learn from")
     facts = kept.facts | {
         "label": label,
+        "label_kind": kind,
         "classes": classes,
         "absent_classes": absent,
         "cases": len(kept),
@@ -90,6 +98,7 @@ def fewshot(
 
 
 def _score(
+    kind: str,
     features: dict[str, np.ndarray],
     y: np.ndarray,
     patients: np.ndarray,
@@ -100,7 +109,7 @@ def _score(
     seed: int,
 ) -> pd.DataFrame:
     """A row per draw, k and set of features, for every k that all draws allow."""
-    kind = "binary" if len(classes) == 2 else "multiclass"
+    kind = "binary" if kind == "multiclass" and len(classes) == 2 else kind  # the others are absent
     rows: list[dict[str, Any]] = []
     possible = set(shots)
     for draw, (pool, test) in enumerate(tests):
@@ -109,7 +118,7 @@ def _score(
         for name, x in features.items():
             z_pool, z_test = _scaled(x[pool], x[test])
             for k in sorted(possible):
-                few = np.concatenate([rows_of_class[:k] for rows_of_class in chosen])
+                few = np.unique(np.concatenate([rows_of_class[:k] for rows_of_class in chosen]))
                 found = _predict(z_pool[few], y[pool][few], classes, z_test, strength)
                 scored = metrics.scores(kind, y[test], found, classes)
                 rows.append({"features": name, "k": k, "draw": draw} | {m: scored[m] for m in SCORES})
@@ -122,12 +131,14 @@ def support(
 ) -> list[np.ndarray]:
     """For each class, rows of as many different patients as have it, one each, in random order.
 
-    The first k of each are the support of k shots, for every k.
+    y: (n,) positions of classes, or (n, classes) 0 or 1. The first k of each are the support of k shots,
+    for every k.
     """
+    has = y == 1 if y.ndim == 2 else y[:, None] == np.arange(classes)
     order = generator.permutation(len(y))  # random rows, so a random row of each patient comes first
     chosen = []
     for k in range(classes):
-        rows = order[y[order] == k]
+        rows = order[has[order, k]]
         _, first = np.unique(patients[rows], return_index=True)
         chosen.append(generator.permutation(rows[first]))
     return chosen
@@ -158,8 +169,11 @@ def _predict(
     z: np.ndarray, y: np.ndarray, classes: list[str], z_test: np.ndarray, strength: float
 ) -> np.ndarray:
     target, family = targets(y, classes)
-    found = fit(z, target, family, strength, standardise=False).predict(z_test)
-    return found[:, 0] if len(classes) == 2 else found
+    found = np.tile(target.mean(0), (len(z_test), 1))
+    varied = target.min(0) < target.max(0)  # one class of several may be in every case of a small support
+    if varied.any():
+        found[:, varied] = fit(z, target[:, varied], family, strength, standardise=False).predict(z_test)
+    return found[:, 0] if y.ndim == 1 and len(classes) == 2 else found
 
 
 def _summary(results: pd.DataFrame) -> dict[str, Estimate]:
@@ -202,7 +216,8 @@ def draw_curves(results: pd.DataFrame, facts: dict[str, Any]) -> Figure:
     shade = colours(list(results.features.unique()))
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     for ax, metric in zip(axes, ("auc", "balanced_accuracy"), strict=True):
-        chance = 0.5 if metric == "auc" else 1 / len(facts["classes"])
+        alone = metric == "auc" or facts["label_kind"] == "multilabel"
+        chance = 0.5 if alone else 1 / len(facts["classes"])
         ax.axhline(chance, color="0.7", linewidth=1, linestyle=":")
         for i, (name, part) in enumerate(results.groupby("features", sort=False)):
             found = [_middle(p[metric].to_numpy()) for _, p in part.groupby("k")]

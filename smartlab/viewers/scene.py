@@ -164,6 +164,12 @@ def _image(image: Any, spacing: Any, affine: Any) -> tuple[np.ndarray, Any, np.n
         affine = image.affine if affine is None else affine
         name = "HU" if image.modality == "CT" else "value"
         image = image.array
+    elif hasattr(image, "spacing_mm") and hasattr(
+        image, "array"
+    ):  # a Mammogram, which may not know its spacing
+        known = np.isfinite(image.spacing_mm).all()
+        spacing = image.spacing_mm if spacing is None and known else spacing
+        image = image.array
     array = as_array(image)
     while array.ndim > 3 and array.shape[0] == 1:
         array = array[0]
@@ -171,7 +177,7 @@ def _image(image: Any, spacing: Any, affine: Any) -> tuple[np.ndarray, Any, np.n
         raise UseError(
             "cannot view this image",
             found=f"{array.dtype} of shape {array.shape}",
-            expected="a Volume, or numbers of shape (X, Y, Z) or (rows, columns)",
+            expected="a Volume, a Mammogram, or numbers of shape (X, Y, Z) or (rows, columns)",
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise UseError("the image has values that are not numbers", found="NaN or infinity")

@@ -231,7 +231,7 @@ def view(
 ) -> SliceViewer:
     """Look at an image and what a method makes of it: a widget with a static picture.
 
-    image:   a `Volume`, an array (X, Y, Z) in HU and RAS order, or a 2D image (rows, columns).
+    image:   a `Volume`, a `Mammogram`, an array (X, Y, Z) in HU and RAS order, or a 2D image (rows, columns).
     window:  "lung", "soft tissue", "bone" or (low, high); default soft tissue for HU, else the whole range.
     plane:   the plane that several panels show; one panel shows all three.
     labels:  whole numbers of the image's shape, 0 for none; label_names: number -> name.

@@ -14,6 +14,7 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
+import smartlab as sl
 from smartlab.data import grey
 from smartlab.data.mammography import read_mammogram, read_pixels
 from smartlab.errors import DataError, UseError
@@ -81,6 +82,21 @@ def test_jpeg2000_of_real_scanners_is_decoded_and_windowed(tmp_path, name):
     assert found.max() > 3000 and found.min() == 0
     order = np.argsort(stored, axis=None)
     assert (np.diff(found.ravel()[order].astype(int)) >= 0).all(), "windowing keeps the order of grey values"
+
+
+@pytest.mark.parametrize("monochrome", [1, 2])
+def test_a_12_bit_jpeg2000_mammogram_is_shown_as_it_is(tmp_path, monochrome):
+    """From the file to the pixels on the screen: 256 greys, denser is brighter, neither turned nor mirrored."""
+    header = mg.write(tmp_path / "a.dcm", mg.image("R"), monochrome, "R")
+    mg.compressed(tmp_path / "a.dcm", header, "jpeg2000")
+    seen = sl.read_mammogram(tmp_path / "a.dcm")
+    viewer = sl.view(seen)
+    shown = viewer.figure().axes[0].images[0].get_array()[..., 0].astype(float)
+    assert shown.shape == mg.image("R").shape
+    assert np.abs(shown - mg.image("R") * (255 / seen.array.max())).max() <= 1
+    assert viewer.scene.spacing[:2] == (1.0, 1.0)
+    del header.ImagerPixelSpacing, header.PixelSpacing
+    assert sl.view(sl.read_mammogram(save(tmp_path / "b.dcm", header))).scene.value_name == "value"
 
 
 def test_signed_values_and_a_rescale_are_windowed_in_their_own_units(file):

@@ -12,7 +12,7 @@ from smartlab.models.attend import attend
 from smartlab.models.encoder import Encoder
 from smartlab.models.swin import Swin, shift_mask
 
-PRESETS = [name for name in ENCODERS if name != "custom"]
+PRESETS = [name for name in ENCODERS if name != "custom" and not name.startswith("vit-")]
 
 
 def pair(embed_dim, depths, num_heads, window_size, qkv_bias=True, **_):

@@ -355,4 +355,4 @@ def test_a_briefly_pretrained_tiny_encoder_segments_organs_in_minutes_of_one_cor
         torch.set_num_threads(threads)
     assert len(result.facts["labels"]) == 16
     assert result.metrics["dice"].value > 0.6, f"{result.metrics['dice']} after {seconds:.0f} s"
-    assert seconds < 600  # 242 s where it was measured; how fast a machine is, is no property of the code
+    assert seconds < 1500  # 242 s on an idle core where it was measured; a busy one shares its units

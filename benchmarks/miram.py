@@ -190,6 +190,8 @@ def main() -> None:
                 config, start = configuration(method, seed, args), time.process_time()
                 place = Path(folder) / f"{method}-{seed}"
                 run = sl.pretrain(config, place, store=store, resume=True, progress=False)
+                if not run.finished:  # asked to stop: what there is would not be comparable
+                    raise SystemExit(f"stopped at step {run.step}; the same command goes on from there")
                 seconds[method].append(spent(place, time.process_time() - start))
                 found[method].append(predictions(run.encoder("student"), store, manifest))
                 sharp, views = sharpness(run, store)

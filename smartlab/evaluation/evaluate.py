@@ -87,10 +87,12 @@ def evaluate(
     settings = _checked(task, settings | {"seed": seed})
     encoder, facts = as_encoder(source, role)
     given = manifest if isinstance(manifest, Manifest) else load_manifest(manifest)
+    _check_dimensions(encoder, given)
     data = DataConfig(
         manifest=str(manifest) if not isinstance(manifest, Manifest) else given.name,
         root=None if root is None else str(root),
         spacing=encoder.config.data.spacing,
+        grey=encoder.config.data.grey,
         phantom_cases=phantom_cases,
         workers=workers,
     )
@@ -110,6 +112,18 @@ def evaluate(
     if out is not None:
         result.save(out)
     return result
+
+
+def _check_dimensions(encoder: Any, given: Manifest) -> None:
+    """Refuse, before any work, an encoder of images for scans and one of scans for images."""
+    images = encoder.config.encoder.kind == "vit"
+    if images != (given.modality == "MG"):
+        raise UseError(
+            f"an encoder of {'images' if images else 'scans'} cannot take {given.name}",
+            found=f"modality {given.modality}",
+            expected="mammograms (MG)" if images else "scans",
+            fix=f"give a manifest of such, as manifest={'phantom-mammo' if images else 'phantom-ct'}",
+        )
 
 
 @dataclass

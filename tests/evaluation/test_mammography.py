@@ -178,6 +178,29 @@ def test_baselines_measure_the_mass_on_the_image(cohort):
     assert np.allclose(tables["size"].x[:, 0], diameters, atol=1.5), "of the discs that were drawn"
 
 
+def test_scans_are_refused_before_any_work(encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("SMARTLAB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UseError, match=r"an encoder of images cannot take phantom-ct.*found modality CT"):
+        sl.evaluate(encoder, "probe", "phantom-ct", **QUIET)
+    with pytest.raises(UseError, match=r"an encoder of scans cannot take phantom-mammo"):
+        sl.evaluate(random_encoder(sl.load_config("tiny")), "probe", "phantom-mammo", **QUIET)
+    assert not (tmp_path / "cache").exists(), "no phantom was made"
+
+
+@pytest.mark.parametrize("grey", ["voi", "percentile"])
+def test_the_store_is_that_of_training(encoder, grey, tmp_path, monkeypatch):
+    """Evaluation windows the images as the encoder saw them."""
+    from smartlab.evaluation import evaluate as module
+
+    asked = []
+    monkeypatch.setattr(module, "prepare_store", lambda data, progress: asked.append(data) or 1 / 0)
+    own = random_encoder(encoder.config.model_copy(deep=True))
+    own.config.data.grey = grey
+    with pytest.raises(ZeroDivisionError):
+        sl.evaluate(own, "probe", "phantom-mammo", **QUIET)
+    assert (asked[0].grey, asked[0].spacing) == (grey, 1.0)
+
+
 def test_whole_images_have_features_and_organs_are_refused(cohort, encoder):
     man, store = cohort
     table = scan_features(

@@ -60,7 +60,7 @@ def whole_header(file: Path, tags: list[str]) -> Dataset | None:
         return None
     if not (header.get("SOPClassUID") and series_uid(header)):
         raise damaged(file, "its header has no SOPClassUID or SeriesInstanceUID")
-    if header.SOPClassUID in CT_CLASSES and "Rows" not in header:  # it follows the UID: that may be cut
+    if str(header.SOPClassUID) in CT_CLASSES and "Rows" not in header:  # it follows the UID: that may be cut
         raise damaged(file, "its header has no Rows")
     return header
 

@@ -147,10 +147,9 @@ def _regions(store: Store, regions: str | Sequence[str] | None) -> dict[str, lis
         )
     if regions is None:
         regions = "lesion" if lesions else "organs"
-    if regions == "organs" and organs:
-        return organs
     every = {name: [value] for value, name in names.items()} | ({"lesion": lesions} if lesions else {})
-    asked = [regions] if isinstance(regions, str) else list(regions)
+    given = [regions] if isinstance(regions, str) else list(regions)
+    asked = [part for name in given for part in (organs if name == "organs" and organs else [name])]
     unknown = [name for name in asked if name not in every]
     if not asked or unknown:
         raise UseError(

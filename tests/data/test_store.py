@@ -605,7 +605,6 @@ def test_reading_a_part_reads_that_part(cohort):
     ("change", "match"),
     [
         (lambda c: (manifest([], source={"kind": "local"}), c[1], c[2]), "no cases"),
-        (lambda c: (c[0].model_copy(update={"modality": "MG"}), c[1], c[2]), "found MG"),
         (lambda c: (c[0], c[1] / "nowhere", c[2]), "no such folder"),
     ],
 )

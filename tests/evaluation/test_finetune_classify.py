@@ -53,6 +53,12 @@ class FakeStore:
         self.cases = pd.DataFrame(rows).set_index("key").astype(object)
         self.bright = list(truth)
 
+    def __len__(self):
+        return len(self.bright)
+
+    def shape(self, image):
+        return (32, 32, 32)
+
     def affine(self, image):
         return np.diag([3.0, 3.0, 3.0, 1.0])
 

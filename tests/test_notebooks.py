@@ -63,7 +63,7 @@ CHANGED: dict[str, dict] = {
         "seed": 1,
     },
     "04_linear_probe": {
-        "label": "texture",
+        "label": "margin",
         "pooling": "cls",
         "split": "folds",
         "folds": 2,
@@ -89,7 +89,7 @@ CHANGED: dict[str, dict] = {
         "organs": "spleen",
         "segment_modes": "scratch, frozen",
         "segment_steps": 2,
-        "segment_size": 64,
+        "segment_size": 96,
         "segment_lr": 0.002,
         "batch": 2,
         "resume": False,
@@ -252,7 +252,7 @@ def test_the_demo_runs_every_notebook_with_every_parameter_changed(tmp_path, mon
 
     monkeypatch.setenv("SMARTLAB_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "own"
-    made = sl.make_phantom("ct", data, n=6, workers=0, progress=False)
+    made = sl.make_phantom("ct", data, n=8, shape=(120, 120, 120), workers=0, progress=False)
     own = made.model_copy(update={"source": made.source.model_copy(update={"kind": "local"})})
     own.save(data / "own.json")
     small = {"encoder.embed_dim": 12, "data.view": 32, "data.region": 48, "train.batch": 1, "train.steps": 2}
@@ -265,7 +265,7 @@ def test_the_demo_runs_every_notebook_with_every_parameter_changed(tmp_path, mon
     for path in NOTEBOOKS:
         known, changed = parameters_of(path), dict(CHANGED[path.stem])
         if path.stem not in NO_CT:
-            changed = {k: v for k, v in (common | {"patients": 6}).items() if k in known} | changed
+            changed = {k: v for k, v in (common | {"patients": 8}).items() if k in known} | changed
         if "preset" in changed:
             changed["preset"] = str(tmp_path / changed["preset"])
         given[path.stem] = changed

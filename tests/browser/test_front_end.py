@@ -147,13 +147,16 @@ def test_every_tool_has_a_name_and_states_what_it_does(page, full):
 
 
 def test_a_slice_change_is_drawn_within_what_we_promise(page):
-    """From the event to the drawn image, median of 50; the best of three rounds, as others use the machine too."""
+    """From the event to the drawn image, median of 50; the best of three rounds, as others use the machine too.
+
+    When the browser shows it is up to its frames (16.7 ms apart on an idle machine): `make bench` tells.
+    """
     for _ in range(3):
         results = measure(page)
         for name in PROMISED:
             assert results[name]["changed"] == results[name]["events"] == 50, (
                 "every event changes the picture"
             )
-        if all(results[name]["shown_ms"] < limit for name, limit in PROMISED.items()):
+        if all(results[name]["drawn_ms"] < limit for name, limit in PROMISED.items()):
             return
     pytest.fail(f"slower than promised: {results}")

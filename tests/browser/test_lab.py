@@ -137,7 +137,8 @@ def the_picture_can_be_saved(page, path):
 def the_notebook_stays_small_and_keeps_a_static_picture(page, path):
     assert page.locator("img.smartlab-still").is_hidden(), "the widget has taken its place"
     page.keyboard.press("Control+s")
-    until(lambda: "smartlab-still" in path.read_text(encoding="utf-8"))
+    # the browser's requests pass through this process: let it work while waiting
+    until(lambda: page.wait_for_timeout(100) or "smartlab-still" in path.read_text(encoding="utf-8"))
     assert path.stat().st_size < 500_000
     book = nbformat.read(path, as_version=4)
     state = json.dumps(book.metadata.get("widgets", {}))
@@ -145,10 +146,8 @@ def the_notebook_stays_small_and_keeps_a_static_picture(page, path):
 
 
 def a_dark_theme_stays_readable(page):
-    page.get_by_role("menuitem", name="Settings", exact=True).click()
-    page.get_by_role("menuitem", name="Theme", exact=True).hover()
-    page.get_by_role("menuitem", name="JupyterLab Dark", exact=True).click()
-    page.wait_for_selector("body[data-jp-theme-name='JupyterLab Dark']")
+    page.evaluate("jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
+    page.wait_for_selector("body[data-jp-theme-name='JupyterLab Dark']", state="attached")
     page.wait_for_timeout(500)
     ink, paper = page.locator(".smartlab-viewer").evaluate(
         """e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor].map(

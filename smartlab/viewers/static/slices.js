@@ -24,7 +24,10 @@ class SliceView {
     this.painter = new Painter(meta, arrays);
     this.painter.setWindow(state.window);
     root.classList.add("smartlab-viewer");
-    root.setAttribute("data-lm-suppress-shortcuts", "true"); // the notebook's own keys, m or a among them
+    // the notebook's own keys, m or a among them, are ours here; Ctrl+S and its like stay the notebook's
+    const own = (event) => root.toggleAttribute("data-lm-suppress-shortcuts", !(event?.ctrlKey || event?.metaKey));
+    for (const name of ["keydown", "keyup", "focusin"]) root.addEventListener(name, own);
+    own();
     root.addEventListener("keydown", (event) => this.key(event));
     this.grid = make("div", { class: "smartlab-grid" });
     this.readout = make("output", { class: "smartlab-readout", "aria-live": "off" });

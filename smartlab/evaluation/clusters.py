@@ -32,6 +32,7 @@ same rows and draws of patients.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -220,9 +221,12 @@ def _umap(x: np.ndarray, seeds: int, seed: int) -> list[np.ndarray]:
     """UMAP of several seeds, all from exact neighbours and from PCA: what differs is the layout by chance."""
     import warnings
 
+    import torch
     from sklearn.neighbors import NearestNeighbors
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as after:
+        # numba sets the number of OpenMP threads, torch's too: where cores are shared they wait for each other
+        after.callback(torch.set_num_threads, torch.get_num_threads())
         warnings.simplefilter("ignore")  # numba's and umap's remarks about threads and reuse
         from umap import UMAP
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -137,6 +139,15 @@ def test_other_features_stand_beside_on_the_same_rows():
 
 
 @pytest.mark.slow
+def test_umap_leaves_the_number_of_threads_alone():
+    """numba sets it for the whole process, which made encoders many times slower where cores were shared."""
+    code = (
+        "import numpy as np, torch; from smartlab.evaluation.clusters import _umap\n"
+        "before = torch.get_num_threads(); _umap(np.random.rand(32, 24), 2, 0); assert torch.get_num_threads() == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
 def test_umap_beside_the_others():
     result = clusters(blobs(12), draws=50, umap_seeds=2)
     assert {"umap_x", "pca_x", "tsne_x"} <= set(result.table)

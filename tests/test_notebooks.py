@@ -87,7 +87,7 @@ CHANGED: dict[str, dict] = {
         "classify_steps": 2,
         "classify_size": 64,
         "organs": "spleen",
-        "segment_modes": "scratch, frozen",
+        "segment_modes": "scratch",
         "segment_steps": 2,
         "segment_size": 96,
         "segment_lr": 0.002,

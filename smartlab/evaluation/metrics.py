@@ -265,7 +265,8 @@ def _count_below(values: np.ndarray, start: np.ndarray, limit: np.ndarray) -> np
     questions follow the part of their range that shares the bits of their limit.
     """
     low, high, count = start, np.full(len(start), len(values)), np.zeros(len(start), np.int64)
-    for bit in reversed(range(int(limit.max(initial=0)).bit_length())):
+    bits = int(max(limit.max(initial=0), values.max(initial=0))).bit_length()
+    for bit in reversed(range(bits)):
         zero = (values >> bit) & 1 == 0
         zeros = np.append(0, np.cumsum(zero))
         above = (limit >> bit) & 1 == 1

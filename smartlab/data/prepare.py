@@ -11,6 +11,7 @@ from pathlib import Path
 
 from smartlab.config import DataConfig
 from smartlab.data.manifest import Manifest, load_manifest
+from smartlab.data.privacy import salt
 from smartlab.data.store import Store, build_store, open_store
 from smartlab.errors import UseError
 
@@ -23,6 +24,7 @@ def cache_folder() -> Path:
 def prepare_store(data: DataConfig, progress: bool = True) -> tuple[Manifest, Store]:
     """The manifest and store of a configuration; makes the phantom and builds the store if need be."""
     man = load_manifest(data.manifest)
+    salt()  # an unusable one is refused now, not after minutes of drawing phantoms
     if man.source.kind == "phantom":
         man, root = _phantom(man, data, progress)
     elif data.root is None:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from smartlab import DataError
+from smartlab import DataError, UseError
 from smartlab.data import privacy
 
 
@@ -39,3 +39,14 @@ def test_a_salt_that_another_process_made_first_is_kept(home):
     assert salts == {path.read_bytes()} and len(path.read_bytes()) == 64
     privacy._make_salt(path)  # the loser of a race
     assert salts == {path.read_bytes()} and [p.name for p in path.parent.iterdir()] == ["salt"]
+
+
+def test_an_unusable_salt_is_refused_before_any_phantom_is_drawn(tmp_path, monkeypatch):
+    from smartlab.config import DataConfig
+    from smartlab.data.prepare import prepare_store
+
+    monkeypatch.setenv("SMARTLAB_SALT", "short")
+    monkeypatch.setenv("SMARTLAB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(UseError, match="too short"):
+        prepare_store(DataConfig(phantom_cases=2), progress=False)
+    assert not (tmp_path / "cache").exists()

@@ -59,22 +59,27 @@ def until(check, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
+def shows(page, expected, plane="axial", panel=0):
+    """A canvas comes to show this picture, exactly; it is drawn in the browser's next frame."""
+    until(lambda: page.wait_for_timeout(20) or same(pixels(page, plane, panel), expected), 20)
+
+
 def wheel_key_and_slider_turn_to_the_right_slice(page, scan):
     page.locator("button[data-overlay=mask]").click()  # off: the plain image
     middle = example.SIDE // 2
-    assert same(pixels(page), windowed(scan.array, "axial", middle, *SOFT))
+    shows(page, windowed(scan.array, "axial", middle, *SOFT))
     stage(page).hover()
     page.mouse.wheel(0, -100)
     until(lambda: index(page) == middle + 1)
-    assert same(pixels(page), windowed(scan.array, "axial", middle + 1, *SOFT))
+    shows(page, windowed(scan.array, "axial", middle + 1, *SOFT))
     stage(page).focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
-    assert index(page) == middle - 1
-    assert same(pixels(page), windowed(scan.array, "axial", middle - 1, *SOFT))
+    until(lambda: index(page) == middle - 1)
+    shows(page, windowed(scan.array, "axial", middle - 1, *SOFT))
     coronal = page.locator("figure", has=stage(page, "coronal")).locator("input.smartlab-slice")
     coronal.fill("40")
-    assert same(pixels(page, "coronal"), windowed(scan.array, "coronal", 40, *SOFT))
+    shows(page, windowed(scan.array, "coronal", 40, *SOFT), "coronal")
 
 
 def overlays_come_and_go_by_key_and_not_the_notebooks_cells(page, scan, artifacts):
@@ -83,15 +88,15 @@ def overlays_come_and_go_by_key_and_not_the_notebooks_cells(page, scan, artifact
     plain = pixels(page)
     for key, overlay in (("m", "mask"), ("a", "attention"), ("r", "reconstruction"), ("e", "error")):
         page.keyboard.press(key)
-        assert same(pixels(page), overlaid(scan, page, shown=[overlay])), overlay
+        shows(page, overlaid(scan, page, shown=[overlay]))
         assert not same(pixels(page), plain)
         page.keyboard.press(key)
-        assert same(pixels(page), plain)
+        shows(page, plain)
     assert page.locator(".jp-Notebook .jp-Cell").count() == cells, "m and a are keys of JupyterLab, too"
     page.keyboard.press("a")
     page.locator("input[data-overlay=attention]").fill("80")
     page.locator(".smartlab-viewer select").select_option("1")
-    assert same(pixels(page), overlaid(scan, page, shown=["attention"], opacity={"attention": 0.8}, head=1))
+    shows(page, overlaid(scan, page, shown=["attention"], opacity={"attention": 0.8}, head=1))
     page.locator(".smartlab-viewer").screenshot(path=artifacts / "attention.png")
     page.keyboard.press("Escape")
     stage(page).focus()
@@ -165,7 +170,7 @@ def test_linked_panels_turn_together(context, lab, scan, artifacts):
     middle = example.SIDE // 2
     for panel in range(3):
         until(lambda panel=panel: index(page, panel=panel) == middle - 1)
-        assert same(pixels(page, panel=panel), windowed(scan.array, "axial", middle - 1, -1000, 400))
+        shows(page, windowed(scan.array, "axial", middle - 1, -1000, 400), panel=panel)
     page.locator("button[data-overlay=mask]").click()
     page.locator(".smartlab-viewer").screenshot(path=artifacts / "linked.png")
     assert errors == []
@@ -188,7 +193,7 @@ def test_a_click_on_a_point_shows_its_crop(context, lab, artifacts):
         page.wait_for_selector(f'.smartlab-crop [data-point="{number}"] .smartlab-stage')
         assert page.locator(".smartlab-tip").inner_text() == f"case {number:03d} · {example.kinds()[number]}"
         for plane in ("axial", "coronal", "sagittal"):
-            assert same(pixels(page, plane), windowed(example.crop(number), plane, 12, *SOFT))
+            shows(page, windowed(example.crop(number), plane, 12, *SOFT), plane)
     page.locator(".smartlab-viewer.smartlab-embedding").screenshot(path=artifacts / "points.png")
     assert errors == []
     page.close()

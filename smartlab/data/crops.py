@@ -11,6 +11,7 @@ no crop is copied more often than needed.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -37,17 +38,17 @@ _MEMORY: list[np.ndarray] = []
 _REACH = 3  # voxels (or output voxels, if larger) around a crop that resampling looks at
 
 
-class CropDataset:
+class CropDataset(ABC):
     """Map-style dataset of arrays of fixed shapes. Subclasses fill `fields`, `__len__` and `read`."""
 
     fields: Fields  # name -> (shape, dtype)
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, epoch: int, index: int, out: dict[str, np.ndarray]) -> Item:
         """Write the arrays of an item into `out`; return the rest of the item."""
-        raise NotImplementedError
 
     def __getitem__(self, key: int | tuple[int, int]) -> Item:
         epoch, index = key if isinstance(key, tuple) else (0, key)

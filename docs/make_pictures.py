@@ -185,6 +185,7 @@ FROM_NOTEBOOKS = {  # our name -> picture of a notebook
     "heads": "03_masks_and_attention/figures/heads.png",
     "hidden": "03_masks_and_attention/figures/hidden.png",
     "organ-map": "05_organ_clusters/figures/map.png",
+    "ablation": "09_ablations/figures/forest.png",
     "viewer-static": "00_start_here/figures/organs.png",
 }
 

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,7 +149,9 @@ def _write_html(executed: Path, page: Path) -> None:
     import nbformat
     from nbconvert import HTMLExporter
 
-    body, _ = HTMLExporter(template_name="lab").from_notebook_node(nbformat.read(executed, as_version=4))
+    with warnings.catch_warnings():  # figures of plotly come with a static picture, which is what is taken
+        warnings.filterwarnings("ignore", message="Your element with mimetype")
+        body, _ = HTMLExporter(template_name="lab").from_notebook_node(nbformat.read(executed, as_version=4))
     _replace(page, body)
 
 

@@ -105,7 +105,7 @@ def heat(table: pd.DataFrame, x: str, y: str, metric: str, *, title: str = "") -
     for row in table.to_dict("records"):
         place = across.index(row[x]), down.index(row[y])
         half = (row["high"] - row["low"]) / 2
-        text = f"{row['value']:.3g}" + (f"\n± {half:.2g}" if math.isfinite(half) else "")
+        text = f"{row['value']:.3g}" + (f"\n± {_short(half)}" if math.isfinite(half) else "")
         bright = (row["value"] - low) / ((high - low) or 1) > 0.55
         ax.text(*place, text, ha="center", va="center", fontsize=9, color="black" if bright else "white")
     ax.set_xticks(range(len(across)), [_level(v) for v in across], fontsize=9)
@@ -120,6 +120,11 @@ def heat(table: pd.DataFrame, x: str, y: str, metric: str, *, title: str = "") -
     figure.colorbar(picture, ax=ax, label=metric).outline.set_visible(False)  # type: ignore[operator]
     ax.set_title(title, fontsize=11)
     return figure
+
+
+def _short(number: float) -> str:
+    """Two digits, without an exponent."""
+    return f"{number:.0f}" if abs(number) >= 10 else f"{number:.2g}"
 
 
 def dose(table: pd.DataFrame, x: str, by: str | None, metric: str, *, title: str = "") -> Figure:

@@ -65,6 +65,8 @@ def main() -> None:
             "phantom_scans": args.phantom_scans,
         },
     }
+    if args.only and args.json.is_file():  # keep what was found for the others
+        report = json.loads(args.json.read_text(encoding="utf-8")) | report
     failed = 0
     for name in args.only or sections:
         report[name] = {}
@@ -84,7 +86,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--encoder", required=True, help="run, exported file, or random")
     parser.add_argument("--out", type=Path, default=Path("runs/real-data"))
-    parser.add_argument("--only", nargs="*", choices=["nodules", "sarcoma", "organs", "phantom"])
+    parser.add_argument(
+        "--only", nargs="*", choices=["nodules", "sarcoma", "organs", "phantom"], help="the others stay as they are"
+    )
     parser.add_argument("--steps", type=int, default=120, help="of each fine-tuning")
     parser.add_argument("--scans", type=int, default=24, help="sarcoma scans, all 24 by default")
     parser.add_argument("--phantom-cases", type=int, default=60, help="for tasks on lesions")

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ class Monitor:
         self.run, self.config, self.enabled = run, config, enabled
         self.alarms: dict[str, int] = {}
         self._guided: float | None = None
+        self._spread: deque[float] = deque(maxlen=5)
         self._started, self._first = time.monotonic(), start
         self._bar: Any = None
         self._board: Any = None
@@ -178,9 +180,10 @@ class Monitor:
                         f"loss_{term} sits at ln K = {ceiling:.2f}: nothing is learned from it; "
                         "try distill.kind=regression, or larger batches"
                     )
-        if step > 50 and row.get("feature_std", 1.0) < 0.01:
+        self._spread.append(row.get("feature_std", 1.0))  # a few views are a noisy measure: five in a row
+        if step > 50 and len(self._spread) == 5 and max(self._spread) < 0.01:
             found["collapse"] = (
-                "image tokens of different views are nearly equal (feature_std < 0.01): collapse"
+                "image tokens of different views are nearly equal (feature_std < 0.01, five times in a row): collapse"
             )
         if row.get("guided", 0.0) and row.get("attention_informativeness", 1.0) < 0.005:
             found["uniform_attention"] = (

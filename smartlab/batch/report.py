@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from smartlab.batch.plan import Plan
 from smartlab.batch.results import (
+    ESTIMATE,
     effects,
     factors,
     load_results,
@@ -35,7 +36,9 @@ def write_report(out: str | Path, plan: Plan | None = None, metrics: Sequence[st
     runs, table = load_runs(out), load_results(out)
     lines = _head(plan, runs, table)
     for step in table.step.unique():
-        rows = table[table.step == step].dropna(axis=1, how="all")
+        rows = table[table.step == step]
+        other = [name for name in rows if name not in ESTIMATE and rows[name].isna().all()]  # of other steps
+        rows = rows.drop(columns=other)
         if factors(rows):
             lines += _step(out, step, rows, metrics)
     lines += _failures(runs)

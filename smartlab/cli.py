@@ -144,12 +144,13 @@ def evaluate(
     manifest: Annotated[str, typer.Option(help="Manifest name or path.")] = "phantom-ct",
     settings: Annotated[list[str] | None, typer.Argument(help="Settings of the task as key=value.")] = None,
     root: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
+    store: Annotated[Path | None, typer.Option(help="A store of them; else one is built beside.")] = None,
     label: Annotated[str | None, typer.Option(help="What to predict; the first binary label.")] = None,
     out: Annotated[Path | None, typer.Option(help="Results; default RUN/evaluation/TASK.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge a frozen encoder on a downstream task, beside a random one and trivial baselines."""
-    _judge(run, task, manifest, settings, root, label, out, as_json)
+    _judge(run, task, manifest, settings, root, store, label, out, as_json)
 
 
 @app.command(epilog=FINETUNE)
@@ -159,6 +160,7 @@ def finetune(
     manifest: Annotated[str, typer.Option(help="Manifest name or path.")] = "phantom-ct",
     settings: Annotated[list[str] | None, typer.Argument(help="Settings of the task as key=value.")] = None,
     root: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
+    store: Annotated[Path | None, typer.Option(help="A store of them; else one is built beside.")] = None,
     label: Annotated[str | None, typer.Option(help="classify: what to predict.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Trainings and results; default RUN/finetune/TASK.")
@@ -171,7 +173,7 @@ def finetune(
 
     if task not in FINE_TUNING:
         raise UseError(f"no task {task!r}", expected=" or ".join(FINE_TUNING))
-    _judge(run, task, manifest, settings, root, label, out, as_json, resume=resume)
+    _judge(run, task, manifest, settings, root, store, label, out, as_json, resume=resume)
 
 
 def _judge(
@@ -180,18 +182,22 @@ def _judge(
     manifest: str,
     settings: list[str] | None,
     root: Path | None,
+    store: Path | None,
     label: str | None,
     out: Path | None,
     as_json: bool,
     **more: Any,
 ) -> None:
     from smartlab.config import parse_overrides
+    from smartlab.data.store import open_store
     from smartlab.evaluation.evaluate import FINE_TUNING
     from smartlab.evaluation.evaluate import evaluate as judge
 
     given = parse_overrides(settings or [])
-    if taken := set(given) & {"task", "manifest", "root", "label", "out", "progress", "store"}:
+    if taken := set(given) & {"task", "manifest", "root", "store", "label", "out", *more}:
         raise UseError(f"{min(taken)} is an option here", fix=f"write --{min(taken)} …")
+    if "progress" in given:
+        raise UseError("progress is always shown, but for --json")
     if out is None:
         home = run if run.is_dir() else run.parent / run.stem
         name = task if label is None else f"{task}-{label}"
@@ -201,6 +207,7 @@ def _judge(
         task,
         manifest,
         root=root,
+        store=None if store is None else open_store(store),
         label=label,
         out=out,
         progress=not as_json,

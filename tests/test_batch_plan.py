@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -50,9 +51,7 @@ def test_another_source_notebook_or_data_is_another_run(tmp_path):
     keys = []
 
     def key(**more):
-        from smartlab.batch import runs
 
-        runs._contents.cache_clear()
         keys.append(expand(load_plan(path), **more)[0].key)
 
     key()
@@ -61,9 +60,14 @@ def test_another_source_notebook_or_data_is_another_run(tmp_path):
     key()
     (tmp_path / "d" / "in.txt").write_text("dataset")
     key()
+    with (tmp_path / "d" / "in.txt").open("wb") as large:  # too large to be read: its time tells
+        large.truncate(2**24)
+    key()
+    os.utime(tmp_path / "d" / "in.txt", (1, 1))
+    key()
     toy_notebook(tmp_path, "y = 1")
     key()
-    assert len(set(keys)) == 5
+    assert len(set(keys)) == 7
     key()
     assert keys[-1] == keys[-2]
 
@@ -120,6 +124,22 @@ def test_overrides_replace_fixed_values_factors_and_resources(tmp_path):
     assert plan.steps[0].resources.gpus == 2
     with pytest.raises(UseError, match="id you mean 'wait'"):
         load_plan(path, {"wiat": 1})
+
+
+def test_overrides_meet_exclusions_rows_and_what_a_step_holds_fixed(tmp_path):
+    toy_notebook(tmp_path)
+    steps = [{"name": "a", "notebook": "toy.ipynb", "parameters": {"rate": 0.5, "kind": "{word}"}}]
+    rows = [{"word": "u"}, {"word": "v"}]
+    rule = [{"x": 1, "wait": 2.0}]
+    path = write_plan(tmp_path, steps=steps, list=rows, grid={"x": [1, 2], "wait": [1.0, 2.0]}, exclude=rule)
+    assert len(load_plan(path).combinations) == 6
+    assert len(load_plan(path, {"x": 2}).combinations) == 4, "nothing left to exclude"
+    assert len(load_plan(path, {"a.rate": [0.1, 0.2], "x": 2}).combinations) == 8
+    with pytest.raises(UseError, match="set row by row"):
+        load_plan(path, {"word": "w"})
+    lacking = write_plan(tmp_path, steps=steps, list=[{"word": "u"}, {"x": 2}])
+    with pytest.raises(UseError, match=r"a\.kind takes in 'word', which some combinations lack"):
+        load_plan(lacking)
 
 
 def test_texts_take_in_factors_that_no_notebook_knows(tmp_path):

@@ -88,6 +88,8 @@ class Place:
                     "the Dask scheduler is gone", fix="start the batch again: what is done stays done"
                 ) from None
             return {"state": "stopped"}
+        except Exception as error:  # one worker without smartlab, say, must not end the batch
+            return {"state": "lost", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import os
 import queue
 import shutil
 import time
+import uuid
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -77,6 +78,7 @@ class Batch:
         self.busy: dict[str, float] = {}  # key -> when to look again
         self.flying: dict[str, Any] = {}  # key -> Dask's future
         self.executed, self.number, self.changed = 0, 0, False
+        self.token = uuid.uuid4().hex[:8]  # two batches may share a scheduler
         self.children: dict[str, list[str]] = {key: [] for key in self.runs}
         for run in self.runs.values():
             for before in run.upstream.values():
@@ -180,7 +182,7 @@ class Batch:
         run = self.runs[key]
         above = {name: self.folder[before.key] for name, before in run.upstream.items()}
         return {
-            "id": f"{key}-{self.number}",
+            "id": f"{key}-{self.number}-{self.token}",
             "out": str(self.out),
             "step": run.step,
             "name": run.name,
@@ -216,12 +218,12 @@ class Batch:
             self.changed = True
         elif state == "stopped":  # its worker is closing; after a request to stop nothing is sent anyway
             self._consider(key)
-        elif state == "lost":
+        else:
             self.lost[key] += 1
             if self.lost[key] < MOST_LOST:
                 self._consider(key)
             else:
-                self._give_up(key, answer["error"])
+                self._give_up(key, answer.get("error") or f"it was left {state}")
 
     def _settle(self, key: str, folder: Path, state: str, error: str, seconds: float) -> None:
         if state == records.DONE:

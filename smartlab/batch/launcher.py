@@ -15,6 +15,7 @@ import shutil
 import signal
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,13 +112,12 @@ def _fork(request: dict[str, Any], ours: list[int]) -> Child:
 
 def _kill(pid: int) -> None:
     """End a run and everything it has started, the kernel's own children included."""
-    try:
+    with suppress(psutil.NoSuchProcess):
         run = psutil.Process(pid)
         run.suspend()  # so that it starts nothing more
         for process in [*run.children(recursive=True), run]:
-            process.kill()
-    except psutil.NoSuchProcess:
-        pass
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def _answer(child: Child) -> None:
@@ -147,7 +147,7 @@ def _answer(child: Child) -> None:
 
 
 def _record_timeout(out: Path, folder: Path, child: Child) -> None:
-    held = records.lock(out, child.request["key"])
+    held = records.lock(out, child.request["key"], wait=1.0)
     record = records.read(folder)
     if held is not None and record.get("state") == records.RUNNING and record.get("pid") == child.pid:
         minutes = child.request["seconds"] / 60

@@ -158,6 +158,8 @@ def _execute(notebook: Path, folder: Path, parameters: dict[str, Any], environme
             return f"cell {error.exec_count}: {error.ename}: {(error.evalue.splitlines() or [''])[0]}"
         except (DeadKernelError, RuntimeError, TimeoutError, OSError) as error:
             traceback.print_exc()
+            if _has_begun(folder) and isinstance(error, OSError):  # a full disk, say
+                return f"{type(error).__name__}: {error}"
             if _has_begun(folder):
                 return "the kernel died: out of memory, or a crash in a library; see log.txt"
             if attempt == STARTS:
@@ -169,7 +171,18 @@ def _execute(notebook: Path, folder: Path, parameters: dict[str, Any], environme
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
         else:
             break
-    return "" if (folder / "result.json").is_file() else "the notebook ended without writing result.json"
+    return _fault(folder / "result.json")
+
+
+def _fault(path: Path) -> str:
+    """What is wrong with the result, if anything."""
+    if not path.is_file():
+        return "the notebook ended without writing result.json"
+    try:
+        whole = isinstance(json.loads(path.read_text(encoding="utf-8"))["metrics"], dict)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    return "" if whole else "the notebook wrote a result.json that is not JSON with metrics"
 
 
 def _has_begun(folder: Path) -> bool:

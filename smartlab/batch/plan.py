@@ -20,7 +20,7 @@ of an earlier step's run, the plan's folder, and factors: "{pretrain}/run", "{pl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,7 @@ def load_plan(plan: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
         _check_fixed(step, {p for f in factors for s, p in _targets(f, factors[f]) if s == step.name}, path)
     _check_values(groups, factors, steps, path)
     combinations = _combine(groups, file.exclude, factors, path)
+    _check_texts(steps, combinations, path)
     return Plan(path.stem, file.title, file.about.strip(), tuple(steps.values()), factors, combinations, path)
 
 
@@ -176,6 +177,8 @@ def _explain(error: ValidationError) -> str:
 def _override(file: _File, overrides: dict[str, Any], path: Path) -> _File:
     """Overrides take the place of fixed values and of factors alike."""
     content = file.model_dump(by_alias=True, exclude_none=True)
+    paired: list[Any] = file.paired if isinstance(file.paired, list) else [file.paired]
+    by_rows = {name for row in [*file.list_, *paired] for name in row}
     for key, value in overrides.items():
         head, _, rest = key.rpartition(".")
         if key == "seeds":
@@ -188,18 +191,31 @@ def _override(file: _File, overrides: dict[str, Any], path: Path) -> _File:
             _step_of(content, head.removesuffix(".resources"), path)["resources"][rest] = value
         elif key in content["grid"]:
             content["grid"][key] = value if isinstance(value, list) else [value]
-        elif isinstance(value, list):
-            content["grid"][key] = value
-            content["parameters"].pop(key, None)
+        elif key in by_rows:
+            raise UseError(
+                f"{key} is set row by row in this plan", path=path, fix="copy the plan and change its rows"
+            )
         else:
-            content["parameters"][key] = value
+            content["grid" if isinstance(value, list) else "parameters"][key] = value
+            if isinstance(value, list):
+                content["parameters"].pop(key, None)
             for step in content["steps"]:
                 if head in ("", step["name"]):
                     step["parameters"].pop(rest, None)
+    content["exclude"] = [rule for rule in content["exclude"] if _may_match(rule, content["grid"], overrides)]
     try:
         return _File.model_validate(content)
     except ValidationError as error:
         raise UseError(_explain(error), path=path) from None
+
+
+def _may_match(rule: Mapping[str, Any], grid: Mapping[str, Any], overrides: Mapping[str, Any]) -> bool:
+    """Whether an exclusion still has something to exclude after an override of one of its factors."""
+    return all(
+        any(value in grid[name] for value in (values if isinstance(values, list) else [values]))
+        for name, values in rule.items()
+        if name in overrides and name in grid
+    )
 
 
 def _step_of(content: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
@@ -351,6 +367,20 @@ def _check_type(step: Step, name: str, value: Scalar, path: Path) -> None:
         raise UseError(
             f"{step.name}.{name} has the wrong type", path=path, found=repr(value), expected=expected, fix=fix
         )
+
+
+def _check_texts(steps: Mapping[str, Step], combinations: Sequence[Assignment], path: Path) -> None:
+    """Every text must find its words in every combination."""
+    for step in steps.values():
+        for parameter, names in step.templates.items():
+            for combination in combinations:
+                if lacking := [name for name in names if name not in combination]:
+                    raise UseError(
+                        f"{step.name}.{parameter} takes in {lacking[0]!r}, which some combinations lack",
+                        path=path,
+                        found=combination,
+                        fix=f"give {lacking[0]} in every row",
+                    )
 
 
 def _combine(

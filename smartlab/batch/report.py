@@ -39,8 +39,7 @@ def write_report(out: str | Path, plan: Plan | None = None, metrics: Sequence[st
         rows = table[table.step == step]
         other = [name for name in rows if name not in ESTIMATE and rows[name].isna().all()]  # of other steps
         rows = rows.drop(columns=other)
-        if factors(rows):
-            lines += _step(out, step, rows, metrics)
+        lines += _step(out, step, rows, metrics)
     lines += _failures(runs)
     path = out / "ablation.md"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -70,6 +69,7 @@ def _head(plan: Plan | None, runs: pd.DataFrame, table: pd.DataFrame) -> list[st
 def _choose(rows: pd.DataFrame, wanted: Sequence[str] | None) -> list[str]:
     if wanted is not None:
         return [name for name in wanted if name in set(rows.metric)]
+    rows = rows[rows.value.notna()]
     certain = set(rows[rows.low.notna()].metric)
     moving = [str(m) for m, part in rows.groupby("metric", sort=False) if part.value.nunique() > 1]
     ordered = [m for m in moving if m in certain] + [m for m in moving if m not in certain]
@@ -81,7 +81,8 @@ def _step(out: Path, step: str, rows: pd.DataFrame, wanted: Sequence[str] | None
 
     names, seed = factors(rows), seed_column(rows)
     seeds = rows[seed].nunique() if seed else 1
-    lines = [f"## {step}", "", f"Varied: {', '.join(f'`{n}`' for n in names)}; {seeds} seed(s).", ""]
+    varied = ", ".join(f"`{n}`" for n in names) or "nothing"
+    lines = [f"## {step}", "", f"Varied: {varied}; {seeds} seed(s).", ""]
     metrics = _choose(rows, wanted)
     tables = {metric: summarise(rows, metric, names) for metric in metrics}
     lines += _cells(tables, names)

@@ -61,9 +61,10 @@ def _load(out: Path) -> tuple[pd.DataFrame, list[tuple[Any, ...]]]:
 
     if not out.is_dir():
         raise UseError("no such folder of results", path=out)
-    found = _newest({os.path.relpath(f, out): r for f in _candidates(out) if (r := _record(f))})
+    every = {os.path.relpath(f, out): r for f in _candidates(out) if (r := _record(f))}
+    found = _newest(every)
     rows, metrics = [], []
-    parameters = _columns({name: _chain(name, found) for name in found})
+    parameters = _columns({name: _chain(name, every) for name in found})  # what it was built on may be old
     for number, (name, record) in enumerate(found.items()):
         result = record.get("result", {})
         facts = {
@@ -102,6 +103,8 @@ def _newest(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def _record(folder: Path) -> dict[str, Any]:
     """The record of a run with its result; a notebook that was run by hand has only the result."""
     record = records.read(folder)
+    if record and record["state"] != records.DONE:  # its result may be half written
+        return record
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -113,7 +116,7 @@ def _record(folder: Path) -> dict[str, Any]:
             return {}
         facts = {"step": result["step"], "state": records.DONE, "settings": result["parameters"]}
         return {**facts, "code": result.get("code"), "result": result, "upstream": {}}
-    return record if record["state"] != records.DONE else record | {"result": result}
+    return record | {"result": result}
 
 
 def _chain(name: str, found: Mapping[str, dict[str, Any]]) -> dict[tuple[str, str], Any]:
@@ -190,7 +193,7 @@ def factors(table: pd.DataFrame) -> list[str]:
 
 def seed_column(table: pd.DataFrame) -> str | None:
     """The column that tells repetitions apart: the seed that varies."""
-    named = [str(name) for name in table if name == "seed" or str(name).endswith(".seed")]
+    named = [str(n) for n in table if (n == "seed" or str(n).endswith(".seed")) and table[n].notna().any()]
     return next((name for name in named if table[name].nunique() > 1), named[0] if named else None)
 
 

@@ -46,6 +46,8 @@ class BatchRun:
 def expand(plan: Plan, *, code: str | None = None) -> list[BatchRun]:
     """Every run once, those that others build on first; `code` replaces the digest of smartlab's source."""
     code = code or code_digest()
+    for remembered in (_cohort, _contents):  # for the runs of one plan, not for a whole session in a notebook
+        remembered.cache_clear()
     runs: dict[str, BatchRun] = {}
     notebooks = {step.name: _digest(step.notebook.read_text(encoding="utf-8")) for step in plan.steps}
     for number, combination in enumerate(plan.combinations):
@@ -177,8 +179,9 @@ def _cohort(manifest: str, root: str) -> str:
 
 @lru_cache(maxsize=256)
 def _contents(path: Path) -> str:
-    """A small file by its text, anything else by the names and sizes of its files."""
+    """A small file by its text, anything else by the names, sizes and times of its files."""
     if path.is_file() and path.stat().st_size < 2**24:
         return digest(path.read_bytes())
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())[:FILES_LOOKED_AT]
-    return _digest([[str(p.relative_to(path)), p.stat().st_size] for p in files])
+    seen = [(str(p.relative_to(path)), p.stat()) for p in files]
+    return _digest([[name, facts.st_size, facts.st_mtime_ns] for name, facts in seen])

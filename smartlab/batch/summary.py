@@ -64,17 +64,24 @@ class BatchReport:
 def write_summary(report: BatchReport) -> None:
     """results.csv and ablation.md, when there is something new to say."""
     page, listing = report.out / "ablation.md", report.out / "results.csv"
-    if report.counts[records.DONE] and (report.executed or not page.is_file()):
+    if report.counts[records.DONE] and (report.executed or _older(page, report.out)):
         from smartlab.batch.report import write_report
         from smartlab.batch.results import export_results, load_results
 
         try:
             export_results(load_results(report.out), listing)
             write_report(report.out, plan=report.plan)
-        except DataError as error:  # results that cannot be summarised are still results
+        except (DataError, OSError) as error:  # results that cannot be summarised are still results
             report.note = f"{report.note}\nno summary: {error}".strip()
             return
     report.files = [path for path in (page, listing) if path.is_file()]
+
+
+def _older(page: Path, out: Path) -> bool:
+    """Whether a run ended after the page was drawn: the batch was killed in between."""
+    if not page.is_file():
+        return True
+    return any(f.stat().st_mtime > page.stat().st_mtime for f in out.glob("*/*/run.json"))
 
 
 def dry_run(plan: Plan, out: str | Path | None = None, workers: int | None = None) -> dict[str, Any]:
@@ -98,7 +105,10 @@ def dry_run(plan: Plan, out: str | Path | None = None, workers: int | None = Non
     at_once = workers or slots(
         [run.resources for run in runs], machine(bool(any(r.resources.gpus for r in runs)))
     )
-    left = seconds_left(list(counts.values()), at_once)
+    left = sum(
+        seconds_left([counts[s.name]], min(at_once, slots([s.resources], machine(bool(s.resources.gpus)))))
+        for s in plan.steps
+    )
     measured = all(c.known or not c.counts[WAITING] for c in counts.values())
     return {
         "plan": plan.name,

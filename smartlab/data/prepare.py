@@ -21,19 +21,31 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SMARTLAB_CACHE") or Path.home() / ".cache" / "smartlab")
 
 
-def prepare_store(data: DataConfig, progress: bool = True) -> tuple[Manifest, Store]:
-    """The manifest and store of a configuration; makes the phantom and builds the store if need be."""
-    man = load_manifest(data.manifest)
+def locate_images(
+    data: DataConfig, progress: bool = True, given: Manifest | None = None
+) -> tuple[Manifest, Path]:
+    """The manifest (`given`, or that of the configuration) and the folder of its images; makes the phantom if need be."""
+    man = given or load_manifest(data.manifest)
     salt()  # an unusable one is refused now, not after minutes of drawing phantoms
     if man.source.kind == "phantom":
-        man, root = _phantom(man, data, progress)
-    elif data.root is None:
+        made, root = _phantom(man, data, progress)
+        return (man if man.cases else made), root
+    if data.root is None:
         raise UseError(
             f"data.root is not set: where are the images of {man.name!r}?",
             fix=f"fetch them with `smartlab data fetch {man.name} --root DIR`, then set data.root=DIR",
         )
-    else:
-        root = Path(data.root)
+    return man, Path(data.root)
+
+
+def prepare_store(
+    data: DataConfig, progress: bool = True, located: tuple[Manifest, Path] | None = None
+) -> tuple[Manifest, Store]:
+    """The manifest and store of a configuration; makes the phantom and builds the store if need be.
+
+    located: what `locate_images` found, where the caller has asked it already.
+    """
+    man, root = located or locate_images(data, progress)
     name = f"{root.name}-store-{data.spacing:g}mm" + ("-percentile" if data.grey == "percentile" else "")
     store = Path(data.store) if data.store else root.parent / name
     report = build_store(

@@ -120,7 +120,12 @@ def _table(name: str, source: Source, task: str | None) -> pd.DataFrame:
     places = [folder, *(folder / kind / task for kind in ("evaluation", "finetune") if task)]
     for place in places:
         if (place / "result.json").is_file():  # written last: the result is whole
-            table = pd.read_csv(place / "table.csv", dtype={"case": str, "patient": str})
+            table = pd.read_csv(
+                place / "table.csv",
+                dtype={"case": str, "patient": str},
+                keep_default_na=False,
+                na_values=[""],  # a class may be called "None"
+            )
             return _first_training(table) if "mode" in table else table
     expected = f"result.json in it{f', or in evaluation/{task} or finetune/{task}' if task else ''}"
     raise DataError(f"{name} holds no result", path=folder, expected=expected, fix="evaluate it first")

@@ -25,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from smartlab.config import DataConfig
 from smartlab.data.manifest import Manifest, load_manifest
-from smartlab.data.prepare import prepare_store
+from smartlab.data.prepare import locate_images, prepare_store
 from smartlab.errors import UseError
 from smartlab.evaluation.encoders import as_encoder, random_encoder
 from smartlab.evaluation.result import Result
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 LABELLED = ("probe", "knn", "fewshot", "outcome")
 FINE_TUNING = ("classify", "segment")
+AS_STORED = ("heads", "localize", "unsupervised")  # look at voxels as the store holds them
 Rows = Literal["lesion", "image", "patient"]
 TASKS = (*LABELLED, "clusters", "unsupervised", "heads", "localize", *FINE_TUNING)
 _PREPARED = {"beside", "label", "resume"}  # settings of tasks that are arguments here
@@ -96,6 +97,8 @@ def evaluate(
         phantom_cases=phantom_cases,
         workers=workers,
     )
+    if store is not None and task in AS_STORED:
+        _check_spacing(task, encoder, store)
     job = Job(encoder, facts, given, data, store, rows, pooling, seed, progress)
     if task in LABELLED:
         result = _labelled(job, task, label, beside, settings)
@@ -126,6 +129,19 @@ def _check_dimensions(encoder: Any, given: Manifest) -> None:
         )
 
 
+def _check_spacing(task: str, encoder: Any, store: Store) -> None:
+    """Refuse a store at another voxel size than training's: the encoder would see everything magnified."""
+    wanted = encoder.config.data.spacing
+    if wanted and store.spacing and abs(store.spacing - wanted) > 1e-3:
+        raise UseError(
+            f"{task} looks at voxels as they are stored",
+            path=store.path,
+            found=f"voxels of {store.spacing:g} mm",
+            expected=f"those of training, {wanted:g} mm",
+            fix="leave store out, and one of that size is built",
+        )
+
+
 @dataclass
 class Job:
     """What the tasks of one call share, made when first needed."""
@@ -146,10 +162,19 @@ class Job:
         return "stacks" in self.given.source.parameters.get("layout", {})
 
     @cached_property
+    def located(self) -> tuple[Manifest, Path]:
+        return locate_images(self.data, self.progress, self.given)
+
+    @cached_property
     def prepared(self) -> tuple[Manifest, Store]:
         if self.opened is not None:
             return self.given, self.opened
-        return prepare_store(self.data, self.progress)
+        return prepare_store(self.data, self.progress, self.located)
+
+    @property
+    def root(self) -> str | Path | None:
+        """The folder of the images, where it is known."""
+        return self.data.root if self.opened is not None else self.located[1]
 
     @property
     def store(self) -> Store:
@@ -282,7 +307,7 @@ def _fine_tune(job: Job, task: str, label: str | None, out: Path, settings: dict
     more = {"progress": job.progress, **settings}
     if task == "classify":
         return _function(task)(job.encoder, store, man, out, label=job.label(label), **more)
-    return _function(task)(job.encoder, store, man, out, root=job.data.root, **more)
+    return _function(task)(job.encoder, store, man, out, root=job.root, **more)
 
 
 def _run_of(source: EncoderSource) -> Run | None:

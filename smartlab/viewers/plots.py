@@ -144,7 +144,7 @@ def save(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
     """Write the figure as PNG, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     figure.savefig(temporary, dpi=dpi, format="png", facecolor="white")
     os.replace(temporary, path)
     return path

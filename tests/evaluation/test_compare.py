@@ -153,6 +153,14 @@ def test_results_are_compared_from_their_folders_as_from_memory(tmp_path):
     here = compare(tables, metrics=["auc", "brier"], draws=200)
     there = compare({n: tmp_path / n for n in tables}, "probe", metrics=["auc", "brier"], draws=200)
     pd.testing.assert_frame_equal(here, there)
+    named = {
+        n: t.replace({"truth": {"benign": "None"}}).rename(columns=lambda c: c.replace("benign", "None"))
+        for n, t in tables.items()
+    }
+    for name, table in named.items():
+        Result("probe", {}, table, plt.figure).save(tmp_path / name / "evaluation" / "probe")
+    again = compare({n: tmp_path / n for n in tables}, "probe", metrics=["auc", "brier"], draws=200)
+    pd.testing.assert_frame_equal(here, again)
     (tmp_path / "b" / "evaluation" / "probe" / "result.json").unlink()  # written last: broken off
     with pytest.raises(DataError, match="b holds no result"):
         compare({n: tmp_path / n for n in tables}, "probe")

@@ -52,12 +52,15 @@ def test_every_task_from_a_run_in_one_call(task, more, metric, run, where, tmp_p
 def test_the_command_line_does_the_same(run, cohort, tmp_path, monkeypatch):  # noqa: F811
     from typer.testing import CliRunner
 
-    manifest, images, _ = cohort
+    manifest, images, store = cohort
     words = ["evaluate", str(run.path), "--task", "heads", "--manifest", str(manifest), "--root", str(images)]
     done = CliRunner().invoke(app, [*words, "views=1", "draws=20", "--json"])
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
     assert said["metrics"]["cosine"]["value"] > 0
+    more = ["--store", str(store), "--out", str(tmp_path / "b"), "views=1", "draws=20", "--json"]
+    again = CliRunner().invoke(app, [*words, *more])
+    assert json.loads(again.stdout)["metrics"]["cosine"] == said["metrics"]["cosine"]
     assert (run.path / "evaluation" / "heads" / "result.json").is_file()
 
 
@@ -121,6 +124,28 @@ def test_what_cannot_be_evaluated_is_said(run, where, tmp_path):
         sl.evaluate(run, "knn", split="offical", **where)
     with pytest.raises(UseError, match="heads predicts no label"):
         sl.evaluate(run, "heads", label="malignancy", **where)
+
+
+def test_a_manifest_that_was_changed_in_memory_is_the_one_evaluated(run, cohort):  # noqa: F811
+    manifest, images, _ = cohort
+    whole = sl.load_manifest(manifest)
+    keep = sorted({case.patient for case in whole.cases})[:-1]
+    fewer = whole.model_copy(
+        update={"name": "fewer", "cases": [case for case in whole.cases if case.patient in keep]}
+    )
+    root = images.parent / "linked"  # a store of its own
+    root.symlink_to(images)
+    result = sl.evaluate(run, "heads", fewer, root=root, views=1, draws=20, progress=False)
+    assert result.facts["manifest"] == "fewer" and result.facts["patients"] == len(keep)
+
+
+def test_voxels_of_another_size_are_refused_where_they_are_looked_at_as_stored(run, where, cohort, tmp_path):  # noqa: F811
+    manifest, images, _ = cohort
+    sl.build_store(
+        sl.load_manifest(manifest), images, tmp_path / "s", spacing=11.0, workers=0, progress=False
+    )
+    with pytest.raises(UseError, match="voxels of 11 mm"):
+        sl.evaluate(run, "localize", **where | {"store": sl.open_store(tmp_path / "s")})
 
 
 def test_heads_of_the_student_are_those_of_the_student(run, where):

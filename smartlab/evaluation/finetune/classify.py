@@ -13,6 +13,7 @@ balanced by design: there, too, the frequencies are those of all training cases.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -307,6 +308,7 @@ def _depends_on(task: Task, train: np.ndarray, held_out: np.ndarray) -> dict[str
         "data": task.store.fingerprint,
         "encoder": weights_hash(task.encoder),
         "classes": task.classes,
+        "told": hashlib.sha256(np.ascontiguousarray(task.y).tobytes()).hexdigest()[:16],
         "size": task.size,
         "spacing": task.spacing,
         "balance": task.balance,

@@ -159,6 +159,7 @@ def _facts(job: Job, man: Manifest, about: pd.DataFrame) -> dict[str, Any]:
         "labels": list(job.names.values()),
         "spacing_mm": job.store.spacing,
         "n": {"images": len(about), "patients": int(about.patient.nunique())},
+        "predictions": "on the voxels of the sources" if job.sources else "not written: give root",
         "seed": job.seed,
         "settings": crops | job.settings.model_dump(),
     }
@@ -323,6 +324,8 @@ def _means(
 
 
 def _check(modes: Sequence[str], fractions: Sequence[float], size: int, encoder: Encoder) -> None:
+    if encoder.config.encoder.kind == "vit":
+        raise UseError("segmentation is by SwinUNETR, of scans", found="an encoder of images")
     check_modes(modes, size, encoder)
     if size < 2 * encoder.config.encoder.stride(4):
         raise UseError(

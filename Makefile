@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 JOBS ?= 2
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup demo test test-fast check notebooks lab bench clean
+.PHONY: help setup demo test test-fast check notebooks lab bench bench-gpu clean
 help:          ## list the commands
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
@@ -44,9 +44,14 @@ notebooks: $(READY) ## strip and number the notebooks and format their code, bef
 lab: $(READY)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=.
 
-bench: $(READY) ## time what we promise; results in benchmarks/results
-	$(BIN)/python -m benchmarks.loader --out benchmarks/results/loader.json
-	$(BIN)/python -m benchmarks.viewer --out benchmarks/results/viewer.json
+bench: $(READY) ## time what we promise, under ten minutes on two quiet cores; results in runs/bench
+	$(BIN)/python -m benchmarks.step --quick --out runs/bench/step.json
+	$(BIN)/python -m benchmarks.loader --quick --out runs/bench/loader.json
+	$(BIN)/python -m benchmarks.viewer --out runs/bench/viewer.json
+
+bench-gpu: $(READY) ## the same step on an NVIDIA GPU: fp32, bf16, compiled, beside the published one
+	$(BIN)/python -m benchmarks.step --device cuda --only step,encoder,parts,memory,scaling --turns 10 --out benchmarks/results/step-gpu-smit.json
+	$(BIN)/python -m benchmarks.step --device cuda --preset smart --only step,parts,memory --turns 10 --out benchmarks/results/step-gpu-smart.json
 
 clean:         ## remove .venv and the demo; your runs and data stay
 	rm -rf $(VENV) runs/demo build dist

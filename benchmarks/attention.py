@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 import smartlab as sl
-from benchmarks.loader import machine
+from benchmarks.harness import machine
 from smartlab.data.prepare import prepare_store
 from smartlab.data.regions import is_lesion, unit_shares
 from smartlab.data.store import Store

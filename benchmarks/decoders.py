@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.loader import machine
+from benchmarks.harness import machine
 from smartlab.models.decoder import Decoder
 from smartlab.notebook import code_version
 from smartlab.settings import Decoding, MaeConfig

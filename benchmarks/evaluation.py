@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmarks.loader import machine
+from benchmarks.harness import machine
 from smartlab.data.manifest import LabelSpec
 from smartlab.evaluation import metrics, stats
 from smartlab.evaluation.clusters import clusters

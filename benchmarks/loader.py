@@ -16,9 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -27,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.harness import machine
 
 SHAPE = (256, 179, 179)
 VIEW, REGION, BATCH = 96, 128, 8  # pairs of views in a batch
@@ -45,7 +45,7 @@ def main() -> None:
         manifest, source = make_volumes(Path(folder) / "volumes", count)
         result = {
             "what": "views of 96³ per second on one core, bytes per view, share of raw int16",
-            "machine": machine(),
+            "machine": machine() | {"read_ahead_kb": read_ahead(Path(tempfile.gettempdir()))},
             "volumes": {"source": source, "count": len(manifest.cases), "shape": SHAPE, "dtype": "int16"},
             **measure(manifest, Path(folder), rounds),
             "real_cases": real_cases(Path(folder) / "real"),
@@ -287,23 +287,6 @@ def real_cases(folder: Path) -> dict[str, Any] | None:
         "sarcoma_24": round(size[:24].sum() / raw[:24].sum(), 4),
         **dict(zip(("pancreas_ct", "lidc_16_slices", "abdomen_3mm"), share[24:], strict=True)),
         "lowest_and_highest": [min(share), max(share)],
-    }
-
-
-def machine() -> dict[str, Any]:
-    from importlib.metadata import version
-
-    info = Path("/proc/cpuinfo").read_text()
-    flags = next((line for line in info.splitlines() if line.startswith("flags")), "")
-    model = next((line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")), "")
-    return {
-        "cpu": model or platform.processor(),
-        "cores": os.cpu_count(),
-        "avx512": "avx512f" in flags,
-        "load_before": round(os.getloadavg()[0], 2),
-        "read_ahead_kb": read_ahead(Path(tempfile.gettempdir())),
-        "python": sys.version.split()[0],
-        **{name: version(name) for name in ("blosc2", "torch", "monai", "numpy")},
     }
 
 

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 import smartlab as sl
-from benchmarks.loader import machine
+from benchmarks.harness import machine
 from smartlab.config import Config
 from smartlab.data.augment import window
 from smartlab.data.images import ImageDataset

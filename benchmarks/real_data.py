@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import smartlab as sl
-from benchmarks.loader import machine
+from benchmarks.harness import machine
 from smartlab.config import load_config
 from smartlab.data.manifest import Case, Manifest, Source
 from smartlab.errors import SmartlabError

@@ -35,7 +35,13 @@ from smartlab.training.families import family_of
 from smartlab.training.monitor import Monitor
 from smartlab.training.requests import Requests
 from smartlab.training.run import Run
-from smartlab.training.setup import keep_freed_memory, make_accelerator, parameter_groups
+from smartlab.training.setup import (
+    compile_report,
+    compiled,
+    keep_freed_memory,
+    make_accelerator,
+    parameter_groups,
+)
 from smartlab.training.sharding import gathered, scattered, shard
 
 if TYPE_CHECKING:
@@ -109,7 +115,7 @@ class Trainer:
             keep_freed_memory()
         self.sharded = config.train.sharding == "fsdp" and self.world > 1
         model: nn.Module = shard(self.method) if self.sharded else self.method  # type: ignore[assignment]
-        self.model: Any = torch.compile(model) if config.train.compile else model
+        self.model: Any = compiled(model) if config.train.compile else model
         if not self.sharded:
             self.model = accelerator.prepare(self.model)
         self.optimiser = torch.optim.AdamW(parameter_groups(self.method), lr=config.train.lr, fused=True)
@@ -135,9 +141,12 @@ class Trainer:
     def run(self) -> None:
         """Steps from where we are to the end, saving and logging on the way."""
         train, began, seen, waited = self.config.train, time.monotonic(), 0, self.loader.wait_seconds
+        first = self.step
         while self.step < train.steps:
             metrics = self.one_step()
             self.step += 1
+            if train.compile and self.step == first + 1:
+                self.monitor.event("compiled", seconds=round(time.monotonic() - began, 1), **compile_report())
             seen += self.family.views * train.batch * train.accumulate * self.world
             if self._logs(self.step):
                 elapsed = max(time.monotonic() - began, 1e-9)

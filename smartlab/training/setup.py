@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from smartlab.config import Config
+from smartlab.data.prepare import cache_folder
 from smartlab.errors import UseError
 from smartlab.methods.clock import Clock
 from smartlab.training.families import family_of
@@ -49,6 +51,31 @@ def keep_freed_memory() -> None:
         trim, top_pad, map_above = -1, -2, -3  # names in malloc.h
         for option, size in ((map_above, 1 << 30), (trim, (1 << 31) - 1), (top_pad, 64 << 20)):
             libc.mallopt(option, size)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """torch.compile(model), with its cache among smartlab's, so that later runs find what this one compiled."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    return torch.compile(model)  # type: ignore[return-value]
+
+
+def compile_report() -> dict[str, Any]:
+    """Where compiled code is kept, and how many graphs of this process were found there, or had to be compiled."""
+    from torch._dynamo.utils import counters
+
+    def total(word: str) -> int:
+        return sum(
+            n
+            for part in ("aot_autograd", "inductor")
+            for name, n in counters[part].items()
+            if name.endswith(word)
+        )
+
+    return {
+        "cache": os.environ.get("TORCHINDUCTOR_CACHE_DIR"),
+        "found": total("cache_hit"),
+        "compiled": total("cache_miss"),
+    }
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

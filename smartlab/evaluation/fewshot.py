@@ -25,7 +25,7 @@ import pandas as pd
 from smartlab.errors import DataError, UseError
 from smartlab.evaluation import metrics
 from smartlab.evaluation.folds import Split, make_plan
-from smartlab.evaluation.linear import fit, standard, targets
+from smartlab.evaluation.linear import fit, one_thread, standard, targets
 from smartlab.evaluation.probe import labelled
 from smartlab.evaluation.report import align, check_varying
 from smartlab.evaluation.result import Estimate, Result
@@ -39,6 +39,7 @@ KINDS = ("binary", "multiclass", "multilabel")
 SCORES = ("auc", "average_precision", "accuracy", "balanced_accuracy", "brier")
 
 
+@one_thread
 def fewshot(
     table: FeatureTable,
     label: str,

@@ -29,7 +29,7 @@ from smartlab.evaluation import metrics, stats
 from smartlab.evaluation.compare import COLUMNS
 from smartlab.evaluation.covariates import Covariates, read_covariates
 from smartlab.evaluation.folds import make_plan, present_classes, splits
-from smartlab.evaluation.linear import fit, fit_tuned
+from smartlab.evaluation.linear import fit, fit_tuned, one_thread
 from smartlab.evaluation.predictions import to_table
 from smartlab.evaluation.report import Pairs, align, check_varying, differences, holm_by_metric, report
 from smartlab.evaluation.result import Estimate, Result
@@ -87,6 +87,7 @@ class FollowUp:
         return fit_cox(x, self.time[rows], self.stratum[rows], strength)
 
 
+@one_thread
 def outcome(
     table: FeatureTable,
     label: str,

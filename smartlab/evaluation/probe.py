@@ -17,7 +17,7 @@ import numpy as np
 
 from smartlab.errors import UseError
 from smartlab.evaluation.folds import Plan, Split, make_plan, present_classes
-from smartlab.evaluation.linear import fit_tuned, standard, targets
+from smartlab.evaluation.linear import fit_tuned, one_thread, standard, targets
 from smartlab.evaluation.predictions import to_table
 from smartlab.evaluation.report import align, check_varying, report
 from smartlab.evaluation.result import Result
@@ -28,6 +28,7 @@ KINDS = ("binary", "multiclass", "multilabel", "number")
 Learner = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, Any]]
 
 
+@one_thread
 def probe(
     table: FeatureTable,
     label: str,

@@ -27,7 +27,8 @@ from smartlab.evaluation.folds import splits
 Family = Literal["sigmoid", "softmax", "number"]
 STRENGTHS = tuple(10.0 ** np.arange(-5, 2))
 _FIXED = 1.0  # C where the data are too few to choose it
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def one_thread(task: Callable[P, R]) -> Callable[P, R]:

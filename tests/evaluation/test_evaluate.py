@@ -131,7 +131,7 @@ def test_a_manifest_that_was_changed_in_memory_is_the_one_evaluated(run, cohort)
     whole = sl.load_manifest(manifest)
     keep = sorted({case.patient for case in whole.cases})[:-1]
     fewer = whole.model_copy(
-        update={"name": "fewer", "cases": [case for case in whole.cases if case.patient in keep]}
+        update={"name": "fewer", "all_cases": [case for case in whole.cases if case.patient in keep]}
     )
     root = images.parent / "linked"  # a store of its own
     root.symlink_to(images)

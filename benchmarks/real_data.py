@@ -87,7 +87,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--encoder", required=True, help="run, exported file, or random")
     parser.add_argument("--out", type=Path, default=Path("runs/real-data"))
     parser.add_argument(
-        "--only", nargs="*", choices=["nodules", "sarcoma", "organs", "phantom"], help="the others stay as they are"
+        "--only",
+        nargs="*",
+        choices=["nodules", "sarcoma", "organs", "phantom"],
+        help="the others stay as they are",
     )
     parser.add_argument("--steps", type=int, default=120, help="of each fine-tuning")
     parser.add_argument("--scans", type=int, default=24, help="sarcoma scans, all 24 by default")

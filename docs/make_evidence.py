@@ -46,7 +46,7 @@ def beside_untrained(real: dict[str, Any]) -> list[str]:
     for (section, task), (title, score, difference) in ROWS.items():
         found = real.get(section, {}).get(task, {}).get("metrics", {})
         apart = next((found[k] for name in BASELINES if (k := difference.format(name)) in found), None)
-        if score not in found or apart is None:
+        if score not in found or apart is None or apart[1] is None:  # one patient: no interval
             continue
         says = "yes" if apart[1] > 0 else "yes, the other way" if apart[2] < 0 else "no"
         lines.append(

@@ -36,6 +36,13 @@ from smartlab.training.checkpoint import header_of
 from smartlab.training.run import Run
 
 Corner = tuple[int, int, int]
+# what belongs to a Swin encoder in files, known here or not: what is not known is refused, not left out
+ENCODERS = (
+    "patch_embed.",
+    *(f"layers{i}{c}." for i in (1, 2, 3, 4) for c in ("", "c")),
+    "absolute_pos_embed",
+    "pos_embed",
+)
 MERGE_ORDERS: dict[str, tuple[Corner, ...]] = {
     "monai": MERGE_ORDER,
     "mergingv2": tuple(itertools.product(range(2), range(2), range(2))),  # type: ignore[arg-type]
@@ -178,11 +185,7 @@ def convert(weights: Mapping[str, Tensor], path: Path, merging: str = "monai") -
             found=f"keys such as {', '.join(list(weights)[:3])}",
             expected="swinViT.layers1.0.blocks.0.… (MONAI), layers.0.blocks.0.… (SMIT) or MAE's vision transformer",
         )
-    kept = {
-        k: v
-        for k, v in named.items()
-        if k.startswith(("patch_embed.proj.", "layers1.", "layers2.", "layers3.", "layers4."))
-    }
+    kept = {k: v for k, v in named.items() if k.startswith(ENCODERS)}
     blocks = [order.index(corner) for corner in MERGE_ORDER]
     for key, value in kept.items():
         if ".downsample.reduction." in key:  # (2C, 8C): the input channels come in eight blocks

@@ -71,7 +71,7 @@ def make_mask(
         score = _rank(importance, noise)
     mask = _top(score, k)
     if strategy == "attention_hint":
-        mask = _reveal(mask, round(hint * k), device, generator, shard)
+        mask = _reveal(mask, k, round(hint * k), device, generator, shard)
     if strategy.startswith("attention") and p_attention < 1:
         guided = uniform((rows, 1), device, generator, shard) < p_attention
         mask = torch.where(guided, mask, _top(noise, k))
@@ -140,11 +140,15 @@ def _top(score: Tensor, k: int) -> Tensor:
 
 
 def _reveal(
-    mask: Tensor, swaps: int, device: torch.device, generator: torch.Generator | None, shard: tuple[int, int]
+    mask: Tensor,
+    k: int,
+    swaps: int,
+    device: torch.device,
+    generator: torch.Generator | None,
+    shard: tuple[int, int],
 ) -> Tensor:
     """Show `swaps` of the hidden units and hide as many of the visible ones instead."""
-    visible = int((~mask[0]).sum())
-    swaps = min(swaps, visible)
+    swaps = min(swaps, mask.shape[1] - k)
     if swaps == 0:
         return mask
     noise = uniform(tuple(mask.shape), device, generator, shard)
@@ -200,7 +204,8 @@ def head_diversity(attention: Tensor) -> dict[str, Tensor]:
         zero = a.new_zeros(a.shape[0])
         return {"cosine": zero, "jensen_shannon": zero}
     unit = F.normalize(a, dim=-1)
-    similarity = (unit @ unit.transpose(1, 2)).sum((1, 2)) - heads
+    with torch.autocast(a.device.type, enabled=False):
+        similarity = (unit @ unit.transpose(1, 2)).sum((1, 2)) - heads
     mean = a.mean(1)
     entropy_mean = -torch.special.xlogy(mean, mean).sum(-1)
     mean_entropy = -torch.special.xlogy(a, a).sum(-1).mean(-1)

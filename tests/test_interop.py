@@ -193,6 +193,11 @@ def test_what_cannot_be_loaded_whole_is_refused_with_a_table(encoder, tmp_path):
         DataError, match=r"fits only in part(.|\n)*missing +layers3(.|\n)*\(5, 5\) in the file"
     ):
         load_encoder(tmp_path / "part.pt")
+    normed = {f"swinViT.{k}": v for k, v in encoder.swin.state_dict().items()}
+    normed["swinViT.patch_embed.norm.weight"] = torch.ones(8)  # would change the function if it were left out
+    torch.save(normed, tmp_path / "normed.pt")
+    with pytest.raises(DataError, match=r"patch_embed\.norm\.weight"):
+        load_encoder(tmp_path / "normed.pt")
     torch.save({"conv.weight": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(DataError, match="no 3D Swin encoder"):
         load_encoder(tmp_path / "other.pt")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from pydicom.dataset import Dataset
-from pydicom.pixels.processing import apply_modality_lut, apply_voi
+from pydicom.pixels.processing import apply_modality_lut
 from scipy import ndimage
 
 from smartlab.data.body import Body
@@ -49,14 +49,15 @@ def to_grey(pixels: np.ndarray, header: Dataset, mode: str, path: str | Path) ->
     if values is None:
         values = pixels.astype(np.float32)
         values = -values if inverse else values
+        if wrong := _looks_negative(values, padding):  # before the breast is looked for: it would be the air
+            values = -values
         values = _by_percentiles(values, padding)
-    values[padding] = 0
-    array = np.rint(values).astype(np.uint16)
-    if _is_negative(array, padding):
+    elif wrong := _is_negative(np.where(padding, 0, values), padding):
+        values = WHITE - np.rint(values)
+    if wrong:
         notes.append("bright air: the photometric interpretation was wrong, inverted")
-        array = (WHITE - array).astype(np.uint16)
-        array[padding] = 0
-    return array, notes
+    values[padding] = 0
+    return np.rint(values).astype(np.uint16), notes
 
 
 def _stored(pixels: np.ndarray, header: Dataset, inverse: bool, path: str | Path) -> np.ndarray:
@@ -83,11 +84,13 @@ def _by_voi(pixels: np.ndarray, header: Dataset) -> tuple[np.ndarray | None, str
     """Grey values by the first VOI LUT or window, float32 0 to 4095, or None and why not."""
     values = apply_modality_lut(pixels, header)
     if header.get("VOILUTSequence"):
-        data = header.VOILUTSequence[0].LUTData
-        table = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.asarray(data)
+        try:
+            table, first = _lut(header.VOILUTSequence[0])
+        except (AttributeError, TypeError, ValueError, IndexError):
+            return None, "unusable VOI LUT in the file"
+        place = np.clip(np.rint(values).astype(np.int32) - first, 0, len(table) - 1)
         # the LUT's own white, whatever bits it claims
-        grey = apply_voi(np.rint(values).astype(np.int32), header) * (WHITE / max(1, int(table.max())))
-        grey = np.clip(grey, 0, WHITE).astype(np.float32)
+        grey = table[place].astype(np.float32) * (WHITE / max(1, int(table.max())))
     elif header.get("WindowCenter") is not None and header.get("WindowWidth") is not None:
         center, width = (_first(header[name].value) for name in ("WindowCenter", "WindowWidth"))
         kind = str(header.get("VOILUTFunction") or "LINEAR").upper()
@@ -100,6 +103,18 @@ def _by_voi(pixels: np.ndarray, header: Dataset) -> tuple[np.ndarray | None, str
     if np.mean((grey > 0) & (grey < WHITE)) < 0.01:
         return None, "the window in the file leaves black and white only"
     return grey, ""
+
+
+def _lut(item: Dataset) -> tuple[np.ndarray, int]:
+    """The entries of a LUT and the value that the first one is for; 8-bit entries may be packed."""
+    entries, first, bits = (int(v) for v in item.LUTDescriptor)
+    entries, data = entries or 1 << 16, item.LUTData
+    if isinstance(data, bytes):
+        data = np.frombuffer(data, "u1" if bits <= 8 and len(data) < 2 * entries else "<u2")
+    table = np.asarray(data)[:entries]
+    if len(table) < entries:
+        raise ValueError("a LUT with too few entries")
+    return table, first
 
 
 # PS3.3 C.11.2.1: value -> share of white
@@ -140,6 +155,20 @@ def _is_negative(array: np.ndarray, padding: np.ndarray) -> bool:
     border = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
     sizes = np.bincount(parts.ravel())
     return any(sizes[part] > _AIR_SHARE * parts.size for part in border if part)
+
+
+def _looks_negative(values: np.ndarray, padding: np.ndarray) -> bool:
+    """The same of values without a window: noise smoothed away, black and white as they come."""
+    step = max(1, values.shape[0] // _COARSE)
+    floor = float(values[~padding].min()) if not padding.all() else 0.0
+    small = ndimage.uniform_filter(np.where(padding, floor, values), step)[::step, ::step]
+    low, high = np.percentile(small, (0.1, 99.9))
+    small = (small - low) / max(float(high - low), 1e-6)
+    parts, _ = ndimage.label(small > 0.9)
+    border = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
+    sizes = np.bincount(parts.ravel())
+    air = max((int(sizes[part]) for part in border if part), default=0)
+    return air > _AIR_SHARE * parts.size and 2 * int((small < 0.1).sum()) < air
 
 
 def find_breast(grey: np.ndarray, step: int) -> Body:

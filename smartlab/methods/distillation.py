@@ -151,7 +151,8 @@ def feature_signs(features: Tensor) -> dict[str, Tensor]:
     x = features.float().nan_to_num()  # a batch that will be skipped must not stop the run here
     spectrum = torch.linalg.svdvals(x - x.mean(0))
     share = spectrum / spectrum.sum().clamp_min(1e-12)
+    rank = torch.special.entr(share).sum().exp()
     return {
         "feature_std": F.normalize(x, dim=-1).std(0, correction=0).mean() * math.sqrt(x.shape[-1]),
-        "effective_rank": torch.special.entr(share).sum().exp(),
+        "effective_rank": rank if len(x) > 2 else rank * math.nan,  # of two views always 1
     }

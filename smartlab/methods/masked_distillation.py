@@ -38,6 +38,7 @@ from smartlab.methods.distillation import (
     TokenHead,
     centred,
     collapse_signs,
+    feature_signs,
     mean_over_ranks,
     prototype_loss,
     regress_image,
@@ -117,6 +118,8 @@ class MaskedDistillation(nn.Module):
             losses["ampd"] = self.match_tokens(student, teacher, hidden, clock)
             losses["itd"], signs = self.match_images(image_token, teacher, clock)
             metrics |= signs
+        else:
+            metrics |= feature_signs(student.cls)
         if self.coarse is not None:
             losses["coarse"] = F.l1_loss(self.coarse(image_token), self.coarse.target(x))
         weights = {"amip": weight.amip, "ampd": weight.patch, "itd": weight.image, "coarse": weight.coarse}
@@ -262,9 +265,13 @@ class MaskedDistillation(nn.Module):
         found = {f"hidden_{name}": hidden_share(hidden, share) for name, share in shares.items()}
         if seen.attention is None:
             return found
-        found |= {f"lift_{name}": lift(seen.attention.mean(1), share) for name, share in shares.items()}
         diversity = head_diversity(seen.attention)
         a = seen.attention.float()
+        if (
+            self.config.mask.importance == "received" and seen.received is not None
+        ):  # what masks are guided by
+            a = seen.received.float()[:, None]
+        found |= {f"lift_{name}": lift(a.mean(1), share) for name, share in shares.items()}
         return found | {
             "head_diversity": diversity["cosine"].mean(),
             "head_divergence": diversity["jensen_shannon"].mean(),

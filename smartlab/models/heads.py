@@ -66,8 +66,9 @@ class PrototypeHead(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(…, C) -> logits (…, K), cosines in fp32 before any temperature."""
-        x = F.normalize(self.mlp(tokens).float(), dim=-1)
-        return F.linear(x, F.normalize(self.last.float(), dim=-1))
+        x = self.mlp(tokens)
+        with torch.autocast(x.device.type, enabled=False):  # a temperature of 0.04 would magnify rounding
+            return F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.last.float(), dim=-1))
 
 
 class Predictor(nn.Module):

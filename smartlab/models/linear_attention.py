@@ -107,7 +107,9 @@ class Nystrom(nn.Module):
         mixing = segments(q.shape[2], self.landmarks, q)  # (m, N)
         few_q, few_k = mixing @ q, mixing @ k
         middle = pseudo_inverse(weights(few_q, few_k), self.iterations)
-        gathered = middle @ (weights(few_q, k).to(v.dtype) @ v).float()
+        seen = (weights(few_q, k).to(v.dtype) @ v).float()
+        with torch.autocast(q.device.type, enabled=False):  # an inverse has entries of thousands
+            gathered = middle @ seen
         return weights(q, few_k).to(v.dtype) @ gathered.to(v.dtype)
 
 

@@ -120,10 +120,11 @@ class SemanticBlock(nn.Module):
         """forward(x), and the attention paid to the patches x[:, first:] in fp32: [CLS] row per head, received."""
         q, k, v = self._split(x)
         out = self._attend(x, q, k, v)
-        q, k = q.detach().float(), k.detach().float()  # attention is looked at, never trained through
-        scale = q.shape[-1] ** -0.5
-        rows = (q[:, :, :1] @ k.transpose(-2, -1) * scale)[..., 0, first:].softmax(-1)
-        if not received:
-            return out, rows, None
-        every = (q @ k.transpose(-2, -1) * scale).softmax(-1)[..., first:].mean((1, 2))
-        return out, rows, every / every.sum(-1, keepdim=True)
+        with torch.autocast(q.device.type, enabled=False):  # in bf16 nearly uniform attention has many ties
+            q, k = q.detach().float(), k.detach().float()  # attention is looked at, never trained through
+            scale = q.shape[-1] ** -0.5
+            rows = (q[:, :, :1] @ k.transpose(-2, -1) * scale)[..., 0, first:].softmax(-1)
+            if not received:
+                return out, rows, None
+            every = (q @ k.transpose(-2, -1) * scale).softmax(-1)[..., first:].mean((1, 2))
+            return out, rows, every / every.sum(-1, keepdim=True)

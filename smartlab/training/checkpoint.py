@@ -103,7 +103,7 @@ def header_of(file: Path) -> dict[str, str]:
 
 
 def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    """What differs between two checkpoint headers, as "key: old → new"; more steps are no difference."""
+    """What differs between two checkpoint headers, as "key: old → new"; how often to log and such are no difference."""
     from smartlab.config import Config, flatten
 
     before, after = (dict(flatten(json.loads(h["config"]))) for h in (old, new))

@@ -165,7 +165,8 @@ class Monitor:
             self.event("masks", step=step, now="guided" if row["guided"] else "random")
         self._guided = row.get("guided")
         uniform = row.get("teacher_entropy", 1.0) + row.get("teacher_kl_uniform", 0.0)  # ln K
-        if step > 50 and row.get("teacher_entropy", 1.0) < 0.02 * uniform:
+        sharp = row.get("teacher_entropy", 1.0) < 0.02 * uniform
+        if step > 50 and sharp and d.kind == "prototype":  # of channels, entropy falls as views spread
             found["one_answer"] = (
                 f"the teacher gives nearly the same answer to every view (entropy {row['teacher_entropy']:.3f} "
                 f"of ln K = {uniform:.2f}): collapse"

@@ -37,7 +37,10 @@ def reconstruction_picture(
     grid = encoder.grid(x.shape)
     generator = torch.Generator().manual_seed(0)
     looker = method.teacher.encoder if method.teacher is not None else encoder
-    attention, settings = looker(x).attention, method.config.mask
+    settings = method.config.mask
+    by_received = settings.importance == "received"
+    looked = looker(x, received=by_received)
+    attention = looked.received if by_received else looked.attention
     strategy = settings.strategy
     if strategy.startswith("attention") and (attention is None or not guided):
         strategy = "random"
@@ -62,7 +65,7 @@ def reconstruction_picture(
         "absolute error": (guess - x).abs() * voxels,
     }
     if attention is not None:
-        importance = attention.mean(1).view(1, 1, *grid)
+        importance = (attention.mean(1) if attention.dim() == 3 else attention).view(1, 1, *grid)
         spread = importance.repeat_interleave(encoder.stride, 2).repeat_interleave(encoder.stride, 3)
         panels["teacher's attention"] = spread.repeat_interleave(encoder.stride, 4) / importance.amax()
     method.train(was_training)

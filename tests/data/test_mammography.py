@@ -135,6 +135,19 @@ def test_other_window_functions_follow_their_formula(file, function):
     assert np.abs(found - 4095 * expected).max() <= 0.51
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_luts_of_eight_bits_are_read_packed_or_not(file, packed):
+    path, header = file
+    lut = Dataset()
+    lut.LUTDescriptor = [4096, 0, 8]
+    lut.add_new(0x00283006, "OW", (np.arange(4096) // 16).astype("u1" if packed else "<u2").tobytes())
+    header.VOILUTSequence = Sequence([lut])
+    found = read_mammogram(save(path, header))
+    assert np.abs(found.array / 4095 - (mg.image() // 16) / 255).max() < 1e-3 and not found.notes
+    lut.LUTDescriptor = [9000, 0, 8]  # more than there are
+    assert any("unusable VOI LUT" in note for note in read_mammogram(save(path, header)).notes)
+
+
 @pytest.mark.parametrize("claimed", [10, 16])
 def test_a_lut_wins_over_the_window_and_its_own_white_is_white(file, claimed):
     path, header = file
@@ -203,12 +216,30 @@ def test_a_negative_that_says_it_is_a_positive_is_turned_and_said(file):
     assert (found.array == mg.image()).all()
 
 
+@pytest.mark.parametrize("mode", ["voi", "percentile"])
+def test_a_negative_without_a_window_is_turned_as_well(file, mode):
+    """Its air is the largest bright part: taken for the breast, it would leave nothing of the breast."""
+    path, header = file
+    del header.WindowCenter, header.WindowWidth
+    noise = np.random.default_rng(0).normal(0, 20, mg.image().shape)
+    noisy = np.clip(np.where(mg.image() > 0, mg.image(), 60) + noise, 0, 4095).astype(np.uint16)
+    mg.rewrite(header, noisy, 12)
+    right = read_mammogram(save(path, header), grey=mode)
+    assert not any("photometric" in note for note in right.notes)
+    header.PhotometricInterpretation = "MONOCHROME1"
+    wrong = read_mammogram(save(path, header), grey=mode)
+    assert any("photometric interpretation was wrong" in note for note in wrong.notes)
+    assert np.abs(wrong.array.astype(int) - right.array).max() <= 1
+
+
 @pytest.mark.parametrize("side", ["L", "R"])
 @pytest.mark.parametrize("view", ["CC", "MLO"])
 def test_no_true_positive_is_taken_for_a_negative(tmp_path, side, view):
     for index in range(3):
         mg.write(tmp_path / "a.dcm", mg.image(side, view, index), side=side)
         assert read_mammogram(tmp_path / "a.dcm").notes == ()
+        notes = read_mammogram(tmp_path / "a.dcm", grey="percentile").notes
+        assert not any("photometric" in note for note in notes)
 
 
 @pytest.mark.parametrize("photometric", ["PALETTE COLOR", "HSV"])

@@ -10,7 +10,15 @@ import torch
 
 import smartlab as sl
 from smartlab.config import TeacherConfig, TrainConfig
-from smartlab.methods.distillation import Centre, Standardise, centred, prototype_loss, sinkhorn
+from smartlab.masking import informativeness
+from smartlab.methods.distillation import (
+    Centre,
+    Standardise,
+    centred,
+    feature_signs,
+    prototype_loss,
+    sinkhorn,
+)
 from smartlab.methods.masked_distillation import Clock, MaskedDistillation
 from smartlab.training.schedules import cosine, momentum
 from smartlab.training.setup import overfit_one_batch, parameter_groups
@@ -225,6 +233,28 @@ def test_softmax_centres_and_losses_stay_in_fp32_under_autocast():
     assert loss.dtype == torch.float32 and net.image_centre.value.dtype == torch.float32
     assert all(v.dtype == torch.float32 for k, v in metrics.items() if k.startswith("loss"))
     torch.testing.assert_close(loss, exact, rtol=0.02, atol=0.02)
+    head = net.student.image_head
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(torch.randn(64, net.student.encoder.channels))
+    assert logits.dtype == torch.float32 and len(logits.unique()) > 0.9 * logits.numel()
+
+
+@pytest.mark.parametrize("method", ["simmim", "dagman"])
+def test_every_method_tells_how_much_features_spread(method):
+    metrics = step(make(method))[1]
+    assert metrics["feature_std"] > 0 and metrics["effective_rank"] > 1
+    alone = feature_signs(torch.randn(2, 8))
+    assert alone["effective_rank"].isnan(), "two views always lie on one line"
+
+
+def test_what_guides_masks_is_what_is_watched():
+    """With importance=received the [CLS] row guides nothing."""
+    net = make(**{"mask.importance": "received"})
+    seen = net.look(views().flatten(0, 1), Clock(0, 10, 5), torch.Generator().manual_seed(0))
+    found = net.watch(seen, seen, torch.zeros(seen.received.shape, dtype=torch.bool), {})
+    torch.testing.assert_close(
+        found["attention_informativeness"], informativeness(seen.received[:, None]).mean()
+    )
 
 
 def test_sinkhorn_uses_every_prototype_equally_and_centring_sharpens():

@@ -138,6 +138,16 @@ def test_one_interface_for_all_kinds(kind):
     assert (low.float() - out).norm() < 0.05 * out.norm()
 
 
+def test_the_inverse_of_landmarks_is_multiplied_in_fp32_under_autocast():
+    """It has entries of thousands, which bf16 would leave with two digits."""
+    q, k, v = (0.1 * x for x in image_like())
+    net = core("nystrom", 64, q.shape[2], iterations=20)
+    exact = net(q, k, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = net(q, k, v)
+    assert (low.float() - exact).norm() < 0.1 * exact.norm()
+
+
 @pytest.mark.parametrize("kind", LINEAR)
 def test_large_logits_neither_overflow_nor_vanish(kind):
     q, k, v = (50 * x for x in image_like())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from smartlab.masking import head_diversity
 from smartlab.models.semantic import SemanticAttention
 
 
@@ -42,6 +43,20 @@ def test_the_reported_attention_is_what_the_block_pays():
     torch.testing.assert_close(seen.cls, moved[:, 0])
     patches = weights[:, :, 0, 2:]
     torch.testing.assert_close(seen.attention, patches / patches.sum(-1, keepdim=True))
+
+
+def test_attention_that_picks_masks_stays_in_fp32_under_autocast():
+    """Nearly uniform attention ranked in bf16 would be ranked by rounding."""
+    torch.manual_seed(0)
+    net = SemanticAttention(16, (6, 6, 6), 2, 4, "full", "dot")
+    tokens = torch.randn(1, 6, 6, 6, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = net(tokens, received=True)
+        spread = head_diversity(seen.attention)["cosine"]
+    assert seen.attention.dtype == seen.received.dtype == torch.float32
+    assert all(len(seen.attention[0, head].unique()) > 200 for head in range(4))
+    assert len(seen.received.unique()) > 200
+    torch.testing.assert_close(spread, head_diversity(seen.attention)["cosine"])
 
 
 def test_without_positions_only_content_counts():

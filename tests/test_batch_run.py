@@ -125,7 +125,7 @@ def test_a_kernel_that_does_not_start_is_started_again(tmp_path, monkeypatch):
         calls.append(args)
         if len(calls) < 3:
             raise RuntimeError("Kernel died before replying to kernel_info")
-        (tmp_path / "result.json").write_text("{}")
+        (tmp_path / "result.json").write_text('{"metrics": {}}')
 
     monkeypatch.setattr(notebook_run.papermill, "execute_notebook", execute)
     monkeypatch.setattr(notebook_run.time, "sleep", lambda seconds: None)

@@ -64,7 +64,7 @@ class BatchReport:
 def write_summary(report: BatchReport) -> None:
     """results.csv and ablation.md, when there is something new to say."""
     page, listing = report.out / "ablation.md", report.out / "results.csv"
-    if report.counts[records.DONE] and (report.executed or _older(page, report.out)):
+    if report.counts[records.DONE] and (report.executed or not page.is_file()):
         from smartlab.batch.report import write_report
         from smartlab.batch.results import export_results, load_results
 
@@ -75,13 +75,6 @@ def write_summary(report: BatchReport) -> None:
             report.note = f"{report.note}\nno summary: {error}".strip()
             return
     report.files = [path for path in (page, listing) if path.is_file()]
-
-
-def _older(page: Path, out: Path) -> bool:
-    """Whether a run ended after the page was drawn: the batch was killed in between."""
-    if not page.is_file():
-        return True
-    return any(f.stat().st_mtime > page.stat().st_mtime for f in out.glob("*/*/run.json"))
 
 
 def dry_run(plan: Plan, out: str | Path | None = None, workers: int | None = None) -> dict[str, Any]:

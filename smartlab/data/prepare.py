@@ -29,7 +29,11 @@ def locate_images(
     salt()  # an unusable one is refused now, not after minutes of drawing phantoms
     if man.source.kind == "phantom":
         made, root = _phantom(man, data, progress)
-        return (man if man.cases else made), root
+        if given is None:
+            return made, root
+        drawn = {case.id for case in made.all_cases}  # of the cases that were given, those that are there
+        kept = [case for case in given.all_cases if case.id in drawn]
+        return given.model_copy(update={"all_cases": kept}), root
     if data.root is None:
         raise UseError(
             f"data.root is not set: where are the images of {man.name!r}?",

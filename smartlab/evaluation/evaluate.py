@@ -99,7 +99,8 @@ def evaluate(
     )
     if store is not None and task in AS_STORED:
         _check_spacing(task, encoder, store)
-    job = Job(encoder, facts, given, data, store, rows, pooling, seed, progress)
+    by_hand = isinstance(manifest, Manifest)
+    job = Job(encoder, facts, given, by_hand, data, store, rows, pooling, seed, progress)
     if task in LABELLED:
         result = _labelled(job, task, label, beside, settings)
     elif task == "clusters":
@@ -149,6 +150,7 @@ class Job:
     encoder: Any
     facts: dict[str, Any]
     given: Manifest
+    by_hand: bool  # whether that was given as an object, perhaps changed, and not by name
     data: DataConfig
     opened: Store | None
     rows: Rows | None
@@ -163,7 +165,7 @@ class Job:
 
     @cached_property
     def located(self) -> tuple[Manifest, Path]:
-        return locate_images(self.data, self.progress, self.given)
+        return locate_images(self.data, self.progress, self.given if self.by_hand else None)
 
     @cached_property
     def prepared(self) -> tuple[Manifest, Store]:

@@ -8,6 +8,8 @@ import pytest
 
 import smartlab as sl
 from smartlab.cli import app
+from smartlab.config import DataConfig
+from smartlab.data.prepare import locate_images
 from smartlab.errors import UseError
 from smartlab.evaluation.encoders import random_encoder
 from tests.training.conftest import SMALL, cohort, settings  # noqa: F401 - fixtures
@@ -137,6 +139,14 @@ def test_a_manifest_that_was_changed_in_memory_is_the_one_evaluated(run, cohort)
     root.symlink_to(images)
     result = sl.evaluate(run, "heads", fewer, root=root, views=1, draws=20, progress=False)
     assert result.facts["manifest"] == "fewer" and result.facts["patients"] == len(keep)
+
+
+def test_a_phantom_of_fewer_patients_than_its_manifest_tells_is_that_of_fewer(tmp_path):
+    config = DataConfig(manifest="phantom-ct", phantom_cases=2, root=str(tmp_path / "ct"), workers=0)
+    made, root = locate_images(config, progress=False)
+    assert len(made.patients) == 2 and (root / "manifest.json").is_file()
+    again, _ = locate_images(config, progress=False, given=sl.load_manifest("phantom-ct"))
+    assert [case.id for case in again.cases] == [case.id for case in made.cases]
 
 
 def test_voxels_of_another_size_are_refused_where_they_are_looked_at_as_stored(run, where, cohort, tmp_path):  # noqa: F811

@@ -193,7 +193,7 @@ def test_the_store_is_that_of_training(encoder, grey, tmp_path, monkeypatch):
     from smartlab.evaluation import evaluate as module
 
     asked = []
-    monkeypatch.setattr(module, "prepare_store", lambda data, progress: asked.append(data) or 1 / 0)
+    monkeypatch.setattr(module, "locate_images", lambda data, *_: asked.append(data) or 1 / 0)
     own = random_encoder(encoder.config.model_copy(deep=True))
     own.config.data.grey = grey
     with pytest.raises(ZeroDivisionError):

@@ -94,7 +94,8 @@ recorded run above), beside an untrained one of the same form:
 
 {chr(10).join(beside_untrained(real))}
 
-It learned from phantoms only. On the real nodules it stays below the largest area of the nodule alone (AUC
+It learned from phantoms only, yet on the phantom its features are no better than untrained ones (a probe cannot tell them apart, organs lie closer
+together); what it gained is attention, and a probe on real nodules. On the real nodules it stays below the largest area of the nodule alone (AUC
 {interval(nodules["largest area/auc"])}; difference {interval(nodules["auc minus largest area"])}).
 
 ## 4. Two scales beat one in mammography, and a linear decoder does it cheaply

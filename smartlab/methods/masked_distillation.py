@@ -267,9 +267,8 @@ class MaskedDistillation(nn.Module):
             return found
         diversity = head_diversity(seen.attention)
         a = seen.attention.float()
-        if (
-            self.config.mask.importance == "received" and seen.received is not None
-        ):  # what masks are guided by
+        by_received = self.config.mask.importance == "received"  # what masks are guided by
+        if by_received and seen.received is not None:
             a = seen.received.float()[:, None]
         found |= {f"lift_{name}": lift(a.mean(1), share) for name, share in shares.items()}
         return found | {

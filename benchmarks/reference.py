@@ -35,7 +35,9 @@ class PublishedSwin(SwinTransformer):
         """Image (B, C_in, D, H, W) -> tokens (B, D/2, H/2, W/2, C)."""
         return self.patch_embed(x).permute(0, 2, 3, 4, 1)
 
-    def stages(self, tokens: Tensor, repeats: object = None, upto: int = 4) -> list[Tensor]:
+    def stages(
+        self, tokens: Tensor, repeats: object = None, upto: int = 4, apart: bool = False
+    ) -> list[Tensor]:
         """All stages on all tokens, whatever is asked for."""
         x = self.pos_drop(tokens.permute(0, 4, 1, 2, 3))
         maps = [x]

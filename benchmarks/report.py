@@ -38,15 +38,15 @@ def table(result: dict[str, Any]) -> str:
     rows |= {f"encoder {name}": v for name, v in result.get("encoder", {}).items()}
     rows |= {f"step, {name}": v for name, v in result.get("scaling", {}).items()}
     for name, row in rows.items():
-        if row:
-            r = row["reference / ours"]
-            cells = [f"{spread(row[side]['seconds'])} s" for side in ("reference", "ours")]
+        for side in [key.removeprefix("reference / ") for key in row or () if key.startswith("reference / ")]:
+            r, how = row[f"reference / {side}"], side.removeprefix("ours")
+            cells = [f"{spread(row[one]['seconds'])} s" for one in ("reference", side)]
             cells += [spread(r["seconds"]), spread(r["cpu_seconds"])]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            lines.append(f"| {name}{how and ','}{how} | {' | '.join(cells)} |")
     if step := result.get("step"):
         lines += ["", f"Losses apart at most: {step['ours']['losses_apart']}"]
     if memory := result.get("memory"):
-        for side in ("reference", "ours"):
+        for side in [name for name in memory if "/" not in name]:
             lines += ["", f"Peak memory, {side}: {memory[side]}"]
         share = {k: v for k, v in memory.items() if "/" in k}
         lines += ["", f"Peak memory: {share}"]

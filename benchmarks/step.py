@@ -5,6 +5,8 @@
 Both sides run in one process, in turns, from the same weights, on the same views, with the same masks: after
 every turn their losses are compared. A step is everything: teacher, masks, student, heads, losses, backward,
 clipping, AdamW, teacher update; data come apart, in `data`. `--device cuda` adds bf16 and torch.compile sides.
+"ours sparse" has `student.encode=sparse`: another function, so its losses are told but not compared;
+"ours again" has `encoder.checkpointing`, "ours sparse again" both.
 """
 
 from __future__ import annotations
@@ -42,6 +44,10 @@ class Side:
     ) -> None:
         ours = not kind.startswith("reference")
         torch.manual_seed(0)
+        if "sparse" in kind:
+            config = changed(config, "student", encode="sparse")
+        if "again" in kind:
+            config = changed(config, "encoder", checkpointing=True)
         method: MaskedDistillation = (MaskedDistillation if ours else Reference)(config)
         if weights is not None:
             method.load_state_dict(weights)
@@ -96,14 +102,19 @@ class Side:
                 module.forward = self.parts.wrap(name, module.forward)  # type: ignore[method-assign]
 
 
+def changed(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
 def pair(config: Config, device: torch.device) -> dict[str, Side]:
-    """Reference and ours with the same weights; on a GPU also in bf16, and compiled."""
+    """Reference and ours with the same weights, ours with a sparse student too; on a GPU also in bf16, and compiled."""
     ours = Side(config, device)
     state = {name: value.clone() for name, value in ours.method.state_dict().items()}
     sides = {"reference": Side(config, device, "reference", state), "ours": ours}
+    more = ["ours sparse"]
     if device.type == "cuda":
-        sides |= {kind: Side(config, device, kind, state) for kind in ("ours bf16", "ours bf16 compile")}
-    return sides
+        more += ["ours bf16", "ours bf16 compile", "ours bf16 sparse"]
+    return sides | {kind: Side(config, device, kind, state) for kind in more}
 
 
 def steps(config: Config, device: torch.device, turns: int) -> dict[str, Any]:
@@ -121,7 +132,8 @@ def steps(config: Config, device: torch.device, turns: int) -> dict[str, Any]:
             for key in sides[name].losses[0]
             if key in sides["reference"].losses[0]
         }
-        measured[name]["losses_apart"] = apart
+        if "sparse" not in name:  # another function
+            measured[name]["losses_apart"] = apart
     for name in sides:
         measured[name]["views_per_second"] = round(views / measured[name]["seconds"]["median"], 3)
         measured[name]["last_losses"] = {k: round(float(v), 6) for k, v in sides[name].losses[-1].items()}
@@ -171,18 +183,19 @@ def parts(config: Config, device: torch.device, turns: int) -> dict[str, Any]:
 
 def memory(words: list[str]) -> dict[str, Any]:
     """Peak of each side, two steps in a process of its own."""
-    kinds = ("reference", "ours")
+    kinds = ("reference", "ours", "ours again", "ours sparse", "ours sparse again")
     found: dict[str, Any] = {
         k: harness.in_fresh_process("benchmarks.step", "--peak", k, *words) for k in kinds
     }
-    for what in ("peak_mb", "above_start_mb"):
-        found[f"ours / reference, {what}"] = round(found["ours"][what] / found["reference"][what], 3)
+    for kind in kinds[1:]:
+        for what in ("peak_mb", "above_start_mb"):
+            found[f"{kind} / reference, {what}"] = round(found[kind][what] / found["reference"][what], 3)
     return found
 
 
 def peak(config: Config, device: torch.device, kind: str) -> dict[str, float]:
     """Runs in a process of its own: what importing and the interpreter hold is `start_mb`."""
-    if kind == "ours" and device.type == "cpu":
+    if kind.startswith("ours") and device.type == "cpu":
         keep_freed_memory()  # as training does
     start = harness.peak_megabytes(device)
     side = Side(config, device, kind)

@@ -32,6 +32,7 @@ from smartlab.settings import (
     MaskConfig,
     MethodConfig,
     SemanticConfig,
+    StudentConfig,
     TeacherConfig,
     TrainConfig,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "MaskConfig",
     "MethodConfig",
     "SemanticConfig",
+    "StudentConfig",
     "TeacherConfig",
     "TrainConfig",
     "load_config",

@@ -127,6 +127,15 @@ class MaskConfig(_Section):
     temperature: float = Field(1.0, gt=0)  # of attention_sample [ours]
 
 
+class StudentConfig(_Section):
+    """How the student, who sees what masks leave, is encoded."""
+
+    encode: Literal["dense", "sparse"] = (
+        "dense"  # sparse: masked units are left out until a unit is one token;
+    )
+    # windows then end at units, which is another function than the whole encoder is used with later [ours]
+
+
 class TeacherConfig(_Section):
     """The exponential moving average of the student that looks at the whole, noisy view."""
 
@@ -279,6 +288,7 @@ class Config(_Section):
     method: MethodConfig = MethodConfig()
     semantic: SemanticConfig = SemanticConfig()
     mask: MaskConfig = MaskConfig()
+    student: StudentConfig = StudentConfig()
     teacher: TeacherConfig = TeacherConfig()
     distill: DistillConfig = DistillConfig()
     loss: LossConfig = LossConfig()
@@ -339,6 +349,11 @@ class Config(_Section):
             raise ValueError(
                 f"mask.strategy={self.mask.strategy} needs a teacher, which method.preset={self.method.preset} does "
                 "not have: use random or block"
+            )
+        if self.student.encode == "sparse":
+            raise ValueError(
+                f"student.encode=sparse is for Swin: with method.preset={self.method.preset} masked patches are "
+                "never encoded, leave it at dense"
             )
         if self.teacher.enabled or self.semantic.enabled:
             raise ValueError(

@@ -59,6 +59,7 @@ CHANGED: dict[str, dict] = {
         "crops": 2,
         "noise": 0.2,
         "scans": 2,
+        "split": "train",
         "workers": 1,
         "seed": 1,
     },
@@ -74,6 +75,7 @@ CHANGED: dict[str, dict] = {
     },
     "05_organ_clusters": {
         "scans": 3,
+        "split": "train",
         "segmented": 3,
         "pooling": "stages",
         "crop": 32,

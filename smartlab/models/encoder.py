@@ -99,12 +99,14 @@ class Encoder(nn.Module):
         hidden:  (B, N) bool, mask units whose patch embeddings become the mask token (the student).
         dropped: (B, D/2, H/2, W/2) bool, patch embeddings set to zero (the noisy teacher).
         visible: units that `hidden` or `dropped` leave, in all rows together, where that is known (and
-                 whole units are dropped): saves time.
+                 whole units are dropped): saves time, and allows `student.encode=sparse`.
         units_only: stop at the stage of the mask units, which is all that a teacher is asked for.
         """
         tokens = self.swin.embed(x)
         grid = self.grid(x.shape)
+        sparse = self.config.student.encode == "sparse" and hidden is not None
         if hidden is not None:
+            visible = int((~hidden).sum()) if sparse and visible is None else visible
             where = upsample(hidden, grid, self.unit_patches)[..., None]
             tokens = torch.where(where, self.mask_token.to(tokens.dtype), tokens)
         if dropped is not None:
@@ -114,7 +116,7 @@ class Encoder(nn.Module):
             same = dropped[:, :: self.unit_patches, :: self.unit_patches, :: self.unit_patches].flatten(1)
         if same is not None and visible is not None and visible < same.numel():
             repeats = Repeats.of(same, visible, self.unit_patches)
-        stages = self.swin.stages(tokens, repeats, self.stage if units_only else 4)
+        stages = self.swin.stages(tokens, repeats, self.stage if units_only else 4, sparse)
         units = stages[self.stage]
         if self.semantic is None:
             normed = F.layer_norm(units, units.shape[-1:]).flatten(1, 3)

@@ -10,7 +10,9 @@ equal, so weights move freely. Design choices:
 - shift masks depend on the grid only: built once per grid, shared by all blocks, never saved, and
   not built at all where a stage has no shifted block or a window covers the whole grid;
 - masked units all look the same until windows shift: their share of the first block (of the whole first
-  stage where it has one block) is computed once, `Repeats`; exact, and 70% of the highest resolution;
+  stage where it has one block) is computed once, `Repeats`; exact, and 70% of the highest resolution.
+  With `apart` windows never cross a unit, and all stages up to the units are computed so: another function;
+- checkpointing does a block again slab by slab of windows, so that backward never holds a whole block;
 - plain tensors in and out, no data-dependent branches: `torch.compile(fullgraph=True)` works.
 
 Liu et al., "Swin Transformer" (2021); Hatamizadeh et al., "Swin UNETR" (2022).
@@ -19,6 +21,7 @@ Liu et al., "Swin Transformer" (2021); Hatamizadeh et al., "Swin UNETR" (2022).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -79,15 +82,24 @@ class Swin(nn.Module):
         """Image (B, C_in, D, H, W) -> tokens (B, D/2, H/2, W/2, C)."""
         return self.patch_embed(x)
 
-    def stages(self, tokens: Tensor, repeats: Repeats | None = None, upto: int = 4) -> list[Tensor]:
+    def stages(
+        self, tokens: Tensor, repeats: Repeats | None = None, upto: int = 4, apart: bool = False
+    ) -> list[Tensor]:
         """Tokens (B, D, H, W, C) -> the five token grids, channels last, not normalised.
 
         repeats: which cells of the tokens are equal (masked units): computed once, until windows shift.
         upto:    the last stage wanted.
+        apart:   keep every cell of `repeats` to itself until it is one token: windows end, and shift, within
+                 a cell. Then all masked cells are one, in all those stages. Another function than without.
         """
         outputs = [tokens]
         for layer in self._layers()[:upto]:
-            outputs.append(layer(outputs[-1], repeats if len(outputs) == 1 else None))
+            x = outputs[-1]
+            if apart and repeats is not None and repeats.side > 1:
+                outputs.append(repeats.apply(layer.apart, x))
+                repeats = repeats._replace(side=repeats.side // 2)
+            else:
+                outputs.append(layer(x, repeats if len(outputs) == 1 else None))
         return outputs
 
     def _layers(self) -> list[nn.Module]:
@@ -177,7 +189,11 @@ class Stage(nn.Module):
             return self._run(repeats.apply(lambda cells: self._run(cells, 0, 1), x), 1)
         return self._run(x)
 
-    def _run(self, x: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
+    def apart(self, cells: Tensor) -> Tensor:
+        """Like `forward`, for cells (M, s, s, s, C) that see nothing outside themselves."""
+        return self._run(cells, corner=True)
+
+    def _run(self, x: Tensor, first: int = 0, stop: int | None = None, corner: bool = False) -> Tensor:
         """Blocks `first` to `stop`; without `stop` all that follow, and the merging."""
         grid: Grid = tuple(x.shape[1:4])  # type: ignore[assignment]
         window, shift = clip_window(grid, self.window_size)
@@ -185,13 +201,38 @@ class Stage(nn.Module):
         shifted = any(shift) and any(number % 2 for number in numbers)
         mask = self._masks(grid, window, shift, x.device) if shifted else None
         for number in numbers:
-            block = self.blocks[number]
+            block = cast(Block, self.blocks[number])
             how = (window, shift, mask) if number % 2 and shifted else (window, None, None)
+            keep = block.draw(x)
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *how, use_reentrant=False)
+                x = in_slabs(block, x, *how, keep, corner)
             else:
-                x = block(x, *how)
+                x = block(x, *how, keep, corner)
         return x if stop else self.downsample(x)
+
+
+def in_slabs(
+    block: Block,
+    x: Tensor,
+    window: Grid,
+    shift: Grid | None,
+    mask: Tensor | None,
+    keep: Tensor | None,
+    corner: bool,
+) -> Tensor:
+    """block(x), one row of windows at a time; backward does each row again instead of keeping what it needs.
+
+    Everything in a block is done within windows or token by token, so after the shift rows are independent.
+    """
+    again = partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+    if any(size % side for size, side in zip(x.shape[1:4], window, strict=True)):  # windows with padding
+        return again(x, window, shift, mask, keep, corner)
+    if shift is not None:
+        x = torch.roll(x, [-s for s in shift], (1, 2, 3))
+    slabs = x.split(window[0], 1)
+    masks = [None] * len(slabs) if mask is None else mask.chunk(len(slabs))
+    x = torch.cat([again(s, window, None, m, keep, corner) for s, m in zip(slabs, masks, strict=True)], 1)
+    return x if shift is None else torch.roll(x, shift, (1, 2, 3))
 
 
 class Block(nn.Module):
@@ -207,30 +248,43 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor, window: Grid, shift: Grid | None, mask: Tensor | None) -> Tensor:
-        x = x + self._drop(self._attend(self.norm1(x), window, shift, mask))
-        return x + self._drop(self.mlp(self.norm2(x)))
+    def forward(
+        self,
+        x: Tensor,
+        window: Grid,
+        shift: Grid | None,
+        mask: Tensor | None,
+        keep: Tensor | None = None,
+        corner: bool = False,
+    ) -> Tensor:
+        """keep: what `draw` gave; corner: see `WindowAttention.bias`."""
+        y = self._attend(self.norm1(x), window, shift, mask, corner)
+        x = x + (y if keep is None else y * keep[0])
+        y = self.mlp(self.norm2(x))
+        return x + (y if keep is None else y * keep[1])
 
-    def _attend(self, x: Tensor, window: Grid, shift: Grid | None, mask: Tensor | None) -> Tensor:
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Stochastic depth: factors (2, B, 1, 1, 1, 1) that drop either branch for a random part of the batch."""
+        if not self.drop_path or not self.training:
+            return None
+        keep = torch.rand(2, x.shape[0], 1, 1, 1, 1, device=x.device) >= self.drop_path
+        return keep.to(x.dtype) / (1 - self.drop_path)
+
+    def _attend(
+        self, x: Tensor, window: Grid, shift: Grid | None, mask: Tensor | None, corner: bool
+    ) -> Tensor:
         grid = x.shape[1:4]
         padding = [-size % side for size, side in zip(grid, window, strict=True)]
         if any(padding):  # padded tokens take part in attention, as in MONAI
             x = F.pad(x, (0, 0, 0, padding[2], 0, padding[1], 0, padding[0]))
         if shift is not None:
             x = torch.roll(x, [-s for s in shift], (1, 2, 3))
-        x = self.attn(x, window, mask)
+        x = self.attn(x, window, mask, corner)
         if shift is not None:
             x = torch.roll(x, shift, (1, 2, 3))
         if any(padding):
             x = x[:, : grid[0], : grid[1], : grid[2]]
         return x
-
-    def _drop(self, x: Tensor) -> Tensor:
-        """Stochastic depth: drop the branch for a random part of the batch."""
-        if not self.drop_path or not self.training:
-            return x
-        keep = torch.rand(x.shape[0], 1, 1, 1, 1, device=x.device) >= self.drop_path
-        return x * keep.to(x.dtype) / (1 - self.drop_path)
 
 
 class WindowAttention(nn.Module):
@@ -248,7 +302,7 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, window: Grid, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, window: Grid, mask: Tensor | None, corner: bool = False) -> Tensor:
         """x (B, D, H, W, C), whole windows; mask (windows, n, n) or None."""
         batch, d, h, w, c = x.shape
         (nd, nh, nw), n = (d // window[0], h // window[1], w // window[2]), window[0] * window[1] * window[2]
@@ -258,7 +312,7 @@ class WindowAttention(nn.Module):
             batch, nd, window[0], nh, window[1], nw, window[2], 3, heads, c // heads
         )
         qkv = qkv.permute(7, 0, 1, 3, 5, 8, 2, 4, 6, 9).reshape(3, batch, windows, heads, n, c // heads)
-        bias = self.bias(n)  # (heads, n, n)
+        bias = self.bias(window, corner)  # (heads, n, n)
         if mask is None:
             q, k, v = qkv.flatten(1, 2)  # (B·windows, heads, n, c)
             out = attend(q, k, v, bias.to(q.dtype)[None])
@@ -269,10 +323,20 @@ class WindowAttention(nn.Module):
         out = out.reshape(batch, nd, nh, nw, heads, *window, c // heads)
         return self.proj(out.permute(0, 1, 5, 2, 6, 3, 7, 4, 8).reshape(batch, d, h, w, c))
 
-    def bias(self, n: int) -> Tensor:
-        """Position bias (heads, n, n). A window clipped to a small grid takes the first n rows."""
-        index = self.relative_position_index[:n, :n]
-        return self.relative_position_bias_table[index].permute(2, 0, 1)
+    def bias(self, window: Grid, corner: bool = False) -> Tensor:
+        """Position bias (heads, n, n) for the n tokens of a window.
+
+        A window clipped to a small grid takes the first n rows, as in MONAI; with `corner` those of the
+        corner of the full window, which are the true relative positions.
+        """
+        n = window[0] * window[1] * window[2]
+        index = self.relative_position_index
+        if corner and n < len(index):
+            side = round(len(index) ** (1 / 3))
+            rows = torch.arange(len(index), device=index.device).view(side, side, side)
+            rows = rows[: window[0], : window[1], : window[2]].flatten()
+            index = index[rows][:, rows]
+        return self.relative_position_bias_table[index[:n, :n]].permute(2, 0, 1)
 
 
 def keyless(qkv: nn.Linear, x: Tensor) -> Tensor:

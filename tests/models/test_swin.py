@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from monai.networks.nets.swin_unetr import SwinTransformer
 
 from smartlab.config import ENCODERS, EncoderConfig, load_config
+from smartlab.masking import upsample
 from smartlab.models.attend import attend
 from smartlab.models.encoder import Encoder
 from smartlab.models.swin import Swin, shift_mask
@@ -135,3 +136,68 @@ def test_attention_in_pieces_is_attention(shape):
             expected = (out, *grads)
     for mine, theirs in zip(expected, (out, *grads), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_sparse_student_sees_each_unit_apart_until_units_are_tokens(checkpointing):
+    """What one visible unit gives does not depend on what else is in the view, nor on which units are hidden."""
+    more = {
+        "encoder.preset": "custom",
+        "encoder.depths": [2, 2, 2, 1],
+        "encoder.checkpointing": checkpointing,
+        "semantic.stride": 16,
+        "mask.unit": 16,
+        "student.encode": "sparse",
+    }
+    encoder = Encoder(load_config("tiny", more)).double()
+    x = torch.rand(2, 1, 64, 64, 64, dtype=torch.float64)
+    hidden = torch.ones(2, 64, dtype=torch.bool)
+    hidden[0, :5] = hidden[1, 3:20] = False
+    seen = encoder(x, hidden=hidden, visible=int((~hidden).sum()))
+    units = seen.stages[3].flatten(1, 3)  # (2, 64, C), one token per unit of 16 voxels
+    others = hidden.clone()
+    others[0, 5:9] = False
+    other_views = torch.where(
+        upsample(hidden, (4, 4, 4), 16)[:, None] | (torch.arange(2).view(2, 1, 1, 1, 1) == 1),
+        torch.rand_like(x),
+        x,
+    )
+    again = encoder(other_views, hidden=others).stages[3].flatten(1, 3)
+    torch.testing.assert_close(again[0, :5], units[0, :5], atol=1e-12, rtol=1e-9)
+    assert (again[1, 3:20] - units[1, 3:20]).abs().max() > 1e-3
+    torch.testing.assert_close(
+        units[hidden], units[hidden][:1].expand_as(units[hidden]), atol=1e-12, rtol=1e-9
+    )
+    seen.stages[-1].square().sum().backward()  # from here on units see each other
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.swin.layers1.parameters())
+
+
+def test_positions_inside_a_small_unit_are_the_true_ones():
+    """Two tokens that are neighbours share their bias, whatever the size of the cell they are in."""
+    attention = Swin(1, 12, (1, 1, 1, 1), (1, 2, 4, 8), 4).layers1[0].blocks[0].attn
+    whole, cell = attention.bias((4, 4, 4), True), attention.bias((2, 2, 2), True)
+    place = torch.arange(64).view(4, 4, 4)[1:3, 1:3, 1:3].flatten()
+    torch.testing.assert_close(cell, whole[:, place][:, :, place])
+
+
+def test_doing_blocks_again_in_backward_keeps_little_and_drops_the_same_paths():
+    """Checkpointing: equal losses and gradients with stochastic depth, and a third or less kept for backward."""
+    x, found = torch.rand(2, 1, 64, 64, 64, dtype=torch.float64), {}
+    for again in (False, True):
+        torch.manual_seed(0)
+        net = Swin(1, 12, (2, 2, 2, 2), (1, 2, 4, 8), 4, drop_path=0.5, checkpointing=again).double().train()
+        kept = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            out = net.stages(net.embed(x))[-1].square().sum()
+        out.backward()
+        found[again] = (out, kept, [p.grad for p in net.parameters()])
+    torch.testing.assert_close(found[True][0], found[False][0])
+    torch.testing.assert_close(found[True][2], found[False][2])
+    assert found[True][1] < found[False][1] / 3

@@ -310,3 +310,36 @@ def test_one_batch_can_be_learnt_by_heart():
     )
     history = overfit_one_batch(sl.load_config("tiny", SMALL | {"method.preset": "simmim"}), x, steps=300)
     assert history[-1] < 0.04 < history[0]
+
+
+def test_a_sparse_student_learns_from_masked_units_without_looking_at_them():
+    """`student.encode=sparse`: same losses and parameters, another function; voxels of masked units play no part."""
+    more = {"semantic.stride": 16, "mask.unit": 16, "data.view": 64, "data.region": 80}
+    dense, sparse = make(**more), make(**more, **{"student.encode": "sparse"})
+    assert dense.state_dict().keys() == sparse.state_dict().keys()
+    x = views(1, 64)
+    losses = [step(net, x)[1] for net in (dense, sparse)]
+    assert losses[0].keys() == losses[1].keys()
+    assert float(losses[0]["loss_amip"]) != float(losses[1]["loss_amip"])
+    loss, _ = step(sparse, x)
+    loss.backward()
+    for name, parameter in sparse.student.encoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    encoder, hidden = sparse.student.encoder, torch.rand(2, 64) < 0.7
+    voxels = hidden.view(2, 1, 4, 4, 4)
+    for axis in (2, 3, 4):
+        voxels = voxels.repeat_interleave(16, axis)
+    first = encoder(x.flatten(0, 1), hidden=hidden).stages[-1]
+    other = encoder(torch.where(voxels, 0.5, x.flatten(0, 1)), hidden=hidden).stages[-1]
+    torch.testing.assert_close(first, other)
+
+
+def test_a_sparse_student_overfits_one_batch():
+    settings = SMALL | {"method.preset": "simmim", "student.encode": "sparse"}
+    losses = overfit_one_batch(sl.load_config("tiny", settings), views(), steps=60)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_sparse_student_is_refused_where_it_means_nothing():
+    with pytest.raises(sl.UseError, match=r"student.encode=sparse is for Swin"):
+        sl.load_config("miram-tiny", {"student.encode": "sparse"})

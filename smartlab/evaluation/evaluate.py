@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 LABELLED = ("probe", "knn", "fewshot", "outcome")
 FINE_TUNING = ("classify", "segment")
 AS_STORED = ("heads", "localize", "unsupervised")  # look at voxels as the store holds them
-Rows = Literal["lesion", "image", "patient"]
+Rows = Literal["lesion", "image", "patient", "organ"]
 TASKS = (*LABELLED, "clusters", "unsupervised", "heads", "localize", *FINE_TUNING)
 _PREPARED = {"beside", "label", "resume"}  # settings of tasks that are arguments here
 
@@ -67,8 +67,9 @@ def evaluate(
 
     manifest: name or path; `root` is the folder of its images, `store` an open store of them (else the
               one that belongs to the root is built or opened, at the voxel size of training).
-    label:    what to predict; by default the manifest's first binary label.
-    rows:     "lesion", "image" or "patient"; by default lesions where the cases have them.
+    label:    what to predict; by default the manifest's first binary label, for organs which one it is.
+    rows:     "lesion", "image", "patient", or "organ" (a row per organ and scan, from its labels); by default
+              lesions where the cases have them, and organs for label="organ".
     pooling:  features as in `features.py`; by default "cls+tokens" ("tokens" for clusters).
     beside:   also a random-initialised encoder and trivial baselines, on the same folds. heads, localize
               and unsupervised always look at the random encoder; clusters puts it beside as "random
@@ -99,6 +100,8 @@ def evaluate(
     )
     if store is not None and task in AS_STORED:
         _check_spacing(task, encoder, store)
+    if label == "organ" and "organ" not in given.labels and task in LABELLED:
+        rows = rows or "organ"
     by_hand = isinstance(manifest, Manifest)
     job = Job(encoder, facts, given, by_hand, data, store, rows, pooling, seed, progress)
     if task in LABELLED:
@@ -185,8 +188,8 @@ class Job:
         return self.prepared[1]
 
     def label(self, asked: str | None) -> str:
-        if asked is not None:
-            return asked
+        if asked is not None or self.rows == "organ":
+            return asked or "organ"
         first = next((name for name, spec in self.given.labels.items() if spec.kind == "binary"), None)
         if first is None:
             known = ", ".join(self.given.labels) or "none"
@@ -199,6 +202,8 @@ class Job:
         """Features of the rows asked for."""
         from smartlab.evaluation import features
 
+        if self.rows == "organ":
+            return self.organs(encoder)
         pooling = self.pooling or "cls+tokens"
         if self.stacks:
             return features.stack_features(
@@ -291,7 +296,7 @@ def _labelled(job: Job, task: str, label: str | None, beside: bool, settings: di
     others = job.beside() if beside else None
     table = job.table(job.encoder)
     result = _function(task)(table, label, beside=others, **settings)
-    if not job.stacks and (missing := job.patients_with(label) - set(table.about.patient)):
+    if not job.stacks and job.rows != "organ" and (missing := job.patients_with(label) - set(table.about.patient)):
         result.facts["patients_without_features"] = len(missing)  # such as those without a lesion
     return result
 

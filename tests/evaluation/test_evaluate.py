@@ -109,6 +109,15 @@ def test_outcome_from_the_command_line_with_a_clinical_table(label, tmp_path):
     assert {f"covariates/{metric}", f"both/{metric}", f"random encoder/{metric}"} <= set(said["metrics"])
 
 
+def test_organs_can_be_probed_by_their_own_label(run, where):
+    """A row per organ and scan, told apart by patient folds, beside the random encoder on the same rows."""
+    found = sl.evaluate(run, "probe", label="organ", folds=2, **where)
+    assert {"accuracy", "random encoder/accuracy", "accuracy minus random encoder"} <= found.metrics.keys()
+    organs = set(found.table.truth)
+    assert {"liver", "heart"} <= organs and len(found.table) > len(organs)
+    assert sl.evaluate(run, "knn", rows="organ", folds=2, **where).facts["label"] == "organ"
+
+
 def test_what_cannot_be_evaluated_is_said(run, where, tmp_path):
     with pytest.raises(UseError, match="no task 'porbe'"):
         sl.evaluate(run, "porbe", **where)

@@ -219,8 +219,8 @@ class Job:
             store,
             man,
             pooling=pooling,
-            by=rows,
-            progress=self.progress,  # type: ignore[arg-type]
+            by=rows,  # type: ignore[arg-type]
+            progress=self.progress,
         )
 
     def beside(self) -> dict[str, FeatureTable]:
@@ -296,7 +296,11 @@ def _labelled(job: Job, task: str, label: str | None, beside: bool, settings: di
     others = job.beside() if beside else None
     table = job.table(job.encoder)
     result = _function(task)(table, label, beside=others, **settings)
-    if not job.stacks and job.rows != "organ" and (missing := job.patients_with(label) - set(table.about.patient)):
+    if (
+        not job.stacks
+        and job.rows != "organ"
+        and (missing := job.patients_with(label) - set(table.about.patient))
+    ):
         result.facts["patients_without_features"] = len(missing)  # such as those without a lesion
     return result
 

@@ -96,7 +96,7 @@ class Swin(nn.Module):
         for layer in self._layers()[:upto]:
             x = outputs[-1]
             if apart and repeats is not None and repeats.side > 1:
-                outputs.append(repeats.apply(layer.apart, x))
+                outputs.append(repeats.apply(cast(Stage, layer).apart, x))
                 repeats = repeats._replace(side=repeats.side // 2)
             else:
                 outputs.append(layer(x, repeats if len(outputs) == 1 else None))
@@ -202,12 +202,9 @@ class Stage(nn.Module):
         mask = self._masks(grid, window, shift, x.device) if shifted else None
         for number in numbers:
             block = cast(Block, self.blocks[number])
-            how = (window, shift, mask) if number % 2 and shifted else (window, None, None)
-            keep = block.draw(x)
-            if self.checkpointing and torch.is_grad_enabled():
-                x = in_slabs(block, x, *how, keep, corner)
-            else:
-                x = block(x, *how, keep, corner)
+            by, near = (shift, mask) if number % 2 and shifted else (None, None)
+            run = partial(in_slabs, block) if self.checkpointing and torch.is_grad_enabled() else block
+            x = run(x, window, by, near, block.draw(x), corner)
         return x if stop else self.downsample(x)
 
 

@@ -1,0 +1,150 @@
+"""What the plans `components` and `noise` found, as a result file that docs/EVIDENCE.md is written from.
+
+    smartlab batch notebooks/plans/components.yaml --out runs/components
+    smartlab batch notebooks/plans/noise.yaml dropout=[0.0,0.3] --out runs/components   # shares the pretrainings
+    python -m benchmarks.components --runs runs/components
+
+Per metric: a row per arm (mean over seeds), the effect of each factor all else equal, and the effect of masking by
+attention at each level of noise, and of noise under each kind of masks. Where the real nodules lie beside
+(SMARTLAB_REAL_DATA), every pretrained encoder is probed on them too: a second, independent check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+import smartlab as sl
+from benchmarks.harness import machine
+from benchmarks.real_data import DATA
+from smartlab.batch.results import effects, one_metric, summarise
+from smartlab.data.prepare import prepare_store
+from smartlab.evaluation.clusters import clusters
+from smartlab.evaluation.encoders import random_encoder
+from smartlab.evaluation.features import organ_features
+from smartlab.evaluation.grids import scans
+from smartlab.evaluation.result import clean
+from smartlab.notebook import code_version
+
+FACTORS = ["semantic", "dropout", "strategy"]
+KEPT = {  # step -> metrics; the first is the step's primary one
+    "clusters": ("features/knn_purity", "features/silhouette", "features/ratio", "ari", "nmi", "dice"),
+    "probe": ("probe auc", "knn auc"),
+    "attention": ("jensen_shannon", "cosine", "informativeness"),
+    "localize": ("lesion/lift", "lesion/auc"),
+    "pretrain": ("guided_share", "attention_informativeness", "head_diversity", "loss_amip"),
+    "nodules": ("auc",),
+}
+RESULTS = Path(__file__).parent / "results" / "components.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/components"))
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--nodules", type=Path, default=DATA / "nodules", help="left out where there are none"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    table, runs = sl.load_results(args.runs), sl.load_runs(args.runs)
+    if args.nodules.is_dir():
+        table = pd.concat([table, nodules(runs[runs.step == "pretrain"], args.nodules)], ignore_index=True)
+    report = {
+        "what": "arms of the plans components and noise: means over seeds with 95% t intervals",
+        "runs": {step: int(n) for step, n in runs[runs.state == "done"].step.value_counts().items()},
+        "failed": int((runs.state == "failed").sum()),
+        "hours": round(float(runs.seconds.sum()) / 3600, 2),
+        "settings": settings(args.runs),
+        "metrics": {
+            f"{step} {metric}": measured(table, step, metric)
+            for step, metrics in KEPT.items()
+            for metric in metrics
+            if ((table.step == step) & (table.metric == metric)).any()
+        },
+        "untrained": untrained(args.runs, args.nodules),
+        "code_of_the_runs": sorted(table.code.dropna().unique()),
+        "machine": machine(),
+        "code": code_version(),
+    }
+    args.json.write_text(json.dumps(clean(report), indent=1) + "\n", encoding="utf-8")
+    for name, found in report["metrics"].items():
+        print(name, *(f"\n  {row}" for row in found["arms"] + found["effects"]))
+
+
+def measured(table: pd.DataFrame, step: str, metric: str) -> dict[str, Any]:
+    """Arms, effects, and effects within the levels of the other factor; the seeds' own values."""
+    rows = one_metric(table, metric, step)
+    rows = rows[[*FACTORS, "seed", "step", "metric", "value", "low", "high", "n"]]
+    within = []
+    for one in ("dropout", "strategy"):
+        for level in rows[one].unique():
+            part = effects(rows[(rows[one] == level) & (rows.semantic == True)], metric)  # noqa: E712
+            within += [{"where": f"{one} {level}", **row} for row in part.to_dict("records")]
+    arms = summarise(rows, metric, FACTORS).drop(columns="metric")
+    return {
+        "arms": arms.to_dict("records"),
+        "effects": effects(rows, metric).to_dict("records"),
+        "within": within,
+        "each": rows[[*FACTORS, "seed", "value"]].to_dict("records"),
+    }
+
+
+def nodules(pretrained: pd.DataFrame, root: Path) -> pd.DataFrame:
+    """A row per pretrained encoder: AUC of a linear probe on the real nodules."""
+    rows = []
+    for _, run in pretrained[pretrained.state == "done"].iterrows():
+        own = {name: run[name] for name in (*FACTORS, "seed")}
+        found = real_nodules(Path(run.folder) / "run", root)
+        rows.append({**own, "step": "nodules", "metric": "auc", **found})
+    return pd.DataFrame(rows)
+
+
+def untrained(folder: Path, root: Path) -> dict[str, list[float]]:
+    """The same encoder with random weights, seeds 0 to 2, on the same scans: the values beside the arms."""
+    config = sl.Run(first_run(folder)).config
+    man, store = prepare_store(config.data, progress=False)
+    known = scans(store)
+    images = known[known.split == "test"].image.tolist()[:16]  # as the plan says
+    found: dict[str, list[float]] = {"clusters features/knn_purity": [], "nodules auc": []}
+    for seed in range(3):
+        encoder = random_encoder(config, seed)
+        table = organ_features(encoder, store, man, images=images)
+        purity = clusters(table, embeddings=(), draws=20).metrics["features/knn_purity"]
+        found["clusters features/knn_purity"].append(purity.value)
+        if root.is_dir():
+            found["nodules auc"].append(real_nodules(encoder, root)["value"])
+    return found
+
+
+def real_nodules(encoder: Any, root: Path) -> dict[str, float]:
+    """AUC of a linear probe on the real nodules."""
+    where = {"label": "malignancy", "root": root, "beside": False, "progress": False}
+    return sl.evaluate(encoder, "probe", "nodules-png", **where).metrics["auc"]._asdict()
+
+
+def first_run(folder: Path) -> Path:
+    return next(iter(sorted(folder.glob("pretrain/*/run"))))
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """Of the pretrainings: what is the same in all of them."""
+    first = sl.Run(first_run(folder)).config
+    return {
+        "steps": first.train.steps,
+        "views_per_step": 2 * first.train.batch,
+        "view": first.data.view,
+        "phantoms": first.data.phantom_cases,
+        "threshold": first.mask.informativeness,
+    }
+
+
+if __name__ == "__main__":
+    main()

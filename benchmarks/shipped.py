@@ -1,0 +1,98 @@
+"""Make the small encoders that come with the package: one pretraining, exported as student and teacher.
+
+    python -m benchmarks.shipped --out runs/shipped            # ten minutes on one core
+    python -m benchmarks.shipped --out runs/shipped --keep     # judge it, leave smartlab/weights as they are
+
+Judged beside an untrained encoder on phantoms whose patients are in the validation and test splits, which
+pretraining never saw: a linear probe for organs, clusters of organs, and attention on lesions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import smartlab as sl
+from benchmarks.harness import machine
+from smartlab.data.prepare import prepare_store
+from smartlab.evaluation.clusters import clusters
+from smartlab.evaluation.encoders import random_encoder
+from smartlab.evaluation.features import lesion_features, organ_features
+from smartlab.evaluation.localize import localize
+from smartlab.evaluation.probe import probe
+from smartlab.evaluation.result import Result, clean
+from smartlab.notebook import WEIGHTS, code_version
+
+RECIPE = {
+    "data.phantom_cases": 240,
+    "data.workers": 0,
+    "data.view": 32,
+    "data.region": 48,
+    "train.batch": 8,
+    "train.lr": 2e-4,
+    "train.steps": 1500,
+    "train.checkpoint_every": 500,
+    "train.picture_every": 100_000,  # none
+}
+RESULTS = Path(__file__).parent / "results" / "shipped.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/shipped"))
+    parser.add_argument("--keep", action="store_true", help="do not replace the weights of the package")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    config = sl.load_config("tiny", RECIPE)
+    run = sl.pretrain(config, args.out, resume=True)
+    if not args.keep:
+        for role in ("teacher", "student"):
+            sl.export(args.out, "safetensors", WEIGHTS / f"tiny-{role}.safetensors", role=role)
+    report = {
+        "what": "the shipped teacher beside an untrained encoder, on patients that pretraining did not see",
+        "recipe": {"preset": "tiny", **RECIPE},
+        **judge(run),
+        "machine": machine(),
+        "code": code_version(),
+    }
+    args.json.write_text(json.dumps(clean(report), indent=1) + "\n", encoding="utf-8")
+    for task, found in report["tasks"].items():
+        print(task, *(f"\n  {name}: {value}" for name, value in found.items()))
+
+
+def judge(run: sl.Run) -> dict[str, Any]:
+    """Every task on the held-out patients: value, low, high, n."""
+    teacher = run.encoder("teacher")
+    untrained = random_encoder(run.config)
+    man, store = prepare_store(run.config.data, progress=False)
+    cases = store.cases[store.cases.split.isin(["val", "test"])]
+    images = sorted({int(i) for i in cases.image})
+    both = [organ_features(e, store, man, images=images) for e in (teacher, untrained)]
+    keys = [*cases.index[cases.center_mm.notna()]]
+    lesions = [lesion_features(e, store, man, pooling="center", cases=keys) for e in (teacher, untrained)]
+    tasks = {
+        "organ probe": probe(both[0], "organ", split="cross", beside={"random encoder": both[1]}),
+        "clusters": clusters(both[0], beside={"random": both[1]}, embeddings=()),
+        "nodule probe": probe(lesions[0], "malignancy", split="cross", beside={"random encoder": lesions[1]}),
+        "localize": localize(teacher, store, images=images),
+    }
+    return {"held_out_patients": len(images), "tasks": {name: told(result) for name, result in tasks.items()}}
+
+
+def told(result: Result) -> dict[str, list[float]]:
+    return {
+        name: [round(v, 4) for v in (e.value, e.low, e.high)] + [e.n]
+        for name, e in result.metrics.items()
+        if ":head" not in name
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -29,6 +29,7 @@ from smartlab.evaluation.encoders import random_encoder
 from smartlab.evaluation.features import organ_features
 from smartlab.evaluation.grids import scans
 from smartlab.evaluation.result import clean
+from smartlab.evaluation.stats import paired_mean
 from smartlab.notebook import code_version
 
 FACTORS = ["semantic", "dropout", "strategy"]
@@ -89,7 +90,16 @@ def measured(table: pd.DataFrame, step: str, metric: str) -> dict[str, Any]:
             part = effects(rows[(rows[one] == level) & (rows.semantic == True)], metric)  # noqa: E712
             within += [{"where": f"{one} {level}", **row} for row in part.to_dict("records")]
     arms = summarise(rows, metric, FACTORS).drop(columns="metric")
+    ends = [
+        rows[(rows.dropout == noise) & (rows.strategy == masks) & (rows.semantic == True)]  # noqa: E712
+        for noise, masks in ((0.3, "attention_high"), (0.0, "random"))
+    ]
+    pairs = ends[0].merge(ends[1], on="seed", suffixes=("", "_neither"))
+    enough = len(pairs) > 1
+    both = paired_mean(pairs.value, pairs.value_neither, pairs.seed.to_numpy())._asdict() if enough else None
     return {
+        "patients": int(rows.n.max()) if rows.n.notna().any() else None,
+        "both_minus_neither": both,
         "arms": arms.to_dict("records"),
         "effects": effects(rows, metric).to_dict("records"),
         "within": within,

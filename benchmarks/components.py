@@ -41,6 +41,10 @@ KEPT = {  # step -> metrics; the first is the step's primary one
     "pretrain": ("guided_share", "attention_informativeness", "head_diversity", "loss_amip"),
     "nodules": ("auc",),
 }
+LOGGED = (
+    *("attention_informativeness", "head_diversity", "lift_lesion", "hidden_lesion", "hidden_organ"),
+    *("teacher_entropy", "effective_rank", "loss_amip"),
+)
 RESULTS = Path(__file__).parent / "results" / "components.json"
 
 
@@ -70,6 +74,7 @@ def main() -> None:
             for metric in metrics
             if ((table.step == step) & (table.metric == metric)).any()
         },
+        "training": training(runs[(runs.step == "pretrain") & (runs.state == "done")]),
         "untrained": untrained(args.runs, args.nodules),
         "code_of_the_runs": sorted(table.code.dropna().unique()),
         "machine": machine(),
@@ -115,6 +120,18 @@ def nodules(pretrained: pd.DataFrame, root: Path) -> pd.DataFrame:
         found = real_nodules(Path(run.folder) / "run", root)
         rows.append({**own, "step": "nodules", "metric": "auc", **found})
     return pd.DataFrame(rows)
+
+
+def training(pretrained: pd.DataFrame) -> list[dict[str, Any]]:
+    """What the logs say, by arm and quarter of the steps, means over seeds."""
+    logs = []
+    for _, run in pretrained.iterrows():
+        log = sl.Run(Path(run.folder) / "run").history
+        log["quarter"] = (4 * (log.step - 1) / log.step.max()).astype(int) + 1
+        known = [name for name in LOGGED if name in log]
+        means = log.groupby("quarter")[known].mean().reset_index()
+        logs.append(means.assign(**{name: run[name] for name in FACTORS}))
+    return pd.concat(logs).groupby([*FACTORS, "quarter"], as_index=False).mean().to_dict("records")
 
 
 def untrained(folder: Path, root: Path) -> dict[str, list[float]]:

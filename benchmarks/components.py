@@ -4,6 +4,8 @@
     smartlab batch notebooks/plans/noise.yaml dropout=[0.0,0.3] --out runs/components   # shares the pretrainings
     python -m benchmarks.components --runs runs/components
 
+Both plans on one commit, or nothing is shared.
+
 Per metric: a row per arm (mean over seeds), the effect of each factor all else equal, and the effect of masking by
 attention at each level of noise, and of noise under each kind of masks. Where the real nodules lie beside
 (SMARTLAB_REAL_DATA), every pretrained encoder is probed on them too: a second, independent check.
@@ -22,7 +24,7 @@ import torch
 import smartlab as sl
 from benchmarks.harness import machine
 from benchmarks.real_data import DATA
-from smartlab.batch.results import effects, one_metric, summarise
+from smartlab.batch.results import effects, load_runs, one_metric, summarise
 from smartlab.data.prepare import prepare_store
 from smartlab.evaluation.clusters import clusters
 from smartlab.evaluation.encoders import random_encoder
@@ -33,16 +35,17 @@ from smartlab.evaluation.stats import paired_mean
 from smartlab.notebook import code_version
 
 FACTORS = ["semantic", "dropout", "strategy"]
+LEVELS = ("random", "attention_high")  # the first is what the other is compared with
 KEPT = {  # step -> metrics; the first is the step's primary one
     "clusters": ("features/knn_purity", "features/silhouette", "features/ratio", "ari", "nmi", "dice"),
-    "probe": ("probe auc", "knn auc"),
+    "probe": ("probe auc", "knn auc", "fewshot auc@5", "fewshot auc@20"),
     "attention": ("jensen_shannon", "cosine", "informativeness"),
     "localize": ("lesion/lift", "lesion/auc"),
     "pretrain": ("guided_share", "attention_informativeness", "head_diversity", "loss_amip"),
     "nodules": ("auc",),
 }
 LOGGED = (
-    *("attention_informativeness", "head_diversity", "lift_lesion", "hidden_lesion", "hidden_organ"),
+    *("attention_informativeness", "head_diversity", "lift_organ", "hidden_organ", "hidden_body"),
     *("teacher_entropy", "effective_rank", "loss_amip"),
 )
 RESULTS = Path(__file__).parent / "results" / "components.json"
@@ -59,14 +62,18 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    table, runs = sl.load_results(args.runs), sl.load_runs(args.runs)
+    table, runs = sl.load_results(args.runs), load_runs(args.runs)
     if args.nodules.is_dir():
         table = pd.concat([table, nodules(runs[runs.step == "pretrain"], args.nodules)], ignore_index=True)
+    if table.code.nunique() > 1:
+        raise sl.UseError(
+            "these runs are of several versions of the code", path=args.runs, fix="run both plans on one"
+        )
     report = {
         "what": "arms of the plans components and noise: means over seeds with 95% t intervals",
         "runs": {step: int(n) for step, n in runs[runs.state == "done"].step.value_counts().items()},
         "failed": int((runs.state == "failed").sum()),
-        "hours": round(float(runs.seconds.sum()) / 3600, 2),
+        "core_hours": round(float(runs.seconds.sum()) / 3600, 2),
         "settings": settings(args.runs),
         "metrics": {
             f"{step} {metric}": measured(table, step, metric)
@@ -89,6 +96,8 @@ def measured(table: pd.DataFrame, step: str, metric: str) -> dict[str, Any]:
     """Arms, effects, and effects within the levels of the other factor; the seeds' own values."""
     rows = one_metric(table, metric, step)
     rows = rows[[*FACTORS, "seed", "step", "metric", "value", "low", "high", "n"]]
+    order = {name: place for place, name in enumerate(LEVELS)}  # effects are against the first level seen
+    rows = rows.sort_values([*FACTORS, "seed"], key=lambda column: column.map(lambda v: order.get(v, v)))
     within = []
     for one in ("dropout", "strategy"):
         for level in rows[one].unique():
@@ -169,6 +178,7 @@ def settings(folder: Path) -> dict[str, Any]:
         "views_per_step": 2 * first.train.batch,
         "view": first.data.view,
         "phantoms": first.data.phantom_cases,
+        "ratio": first.mask.ratio,
         "threshold": first.mask.informativeness,
     }
 

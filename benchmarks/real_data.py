@@ -27,6 +27,7 @@ import torch
 
 import smartlab as sl
 from benchmarks.harness import machine
+from benchmarks.shipped import tensors
 from smartlab.config import load_config
 from smartlab.data.manifest import Case, Manifest, Source
 from smartlab.errors import SmartlabError
@@ -49,6 +50,8 @@ def main() -> None:
     torch.set_num_threads(1)
     source: Any = args.encoder if args.encoder != "random" else random_encoder(load_config("tiny"))
     encoder, facts = as_encoder(source)
+    if str(source).endswith(".safetensors"):
+        facts = facts | {"tensors": tensors(Path(source))}
     sections = {
         "nodules": lambda: nodules(source, args),
         "sarcoma": lambda: sarcoma(encoder, args),

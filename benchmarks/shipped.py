@@ -10,11 +10,13 @@ pretraining never saw: a linear probe for organs, clusters of organs, and attent
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.numpy import load_file
 
 import smartlab as sl
 from benchmarks.harness import machine
@@ -38,6 +40,7 @@ RECIPE = {
     "train.checkpoint_every": 500,
     "train.picture_every": 100_000,  # none
 }
+ROLES = ("teacher", "student")
 RESULTS = Path(__file__).parent / "results" / "shipped.json"
 
 
@@ -52,13 +55,15 @@ def main() -> None:
     torch.set_num_threads(1)
     config = sl.load_config("tiny", RECIPE)
     run = sl.pretrain(config, args.out, resume=True)
-    if not args.keep:
-        for role in ("teacher", "student"):
-            sl.export(args.out, "safetensors", WEIGHTS / f"tiny-{role}.safetensors", role=role)
+    folder = args.out / "exported" if args.keep else WEIGHTS
+    if args.keep and args.json == RESULTS:
+        args.json = args.out / "judged.json"
+    files = {r: sl.export(args.out, "safetensors", folder / f"tiny-{r}.safetensors", role=r) for r in ROLES}
     report = {
         "what": "the shipped teacher beside an untrained encoder, on patients that pretraining did not see",
         "recipe": {"preset": "tiny", **RECIPE},
-        **judge(run),
+        "tensors": {role: tensors(file) for role, file in files.items()},
+        **judge(sl.load_encoder(files["teacher"]), run.config),
         "machine": machine(),
         "code": code_version(),
     }
@@ -67,11 +72,18 @@ def main() -> None:
         print(task, *(f"\n  {name}: {value}" for name, value in found.items()))
 
 
-def judge(run: sl.Run) -> dict[str, Any]:
+def tensors(file: Path) -> str:
+    """A name for the numbers in a file, whatever else it tells."""
+    found = hashlib.sha256()
+    for name, value in sorted(load_file(file).items()):
+        found.update(name.encode() + value.tobytes())
+    return found.hexdigest()[:16]
+
+
+def judge(teacher: Any, config: sl.Config) -> dict[str, Any]:
     """Every task on the held-out patients: value, low, high, n."""
-    teacher = run.encoder("teacher")
-    untrained = random_encoder(run.config)
-    man, store = prepare_store(run.config.data, progress=False)
+    untrained = random_encoder(config)
+    man, store = prepare_store(config.data, progress=False)
     cases = store.cases[store.cases.split.isin(["val", "test"])]
     images = sorted({int(i) for i in cases.image})
     both = [organ_features(e, store, man, images=images) for e in (teacher, untrained)]

@@ -111,7 +111,7 @@ def pair(config: Config, device: torch.device) -> dict[str, Side]:
     ours = Side(config, device)
     state = {name: value.clone() for name, value in ours.method.state_dict().items()}
     sides = {"reference": Side(config, device, "reference", state), "ours": ours}
-    more = ["ours sparse"]
+    more = ["ours again", "ours sparse"]
     if device.type == "cuda":
         more += ["ours bf16", "ours bf16 compile", "ours bf16 sparse"]
     return sides | {kind: Side(config, device, kind, state) for kind in more}

@@ -114,7 +114,7 @@ class Encoder(nn.Module):
         repeats, same = None, hidden
         if hidden is None and dropped is not None:  # one patch stands for its unit
             same = dropped[:, :: self.unit_patches, :: self.unit_patches, :: self.unit_patches].flatten(1)
-        if same is not None and visible is not None and visible < same.numel():
+        if same is not None and visible is not None and (sparse or visible < same.numel()):
             repeats = Repeats.of(same, visible, self.unit_patches)
         stages = self.swin.stages(tokens, repeats, self.stage if units_only else 4, sparse)
         units = stages[self.stage]

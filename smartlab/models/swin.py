@@ -90,7 +90,8 @@ class Swin(nn.Module):
         repeats: which cells of the tokens are equal (masked units): computed once, until windows shift.
         upto:    the last stage wanted.
         apart:   keep every cell of `repeats` to itself until it is one token: windows end, and shift, within
-                 a cell. Then all masked cells are one, in all those stages. Another function than without.
+                 a cell. Then all masked cells are one, in all those stages. Another function than without, and
+                 without stochastic depth.
         """
         outputs = [tokens]
         for layer in self._layers()[:upto]:
@@ -204,7 +205,8 @@ class Stage(nn.Module):
             block = cast(Block, self.blocks[number])
             by, near = (shift, mask) if number % 2 and shifted else (None, None)
             run = partial(in_slabs, block) if self.checkpointing and torch.is_grad_enabled() else block
-            x = run(x, window, by, near, block.draw(x), corner)
+            # cells are no samples: among them no path is dropped
+            x = run(x, window, by, near, None if corner else block.draw(x), corner)
         return x if stop else self.downsample(x)
 
 

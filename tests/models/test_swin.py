@@ -201,3 +201,21 @@ def test_doing_blocks_again_in_backward_keeps_little_and_drops_the_same_paths():
     torch.testing.assert_close(found[True][0], found[False][0])
     torch.testing.assert_close(found[True][2], found[False][2])
     assert found[True][1] < found[False][1] / 3
+
+
+def test_a_row_of_a_sparse_batch_does_not_depend_on_what_other_rows_hide():
+    encoder = Encoder(load_config("tiny", {"student.encode": "sparse"})).eval()
+    x, nothing, one = torch.rand(2, 1, 32, 32, 32), torch.zeros(2, 64, dtype=torch.bool), torch.zeros(2, 64)
+    one[1, 3] = 1
+    seen = [encoder(x, hidden=hidden).tokens[0] for hidden in (nothing, one.bool())]
+    torch.testing.assert_close(seen[0], seen[1], atol=1e-5, rtol=1e-4)
+
+
+def test_no_path_is_dropped_among_units_that_are_apart():
+    """Cells are no samples: masked ones, computed once for all, must not lose a branch together."""
+    settings = {"student.encode": "sparse", "encoder.preset": "custom", "encoder.drop_path": 0.9}
+    encoder = Encoder(load_config("tiny", settings)).train()
+    hidden = torch.rand(1, 512, generator=torch.Generator().manual_seed(0)) < 0.7
+    x = torch.rand(1, 1, 64, 64, 64)
+    first, again = (encoder(x, hidden=hidden).stages[encoder.stage] for _ in range(2))
+    torch.testing.assert_close(first, again)

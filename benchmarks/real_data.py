@@ -74,6 +74,8 @@ def main() -> None:
     for name in args.only or sections:
         report[name] = {}
         for task, run in sections[name]().items():
+            if task in args.skip:
+                continue
             report[name][task] = found = measured(run)
             failed += "error" in found
             print(f"{name} {task}: {found['cpu_seconds']} s  {headline(found)}", flush=True)
@@ -95,6 +97,7 @@ def _arguments() -> argparse.Namespace:
         choices=["nodules", "sarcoma", "organs", "phantom"],
         help="the others stay as they are",
     )
+    parser.add_argument("--skip", nargs="*", default=[], help="tasks to leave out, such as segment overlay")
     parser.add_argument("--steps", type=int, default=120, help="of each fine-tuning")
     parser.add_argument("--scans", type=int, default=24, help="sarcoma scans, all 24 by default")
     parser.add_argument("--phantom-cases", type=int, default=60, help="for tasks on lesions")

@@ -297,7 +297,8 @@ form, on {shipped["held_out_patients"]} phantoms that it never saw:
 
 {chr(10).join(of_shipped(shipped))}
 
-and on real images, where it learned from phantoms only (`benchmarks.real_data`):
+and on real images, where it learned from phantoms only (`benchmarks.real_data`; `real_data-earlier.json` has every task for the encoder that
+was shipped before, fine-tuned segmentation too):
 
 {chr(10).join(beside_untrained(real))}
 

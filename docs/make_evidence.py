@@ -249,7 +249,8 @@ are 95% over patients, or over seeds where it says so.
 `notebooks/plans/components.yaml` and `noise.yaml`, run by `smartlab batch` and gathered by `benchmarks.components` ({found["core_hours"]:.1f} core-hours, on two
 shared CPU cores): `tiny` on {about["phantoms"]} phantoms (70% of them to pretrain on), {about["steps"]} steps of {about["views_per_step"]} views of {about["view"]}³ voxels, {seeds} seeds an arm. Judged on
 {found["metrics"]["clusters features/knn_purity"]["patients"]} phantoms of the test split. The primary metrics were written into the plans before they ran: organ purity (of an organ's ten nearest
-neighbours in *other* patients, how many are the same organ; nothing fine-tuned) and the divergence between attention heads.
+neighbours in *other* patients, how many are the same organ; nothing fine-tuned) and the divergence between attention heads. (Until then the plan's had been the nodule probe's AUC; it
+was changed, before any arm ran, because two trial encoders and untrained ones showed that a probe on means over a view sees nothing of such nodules.)
 
 ![Arms](images/components.png)
 

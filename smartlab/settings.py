@@ -128,12 +128,13 @@ class MaskConfig(_Section):
 
 
 class StudentConfig(_Section):
-    """How the student, who sees what masks leave, is encoded."""
+    """How the student, who sees what masks leave, is encoded.
 
-    encode: Literal["dense", "sparse"] = (
-        "dense"  # sparse: masked units are left out until a unit is one token;
-    )
-    # windows then end at units, which is another function than the whole encoder is used with later [ours]
+    sparse: masked units are left out until a unit is one token. Windows then end at units, which is another
+    function than the encoder is used with later.
+    """
+
+    encode: Literal["dense", "sparse"] = "dense"  # [ours]
 
 
 class TeacherConfig(_Section):

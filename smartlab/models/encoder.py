@@ -99,7 +99,7 @@ class Encoder(nn.Module):
         hidden:  (B, N) bool, mask units whose patch embeddings become the mask token (the student).
         dropped: (B, D/2, H/2, W/2) bool, patch embeddings set to zero (the noisy teacher).
         visible: units that `hidden` or `dropped` leave, in all rows together, where that is known (and
-                 whole units are dropped): saves time, and allows `student.encode=sparse`.
+                 whole units are dropped): saves time.
         units_only: stop at the stage of the mask units, which is all that a teacher is asked for.
         """
         tokens = self.swin.embed(x)

@@ -50,8 +50,8 @@ bench: $(READY) ## time what we promise, under ten minutes on two quiet cores; r
 	$(BIN)/python -m benchmarks.viewer --out runs/bench/viewer.json
 
 bench-gpu: $(READY) ## the same step on an NVIDIA GPU: fp32, bf16, compiled, beside the published one
-	$(BIN)/python -m benchmarks.step --device cuda --only step,encoder,parts,memory,scaling --turns 10 --out benchmarks/results/step-gpu-smit.json
-	$(BIN)/python -m benchmarks.step --device cuda --preset smart --only step,parts,memory --turns 10 --out benchmarks/results/step-gpu-smart.json
+	$(BIN)/python -m benchmarks.step --device cuda --only step,encoder,parts,memory,scaling,bf16 --turns 10 --out benchmarks/results/step-gpu-smit.json
+	$(BIN)/python -m benchmarks.step --device cuda --preset smart --only step,parts,memory,bf16 --turns 10 --out benchmarks/results/step-gpu-smart.json
 
 clean:         ## remove .venv and the demo; your runs and data stay
 	rm -rf $(VENV) runs/demo build dist

@@ -29,7 +29,8 @@ from smartlab.methods.clock import Clock
 from smartlab.methods.masked_distillation import MaskedDistillation
 from smartlab.training.setup import keep_freed_memory, parameter_groups
 
-SECTIONS = ("encoder", "step", "parts", "memory", "scaling", "data", "processes", "start_up")
+SECTIONS = ("encoder", "step", "parts", "memory", "scaling", "data", "processes", "start_up", "bf16")
+BF16 = 0.01  # how far apart losses may be, as a share: a bf16 number has eight bits, so 0.4% each time it is rounded
 
 
 class Side:
@@ -140,6 +141,23 @@ def steps(config: Config, device: torch.device, turns: int) -> dict[str, Any]:
     return {"views": views, "view": config.data.view, **measured}
 
 
+def bf16(config: Config, device: torch.device, turns: int) -> dict[str, Any]:
+    """Losses of ours under bf16 autocast beside those of the reference in fp32, step after step: no times."""
+    published = Side(config, device, "reference")
+    state = {name: value.clone() for name, value in published.method.state_dict().items()}
+    ours = Side(config, device, "ours bf16", state)
+    for _ in range(turns):
+        published(), ours()
+    apart = {
+        name: max(
+            abs(float(b[name]) / float(a[name]) - 1)
+            for a, b in zip(published.losses, ours.losses, strict=True)
+        )
+        for name in published.losses[0]
+    }
+    return {"steps": turns, "apart": apart, "tolerance": BF16, "within": max(apart.values()) <= BF16}
+
+
 def encoder(config: Config, device: torch.device, turns: int) -> dict[str, Any]:
     """The encoder alone, nothing masked: forward, and forward with backward."""
     found = {}
@@ -231,7 +249,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="two turns and few cases")
-    parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}")
+    asked_for = [name for name in SECTIONS if name != "bf16"]  # minutes where a CPU has no bf16 units
+    parser.add_argument("--only", default=",".join(asked_for), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.threads:
@@ -271,6 +290,7 @@ def measure(asked: argparse.Namespace, config: Config, device: torch.device) -> 
         "scaling": lambda: scaling(device, asked.quick),
         "processes": lambda: processes(asked.quick),
         "start_up": start_up,
+        "bf16": lambda: bf16(config, device, turns),
     }
     result: dict[str, Any] = {
         "what": "a pretraining step beside the same step as published, in turns within one process",

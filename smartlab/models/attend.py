@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 CACHE = 1 << 19  # numbers per piece: 2 MB in float32
 
@@ -23,3 +23,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     pieces = zip(q.split(rows), k.split(rows), v.split(rows), strict=True)
     parts = [((a * scale) @ b.transpose(-2, -1)).add_(bias).softmax(-1) @ c for a, b, c in pieces]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def keyless(qkv: nn.Linear, x: Tensor) -> Tensor:
+    """qkv(x), with the bias of the keys held fixed.
+
+    A key bias shifts all logits of a query alike, so softmax ignores it: its gradient is rounding noise,
+    which Adam would blow up to full steps and which differs from machine to machine.
+    """
+    if qkv.bias is None:
+        return qkv(x)
+    q, k, v = qkv.bias.chunk(3)
+    return F.linear(x, qkv.weight, torch.cat([q, k.detach(), v]))

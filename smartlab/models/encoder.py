@@ -20,7 +20,8 @@ from smartlab.config import Config
 from smartlab.errors import UseError
 from smartlab.masking import upsample
 from smartlab.models.semantic import SemanticAttention
-from smartlab.models.swin import Grid, Repeats, Swin
+from smartlab.models.swin import Repeats, Swin
+from smartlab.models.windows import Grid
 
 if TYPE_CHECKING:
     from smartlab.data.readers import Volume

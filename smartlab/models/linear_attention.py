@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from smartlab.config import MaeConfig
 from smartlab.errors import UseError
-from smartlab.models.swin import keyless
+from smartlab.models.attend import keyless
 from smartlab.settings import AttentionKind
 
 KINDS: tuple[str, ...] = get_args(AttentionKind)

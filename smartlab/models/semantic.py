@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smartlab.models.swin import Grid, Mlp, keyless
+from smartlab.models.attend import keyless
+from smartlab.models.swin import Mlp
+from smartlab.models.windows import Grid
 
 
 class Semantic(NamedTuple):

@@ -29,9 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smartlab.models.attend import attend
-
-Grid = tuple[int, int, int]
+from smartlab.models.windows import Grid, ShiftMasks, WindowAttention, clip_window
 
 # The eight corners of a 2×2×2 cell, in the order in which MONAI's "merging" stacks their channels.
 MERGE_ORDER: tuple[Grid, ...] = (
@@ -286,70 +284,6 @@ class Block(nn.Module):
         return x
 
 
-class WindowAttention(nn.Module):
-    """Multi-head attention inside windows with a learned relative position bias."""
-
-    relative_position_index: Tensor
-
-    def __init__(self, dim: int, heads: int, window_size: int, qkv_bias: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        span = 2 * window_size - 1
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(span**3, heads))
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.register_buffer("relative_position_index", relative_position_index(window_size))
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, window: Grid, mask: Tensor | None, corner: bool = False) -> Tensor:
-        """x (B, D, H, W, C), whole windows; mask (windows, n, n) or None."""
-        batch, d, h, w, c = x.shape
-        (nd, nh, nw), n = (d // window[0], h // window[1], w // window[2]), window[0] * window[1] * window[2]
-        windows, heads = nd * nh * nw, self.heads
-        # 3 × (B, windows, heads, n, head channels): the one copy that partitioning needs
-        qkv = keyless(self.qkv, x).view(
-            batch, nd, window[0], nh, window[1], nw, window[2], 3, heads, c // heads
-        )
-        qkv = qkv.permute(7, 0, 1, 3, 5, 8, 2, 4, 6, 9).reshape(3, batch, windows, heads, n, c // heads)
-        bias = self.bias(window, corner)  # (heads, n, n)
-        if mask is None:
-            q, k, v = qkv.flatten(1, 2)  # (B·windows, heads, n, c)
-            out = attend(q, k, v, bias.to(q.dtype)[None])
-        else:
-            q, k, v = qkv.flatten(2, 3)  # (B, windows·heads, n, c)
-            folded = (bias[None] + mask[:, None]).flatten(0, 1)
-            out = attend(q, k, v, folded.to(q.dtype)[None])
-        out = out.reshape(batch, nd, nh, nw, heads, *window, c // heads)
-        return self.proj(out.permute(0, 1, 5, 2, 6, 3, 7, 4, 8).reshape(batch, d, h, w, c))
-
-    def bias(self, window: Grid, corner: bool = False) -> Tensor:
-        """Position bias (heads, n, n) for the n tokens of a window.
-
-        A window clipped to a small grid takes the first n rows, as in MONAI; with `corner` those of the
-        corner of the full window, which are the true relative positions.
-        """
-        n = window[0] * window[1] * window[2]
-        index = self.relative_position_index
-        if corner and n < len(index):
-            side = round(len(index) ** (1 / 3))
-            rows = torch.arange(len(index), device=index.device).view(side, side, side)
-            rows = rows[: window[0], : window[1], : window[2]].flatten()
-            index = index[rows][:, rows]
-        return self.relative_position_bias_table[index[:n, :n]].permute(2, 0, 1)
-
-
-def keyless(qkv: nn.Linear, x: Tensor) -> Tensor:
-    """qkv(x), with the bias of the keys held fixed.
-
-    A key bias shifts all logits of a query alike, so softmax ignores it: its gradient is rounding noise,
-    which Adam would blow up to full steps and which differs from machine to machine.
-    """
-    if qkv.bias is None:
-        return qkv(x)
-    q, k, v = qkv.bias.chunk(3)
-    return F.linear(x, qkv.weight, torch.cat([q, k.detach(), v]))
-
-
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -384,55 +318,3 @@ class PatchMerging(nn.Module):
     def _fit(self, weight: Tensor) -> Tensor:
         """Weights (…, 8·C) in MERGE_ORDER, in the order in which the corners lie in memory."""
         return weight.unflatten(-1, (8, -1)).index_select(-2, self.raster).flatten(-2)
-
-
-class ShiftMasks:
-    """Shift masks by grid, kept beside the parameters: not in the state dict, not rebuilt."""
-
-    def __init__(self) -> None:
-        self._cache: dict[tuple[Grid, torch.device], Tensor] = {}
-
-    def __call__(self, grid: Grid, window: Grid, shift: Grid, device: torch.device) -> Tensor:
-        key = (grid, device)
-        if key not in self._cache:
-            with torch.no_grad():
-                self._cache[key] = shift_mask(grid, window, shift).to(device)
-        return self._cache[key]
-
-    def __deepcopy__(self, memo: dict) -> ShiftMasks:
-        return self  # masks are constants: student and teacher share them
-
-    def __getstate__(self) -> dict:
-        return {"_cache": {}}
-
-
-def clip_window(grid: Grid, window_size: int) -> tuple[Grid, Grid]:
-    """Window and shift per axis: a window as large as the grid is clipped to it and not shifted."""
-    window = tuple(min(size, window_size) for size in grid)
-    shift = tuple(0 if size <= window_size else window_size // 2 for size in grid)
-    return window, shift  # type: ignore[return-value]
-
-
-def shift_mask(grid: Grid, window: Grid, shift: Grid) -> Tensor:
-    """(windows, n, n): 0 where two tokens of a shifted window are neighbours in the image, else −100."""
-    region = torch.zeros(1, 1, 1)
-    for axis, (size, side, s) in enumerate(zip(grid, window, shift, strict=True)):
-        padded = size + -size % side
-        place = torch.arange(padded)
-        part = (place >= padded - side).long() + (place >= padded - s).long() if s else torch.zeros(padded)
-        view = [1, 1, 1]
-        view[axis] = padded
-        region = region * 3 + part.view(view)
-    d, h, w = region.shape
-    tiles = region.view(d // window[0], window[0], h // window[1], window[1], w // window[2], window[2])
-    tiles = tiles.permute(0, 2, 4, 1, 3, 5).reshape(-1, window[0] * window[1] * window[2])
-    return torch.where(tiles[:, None] == tiles[:, :, None], 0.0, -100.0)
-
-
-def relative_position_index(window_size: int) -> Tensor:
-    """(n, n) row of the bias table for each pair of tokens of a full window."""
-    axis = torch.arange(window_size)
-    place = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij")).flatten(1)  # (3, n)
-    apart = place[:, :, None] - place[:, None, :] + window_size - 1  # 0 … 2·window − 2
-    span = 2 * window_size - 1
-    return (apart[0] * span + apart[1]) * span + apart[2]

@@ -47,6 +47,14 @@ def test_losses_equal_the_published_step_in_every_step(method, checkpointing):
         torch.testing.assert_close(teacher[name], value, atol=1e-4, rtol=1e-4, msg=name)
 
 
+def test_losses_in_bf16_are_those_of_the_published_step_within_the_stated_tolerance():
+    config = sl.load_config("smit", SMALL | {"method.preset": "smit"})
+    found = bench.bf16(config, torch.device("cpu"), 3)
+    assert found["apart"].keys() >= {"loss_amip", "loss_ampd", "loss_itd"}
+    assert 0 < max(found["apart"].values()) < bench.BF16
+    assert found["within"]
+
+
 def test_the_benchmark_gives_numbers_a_table_and_a_plot(monkeypatch, tmp_path):
     out = tmp_path / "step.json"
     words = ["step", "--preset", "tiny", "--view", "32", "--quick", "--only", "step,parts", "--out", str(out)]

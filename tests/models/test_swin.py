@@ -11,7 +11,8 @@ from smartlab.config import ENCODERS, EncoderConfig, load_config
 from smartlab.masking import upsample
 from smartlab.models.attend import attend
 from smartlab.models.encoder import Encoder
-from smartlab.models.swin import Swin, shift_mask
+from smartlab.models.swin import Swin
+from smartlab.models.windows import shift_mask
 
 PRESETS = [name for name in ENCODERS if name != "custom" and not name.startswith("vit-")]
 
@@ -68,7 +69,7 @@ def test_gradients_equal_monai_and_checkpointing_changes_nothing():
 
 def test_shift_masks_are_built_once_and_only_where_windows_shift(monkeypatch):
     calls = []
-    monkeypatch.setattr("smartlab.models.swin.shift_mask", lambda *a: calls.append(a) or shift_mask(*a))
+    monkeypatch.setattr("smartlab.models.windows.shift_mask", lambda *a: calls.append(a) or shift_mask(*a))
     net = Swin(1, 12, (2, 2, 4, 2), (1, 2, 4, 8), 4)
     for _ in range(3):
         net(torch.zeros(1, 1, 64, 64, 64))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 _PUBLIC = {  # imported lazily: kernels and launchers pass through this package
     "Plan": "plan",
     "load_plan": "plan",
-    "shipped_plans": "plan",
+    "shipped_plans": "plan_file",
     "expand": "runs",
     "run_batch": "execute",
     "BatchReport": "summary",
@@ -54,7 +54,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from smartlab.batch.execute import run_batch
-    from smartlab.batch.plan import Plan, load_plan, shipped_plans
+    from smartlab.batch.plan import Plan, load_plan
+    from smartlab.batch.plan_file import shipped_plans
     from smartlab.batch.report import write_report
     from smartlab.batch.results import export_results, load_results, load_runs, summarise
     from smartlab.batch.runs import expand

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from smartlab.batch.plan import Resources
+from smartlab.batch.plan_file import Resources
 from smartlab.batch.runs import BatchRun
 from smartlab.batch.worker import execute
 from smartlab.data.workers import local_cluster

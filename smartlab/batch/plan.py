@@ -1,21 +1,9 @@
-"""Plan files: which notebooks to run with which parameters, checked before anything runs.
+"""Plans: which notebooks to run with which parameters, checked before anything runs.
 
 A parameter is named bare (`manifest`: in every step that has it) or with its step (`probe.shots`).
 The notebooks' own `parameters` cells say which there are and of what type. A text may take in the folder
 of an earlier step's run, the plan's folder, and factors: "{pretrain}/run", "{plan}/my.yaml",
-"mask.ratio={ratio}".
-
-    title: Does masking by attention help?
-    steps:
-      - {name: pretrain, notebook: 02_pretrain}
-      - {name: probe, notebook: 04_linear_probe, parameters: {run: "{pretrain}/run"}}
-    parameters: {steps: 2000}                                     # the same in every run
-    grid: {strategy: [random, attention_high]}                    # every combination
-    paired: {manifest: [a.json, b.json], root: [data/a, data/b]}  # values that go together
-    list: [{batch: 2}, {batch: 4, lr: 0.001}]                     # one set of values after another
-    seeds: [0, 1, 2]                                              # or a number of seeds
-    exclude: [{strategy: random, batch: 4}]
-    resources: {cores: 1, gpus: 0, memory: 4, minutes: 30}        # of each run; minutes are its limit
+"mask.ratio={ratio}". How the file is written: `plan_file`.
 """
 
 from __future__ import annotations
@@ -25,56 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from smartlab.batch.notebooks import Scalar, locate, near, notebook_parameters, references
+from smartlab.batch.plan_file import PlanFile, Resources, StepEntry, read_plan
 from smartlab.errors import UseError
 
 Assignment = dict[str, Scalar]  # factor -> value
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Resources(_Strict):
-    """What one run needs. Runs are placed by all of these; only the time is enforced."""
-
-    cores: int = Field(1, ge=1)  # also the number of threads a run computes with
-    gpus: int = Field(0, ge=0)
-    memory: float = Field(2.0, gt=0)  # GB
-    minutes: float = Field(60.0, gt=0)  # limit: a run that takes longer is ended and counts as failed
-
-
-class _SomeResources(_Strict):
-    cores: int | None = None
-    gpus: int | None = None
-    memory: float | None = None
-    minutes: float | None = None
-
-
-class _Step(_Strict):
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    notebook: str
-    parameters: dict[str, Scalar] = {}
-    resources: _SomeResources = _SomeResources()
-
-
-class _File(_Strict):
-    """The file as written."""
-
-    title: str
-    about: str = ""
-    notebook: str | None = None
-    steps: list[_Step] = []
-    parameters: dict[str, Scalar] = {}
-    grid: dict[str, list[Scalar]] = {}
-    list_: list[dict[str, Scalar]] = Field([], alias="list")
-    paired: dict[str, list[Scalar]] | list[dict[str, list[Scalar]]] = []
-    seeds: int | list[int] = []
-    exclude: list[dict[str, Any]] = []
-    resources: Resources = Resources()
 
 
 @dataclass(frozen=True)
@@ -105,27 +48,12 @@ class Plan:
         return [(step, factor.rpartition(".")[2]) for step in self.factors[factor]]
 
 
-def plan_folder() -> Path:
-    from smartlab.demo import notebook_folder
-
-    return notebook_folder() / "plans"
-
-
-def shipped_plans() -> list[str]:
-    return sorted(path.stem for path in plan_folder().glob("*.yaml"))
-
-
 def load_plan(plan: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Plan:
     """A plan from a shipped name, a YAML file or a mapping, with parameters, seeds or resources overridden.
 
     >>> load_plan("components", {"pretrain.steps": 100, "seeds": 1, "resources.gpus": 1})
     """
-    path, content = _read(plan)
-    try:
-        file = _File.model_validate(content)
-    except ValidationError as error:
-        raise UseError(_explain(error), path=path) from None
-    file = _override(file, dict(overrides or {}), path)
+    path, file = read_plan(plan, overrides)
     steps = _steps(file, path)
     groups = _groups(file, path)
     factors = _factors(groups, steps, path)
@@ -137,100 +65,12 @@ def load_plan(plan: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
     return Plan(path.stem, file.title, file.about.strip(), tuple(steps.values()), factors, combinations, path)
 
 
-def _read(plan: str | Path | Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]]:
-    if isinstance(plan, Mapping):
-        return Path("plan"), plan
-    path = Path(plan)
-    if path.suffix not in (".yaml", ".yml"):
-        path = plan_folder() / f"{plan}.yaml"
-        if not path.is_file():
-            known = shipped_plans()
-            raise UseError(
-                f"no plan named {str(plan)!r}",
-                expected=f"one of {', '.join(known)}, or the path of a .yaml file",
-                fix=near(str(plan), known),
-            )
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UseError("cannot be read as YAML", path=path, found=" ".join(str(error).split())) from None
-    if not isinstance(content, Mapping):
-        raise UseError("is not a plan", path=path, found=type(content).__name__, expected="title, steps, …")
-    return path, content
-
-
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        *_, key = first["loc"]
-        inside: dict[str, type[BaseModel]] = {"steps": _Step, "resources": Resources}
-        model: type[BaseModel] = next(
-            (inside[str(p)] for p in reversed(first["loc"][:-1]) if str(p) in inside), _File
-        )
-        known = [field.alias or name for name, field in model.model_fields.items()]
-        hint = near(str(key), known)
-        return f"unknown key {place!r} (expected one of {', '.join(known)})" + (f"; {hint}" if hint else "")
-    return f"{place}: {first['msg']} (found {first['input']!r})"
-
-
-def _override(file: _File, overrides: dict[str, Any], path: Path) -> _File:
-    """Overrides take the place of fixed values and of factors alike."""
-    content = file.model_dump(by_alias=True, exclude_none=True)
-    paired: list[Any] = file.paired if isinstance(file.paired, list) else [file.paired]
-    by_rows = {name for row in [*file.list_, *paired] for name in row}
-    for key, value in overrides.items():
-        head, _, rest = key.rpartition(".")
-        if key == "seeds":
-            content["seeds"] = value
-        elif head == "resources":
-            content["resources"][rest] = value
-            for step in content["steps"]:
-                step["resources"].pop(rest, None)
-        elif head.endswith(".resources"):
-            _step_of(content, head.removesuffix(".resources"), path)["resources"][rest] = value
-        elif key in content["grid"]:
-            content["grid"][key] = value if isinstance(value, list) else [value]
-        elif key in by_rows:
-            raise UseError(
-                f"{key} is set row by row in this plan", path=path, fix="copy the plan and change its rows"
-            )
-        else:
-            content["grid" if isinstance(value, list) else "parameters"][key] = value
-            if isinstance(value, list):
-                content["parameters"].pop(key, None)
-            for step in content["steps"]:
-                if head in ("", step["name"]):
-                    step["parameters"].pop(rest, None)
-    content["exclude"] = [rule for rule in content["exclude"] if _may_match(rule, content["grid"], overrides)]
-    try:
-        return _File.model_validate(content)
-    except ValidationError as error:
-        raise UseError(_explain(error), path=path) from None
-
-
-def _may_match(rule: Mapping[str, Any], grid: Mapping[str, Any], overrides: Mapping[str, Any]) -> bool:
-    """Whether an exclusion still has something to exclude after an override of one of its factors."""
-    return all(
-        any(value in grid[name] for value in (values if isinstance(values, list) else [values]))
-        for name, values in rule.items()
-        if name in overrides and name in grid
-    )
-
-
-def _step_of(content: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
-    names = [step["name"] for step in content["steps"]]
-    if name not in names:
-        raise UseError(f"no step {name!r}", path=path, expected=", ".join(names), fix=near(name, names))
-    return content["steps"][names.index(name)]
-
-
-def _steps(file: _File, path: Path) -> dict[str, Step]:
+def _steps(file: PlanFile, path: Path) -> dict[str, Step]:
     written = list(file.steps)
     if file.notebook is not None:
         if written:
             raise UseError("has both `notebook` and `steps`", path=path, fix="keep one of them")
-        written = [_Step(name=Path(file.notebook).stem.lower(), notebook=file.notebook)]
+        written = [StepEntry(name=Path(file.notebook).stem.lower(), notebook=file.notebook)]
     if not written:
         raise UseError("runs nothing", path=path, expected="`notebook` or `steps`")
     if len({step.name for step in written}) < len(written):
@@ -244,7 +84,7 @@ def _steps(file: _File, path: Path) -> dict[str, Step]:
     return steps
 
 
-def _varied(file: _File) -> list[str]:
+def _varied(file: PlanFile) -> list[str]:
     """The names of factors that a text may take in."""
     rows: list[Any] = [*file.list_]
     rows += file.paired if isinstance(file.paired, list) else [file.paired]
@@ -252,7 +92,9 @@ def _varied(file: _File) -> list[str]:
     return [name for name in dict.fromkeys(names) if "." not in name]
 
 
-def _make_step(step: _Step, file: _File, before: Mapping[str, Step], varied: list[str], path: Path) -> Step:
+def _make_step(
+    step: StepEntry, file: PlanFile, before: Mapping[str, Step], varied: list[str], path: Path
+) -> Step:
     notebook = locate(step.notebook, path)
     known = notebook_parameters(notebook)
     if "out" not in known:
@@ -296,7 +138,7 @@ def _owners(name: str, steps: Mapping[str, Step], path: Path) -> tuple[str, ...]
     return owners
 
 
-def _groups(file: _File, path: Path) -> list[list[Assignment]]:
+def _groups(file: PlanFile, path: Path) -> list[list[Assignment]]:
     """Groups of alternatives; a combination takes one of each group."""
     groups: list[list[Assignment]] = [[{name: v} for v in values] for name, values in file.grid.items()]
     if file.list_:

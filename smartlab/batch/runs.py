@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import smartlab
-from smartlab.batch.plan import Assignment, Plan, Resources, Step
+from smartlab.batch.plan import Assignment, Plan, Step
+from smartlab.batch.plan_file import Resources
 from smartlab.batch.records import digest
 
 NAME_LENGTH = 100  # of the readable part of a folder's name

@@ -1,13 +1,15 @@
 """What the plans `components` and `noise` found, as a result file that docs/EVIDENCE.md is written from.
 
     smartlab batch notebooks/plans/components.yaml --out runs/components
-    smartlab batch notebooks/plans/noise.yaml dropout=[0.0,0.3] --out runs/components   # shares the pretrainings
+    smartlab batch notebooks/plans/components.yaml semantic=[true] seeds=5 --out runs/components   # two seeds more
+    smartlab batch notebooks/plans/noise.yaml dropout=[0.0,0.3] seeds=5 --out runs/components   # the same pretrainings
     python -m benchmarks.components --runs runs/components
 
-Both plans on one commit, or nothing is shared.
+All on one commit, or nothing is shared.
 
-Per metric: a row per arm (mean over seeds), the effect of each factor all else equal, and the effect of masking by
-attention at each level of noise, and of noise under each kind of masks. Where the real nodules lie beside
+Per metric: a row per arm (mean over seeds); of the arms with semantic attention the effect of noise and of masks, all
+else equal, and of either at each level of the other; of semantic attention itself under random masks. `repeat` asks
+whether seeds that were run later fall within the intervals of the first three. Where the real nodules lie beside
 (SMARTLAB_REAL_DATA), every pretrained encoder is probed on them too: a second, independent check.
 """
 
@@ -30,8 +32,9 @@ from smartlab.evaluation.clusters import clusters
 from smartlab.evaluation.encoders import random_encoder
 from smartlab.evaluation.features import organ_features
 from smartlab.evaluation.grids import scans
+from smartlab.evaluation.heads import heads
 from smartlab.evaluation.result import clean
-from smartlab.evaluation.stats import paired_mean
+from smartlab.evaluation.stats import paired_mean, t_interval
 from smartlab.notebook import code_version
 
 FACTORS = ["semantic", "dropout", "strategy"]
@@ -48,6 +51,7 @@ LOGGED = (
     *("attention_informativeness", "head_diversity", "lift_organ", "hidden_organ", "hidden_body"),
     *("teacher_entropy", "effective_rank", "loss_amip"),
 )
+FIRST = 3  # seeds of the plan as it is
 RESULTS = Path(__file__).parent / "results" / "components.json"
 
 
@@ -98,14 +102,17 @@ def measured(table: pd.DataFrame, step: str, metric: str) -> dict[str, Any]:
     rows = rows[[*FACTORS, "seed", "step", "metric", "value", "low", "high", "n"]]
     order = {name: place for place, name in enumerate(LEVELS)}  # effects are against the first level seen
     rows = rows.sort_values([*FACTORS, "seed"], key=lambda column: column.map(lambda v: order.get(v, v)))
+    seeing = rows[rows.semantic == True]  # noqa: E712
+    found = [effects(seeing, metric), effects(rows[rows.strategy == LEVELS[0]], metric)]
+    found[1] = found[1][found[1].factor == "semantic"]
     within = []
     for one in ("dropout", "strategy"):
         for level in rows[one].unique():
-            part = effects(rows[(rows[one] == level) & (rows.semantic == True)], metric)  # noqa: E712
+            part = effects(seeing[seeing[one] == level], metric)
             within += [{"where": f"{one} {level}", **row} for row in part.to_dict("records")]
     arms = summarise(rows, metric, FACTORS).drop(columns="metric")
     ends = [
-        rows[(rows.dropout == noise) & (rows.strategy == masks) & (rows.semantic == True)]  # noqa: E712
+        seeing[(seeing.dropout == noise) & (seeing.strategy == masks)]
         for noise, masks in ((0.3, "attention_high"), (0.0, "random"))
     ]
     pairs = ends[0].merge(ends[1], on="seed", suffixes=("", "_neither"))
@@ -115,10 +122,21 @@ def measured(table: pd.DataFrame, step: str, metric: str) -> dict[str, Any]:
         "patients": int(rows.n.max()) if rows.n.notna().any() else None,
         "both_minus_neither": both,
         "arms": arms.to_dict("records"),
-        "effects": effects(rows, metric).to_dict("records"),
+        "effects": [row for part in found for row in part.to_dict("records")],
         "within": within,
+        "repeat": [row for arm, cell in rows.groupby(FACTORS) if (row := repeat(cell, arm))],
         "each": rows[[*FACTORS, "seed", "value"]].to_dict("records"),
     }
+
+
+def repeat(cell: pd.DataFrame, arm: tuple[Any, ...]) -> dict[str, Any] | None:
+    """Of an arm with later seeds: the interval of the first ones, and the mean of the later."""
+    first, later = cell[cell.seed < FIRST].value, cell[cell.seed >= FIRST].value
+    if later.empty or len(first) < 2:
+        return None
+    mean, low, high, _ = t_interval(first.to_numpy())
+    found = {"first": mean, "low": low, "high": high, "later": float(later.mean()), "n_later": len(later)}
+    return {**dict(zip(FACTORS, arm, strict=True)), **found, "within": bool(low <= later.mean() <= high)}
 
 
 def nodules(pretrained: pd.DataFrame, root: Path) -> pd.DataFrame:
@@ -149,12 +167,16 @@ def untrained(folder: Path, root: Path) -> dict[str, list[float]]:
     man, store = prepare_store(config.data, progress=False)
     known = scans(store)
     images = known[known.split == "test"].image.tolist()[:16]  # as the plan says
-    found: dict[str, list[float]] = {"clusters features/knn_purity": [], "nodules auc": []}
+    found: dict[str, list[float]] = {
+        name: [] for name in ("clusters features/knn_purity", "attention jensen_shannon", "nodules auc")
+    }
     for seed in range(3):
         encoder = random_encoder(config, seed)
         table = organ_features(encoder, store, man, images=images)
         purity = clusters(table, embeddings=(), draws=20).metrics["features/knn_purity"]
         found["clusters features/knn_purity"].append(purity.value)
+        alike = heads(encoder, store, images=images, views=2, noise=0, draws=20, progress=False)
+        found["attention jensen_shannon"].append(alike.metrics["jensen_shannon"].value)
         if root.is_dir():
             found["nodules auc"].append(real_nodules(encoder, root)["value"])
     return found

@@ -3,7 +3,7 @@
     python -m benchmarks.importance --runs runs/components     # after benchmarks.components' two plans
 
 For every pretrained encoder of the plans, on views of the training size that tile held-out scans: how informative
-the map is, its lift on body, organs and lesions, and how many of the units that it would hide are those that the
+the map is, how much of it is the same in every view, its lift on body, organs and lesions, and how many of the units that it would hide are those that the
 clean teacher would hide, by the share of the teacher's input that is dropped; and what part of each region guided
 masks hide, by mask ratio. Means over scans, then over seeds with 95% t intervals.
 """
@@ -24,17 +24,15 @@ import smartlab as sl
 from benchmarks.attention import interval
 from benchmarks.components import FACTORS
 from benchmarks.harness import machine
-from benchmarks.step import changed
 from smartlab.batch.results import load_runs
 from smartlab.data.augment import window
 from smartlab.data.prepare import prepare_store
 from smartlab.data.regions import unit_shares
 from smartlab.data.store import Store
 from smartlab.evaluation.grids import scans
+from smartlab.evaluation.heads import dropped_patches
 from smartlab.evaluation.result import clean
 from smartlab.masking import hidden_share, informativeness, lift, make_mask
-from smartlab.methods.clock import Clock
-from smartlab.methods.masked_distillation import MaskedDistillation
 from smartlab.notebook import code_version
 
 NOISE = (0.0, 0.3, 0.7)  # share of the teacher's units that are dropped; the first is the clean teacher
@@ -83,8 +81,7 @@ def main() -> None:
 def judge(run: sl.Run, store: Store, images: list[int]) -> list[dict[str, Any]]:
     """One encoder: a row for each share of dropped input and metric, mean over the scans."""
     config, names = run.config, store.label_names
-    method = MaskedDistillation(config).eval()
-    method.teacher.encoder = run.encoder("teacher")  # type: ignore[union-attr]
+    teacher = run.encoder("teacher")
     found: dict[tuple[float, str], list[float]] = {}
     for image in images:
         hu = tiles(torch.from_numpy(store.array(image)[:].astype(np.float32)), config.data.view)
@@ -93,10 +90,9 @@ def judge(run: sl.Run, store: Store, images: list[int]) -> list[dict[str, Any]]:
         views = window(hu, *config.data.window)[:, None]
         maps = {}
         for noise in NOISE:
-            method.config = changed(config, "teacher", patch_dropout=noise)
             generator = torch.Generator().manual_seed(image)
-            seen = method.look(views, Clock(0, 1, 1), generator)
-            maps[noise] = seen.attention.mean(1)  # type: ignore[union-attr]
+            dropped = dropped_patches(teacher, views, noise, generator) if noise else None
+            maps[noise] = teacher(views, dropped=dropped, units_only=True).attention.mean(1)
             for name, value in measured(
                 maps[noise], maps[NOISE[0]], shares, config.mask.ratio, image
             ).items():
@@ -115,6 +111,7 @@ def measured(
 
     found = {
         "informativeness": informativeness(importance).mean(),
+        "explained by place": explained_by_place(importance),
         "hidden by the clean map too": hidden_share(masks(importance, ratio), masks(still, ratio).float()),
     }
     for name, share in shares.items():
@@ -122,6 +119,11 @@ def measured(
             found[f"lift {name}"] = lift(importance, share)
             found |= {f"hidden {name} at {r}": hidden_share(masks(importance, r), share) for r in RATIOS}
     return {name: float(value) for name, value in found.items()}
+
+
+def explained_by_place(importance: Tensor) -> Tensor:
+    """How much of the maps (V, N) is the same in every view, whatever it shows: a share of their variance."""
+    return importance.mean(0).var(correction=0) / importance.var(1, correction=0).mean()
 
 
 def tiles(scan: Tensor, side: int) -> Tensor:

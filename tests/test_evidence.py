@@ -8,6 +8,7 @@ import json
 
 import pandas as pd
 import pytest
+import torch
 
 from tests.conftest import REPO
 
@@ -71,3 +72,34 @@ def test_an_effect_is_guided_minus_random_whatever_the_order_of_the_runs(gain, m
     )
     assert maker.effect(found, "clusters m", "dropout", "strategy attention_high")["value"] > 0
     assert found["metrics"]["clusters m"]["both_minus_neither"]["value"] == pytest.approx(gain, abs=0.01)
+
+
+def test_a_map_that_points_at_lesions_hides_them_and_one_that_looks_away_shows_them():
+    from benchmarks.importance import RATIOS, measured, tiles
+
+    lesion = torch.zeros(3, 64)
+    lesion[:, :4] = 1.0  # 4 of 64 units
+    shares = {"lesion": lesion, "organ": torch.zeros(3, 64)}
+    towards = torch.softmax(lesion * 3, -1)
+    away = torch.softmax(-lesion * 3, -1)
+    found = measured(towards, towards, shares, 0.7, seed=0)
+    assert found["lift lesion"] > 5 and all(found[f"hidden lesion at {r}"] == 1 for r in RATIOS)
+    assert found["hidden by the clean map too"] == 1
+    assert "lift organ" not in found  # nothing of it in these views
+    looking_away = measured(away, towards, shares, 0.7, seed=0)
+    assert looking_away["lift lesion"] < 0.2 and looking_away["hidden lesion at 0.9"] == 0
+    assert looking_away["hidden by the clean map too"] < 1
+    scan = torch.arange(8 * 4 * 5).view(8, 4, 5)
+    views = tiles(scan, 4)
+    assert views.shape == (2, 4, 4, 4)
+    assert torch.equal(views[1], scan[4:, :, :4])
+
+
+def test_later_seeds_are_held_against_the_interval_of_the_first_three():
+    from benchmarks.components import repeat
+
+    arm = (True, 0.0, "random")
+    cell = pd.DataFrame({"seed": [0, 1, 2, 3, 4], "value": [0.5, 0.6, 0.7, 0.61, 0.63]})
+    assert repeat(cell, arm)["within"]
+    assert not repeat(cell.assign(value=[0.5, 0.51, 0.52, 0.9, 0.9]), arm)["within"]
+    assert repeat(cell[cell.seed < 3], arm) is None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import re
 
 import pandas as pd
 import pytest
 import torch
 
+import smartlab as sl
 from tests.conftest import REPO
 
 
@@ -103,3 +105,40 @@ def test_later_seeds_are_held_against_the_interval_of_the_first_three():
     assert repeat(cell, arm)["within"]
     assert not repeat(cell.assign(value=[0.5, 0.51, 0.52, 0.9, 0.9]), arm)["within"]
     assert repeat(cell[cell.seed < 3], arm) is None
+
+
+COUNTED = {  # what the README's table of datasets says of them
+    ("ct-open",): "10,363 series",
+    ("lidc-nodules",): "1,180 (and 211 left out, with the reason)",
+    ("cbis-ddsm",): "3,485 (and 83 left out: their patients are in both official parts)",
+    ("nsclc-radiogenomics", "nsclc-radiomics", "nsclc-interobserver"): "211, 421, 21",
+    ("phantom-ct", "phantom-mammo"): "128 and 240 patients",
+}
+
+
+@pytest.mark.parametrize("names", COUNTED, ids=", ".join)
+def test_the_counts_in_the_readme_are_those_of_the_manifests(names, maker):
+    rows = [line for line in maker.README.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    row = next(line for line in rows if all(f"`{name}`" in line for name in names))
+    said = row.strip("| ").split(" | ")[-1]
+    assert said == COUNTED[names]
+    manifests = [sl.load_manifest(name) for name in names]
+    counts = [
+        [len({case.patient for case in m.cases})] if said.endswith("patients") else [len(m.cases)]
+        for m in manifests
+    ]
+    for found, manifest in zip(counts, manifests, strict=True):
+        if "left out" in said:
+            found.append(len(manifest.all_cases) - len(manifest.cases))
+    numbers = [int(word.replace(",", "")) for word in re.findall(r"\d{1,3}(?:,\d{3})+|\d+", said)]
+    assert numbers == [number for found in counts for number in found]
+
+
+def test_the_weights_that_come_along_are_as_small_as_the_readme_says(maker):
+    from smartlab.notebook import WEIGHTS
+
+    assert "student and teacher, 2 MB each" in maker.README.read_text(encoding="utf-8")
+    assert all(
+        1.5e6 < (WEIGHTS / f"tiny-{role}.safetensors").stat().st_size < 2.5e6
+        for role in ("student", "teacher")
+    )

@@ -2,10 +2,11 @@
 
     python -m benchmarks.importance --runs runs/components     # after benchmarks.components' two plans
 
-For every pretrained encoder of the plans, on views of the training size that tile held-out scans: how informative
-the map is, how much of it is the same in every view, its lift on body, organs and lesions, and how many of the units that it would hide are those that the
-clean teacher would hide, by the share of the teacher's input that is dropped; and what part of each region guided
-masks hide, by mask ratio. Means over scans, then over seeds with 95% t intervals.
+For every pretrained encoder of the plans, on views of the training size that tile held-out scans, by the share of the
+teacher's input that is dropped: how informative the map is, how much of it is the same in every view, its lift on body,
+organs and lesions, and how many of the units that it hides the clean teacher's map hides too (by chance: the mask
+ratio); and what part of each region masks by it hide, by mask ratio (by chance: that ratio). Means over scans, then
+over seeds with 95% t intervals.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def main() -> None:
     torch.set_num_threads(1)
     runs = load_runs(args.runs)
     runs = runs[(runs.step == "pretrain") & (runs.state == "done") & (runs.semantic == True)]  # noqa: E712
+    if runs.code.nunique() > 1:
+        raise sl.UseError("these runs are of several versions of the code", path=args.runs)
     if runs.empty:
         raise sl.UseError("no pretrained encoder with semantic attention", path=args.runs)
     rows = []
@@ -122,7 +125,10 @@ def measured(
 
 
 def explained_by_place(importance: Tensor) -> Tensor:
-    """How much of the maps (V, N) is the same in every view, whatever it shows: a share of their variance."""
+    """How much of the maps (V, N) is the same in every view, whatever it shows: a share of their variance.
+
+    Unrelated maps have 1/V.
+    """
     return importance.mean(0).var(correction=0) / importance.var(1, correction=0).mean()
 
 

@@ -50,7 +50,7 @@ def table(result: dict[str, Any]) -> str:
             lines += ["", f"Peak memory, {side}: {memory[side]}"]
         share = {k: v for k, v in memory.items() if "/" in k}
         lines += ["", f"Peak memory: {share}"]
-    for name in ("data", "processes", "start_up", "bf16"):
+    for name in ("floor", "data", "processes", "start_up", "bf16"):
         if name in result:
             lines += ["", f"{name}: {json.dumps(result[name])}"]
     return "\n".join(lines) + "\n"

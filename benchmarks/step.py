@@ -6,13 +6,15 @@ Both sides run in one process, in turns, from the same weights, on the same view
 every turn their losses are compared. A step is everything: teacher, masks, student, heads, losses, backward,
 clipping, AdamW, teacher update; data come apart, in `data`. `--device cuda` adds bf16 and torch.compile sides.
 "ours sparse" has `student.encode=sparse`: another function, so its losses are told but not compared;
-"ours again" has `encoder.checkpointing`, "ours sparse again" both.
+"ours again" has `encoder.checkpointing`, "ours sparse again" both. `floor` is what the arithmetic alone would take;
+`bf16` (only when asked for: minutes without bf16 units) compares losses, not times.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,8 +31,10 @@ from smartlab.methods.clock import Clock
 from smartlab.methods.masked_distillation import MaskedDistillation
 from smartlab.training.setup import keep_freed_memory, parameter_groups
 
-SECTIONS = ("encoder", "step", "parts", "memory", "scaling", "data", "processes", "start_up", "bf16")
-BF16 = 0.01  # how far apart losses may be, as a share: a bf16 number has eight bits, so 0.4% each time it is rounded
+SECTIONS = ("encoder", "step", "parts", "floor", "memory", "scaling", "data", "processes", "start_up", "bf16")
+BF16 = (
+    0.004  # how far apart losses may be, as a share: what rounding once to the eight bits of bf16 may change
+)
 
 
 class Side:
@@ -143,6 +147,7 @@ def steps(config: Config, device: torch.device, turns: int) -> dict[str, Any]:
 
 def bf16(config: Config, device: torch.device, turns: int) -> dict[str, Any]:
     """Losses of ours under bf16 autocast beside those of the reference in fp32, step after step: no times."""
+    config = changed(config, "encoder", drop_path=0.0)  # else each side draws paths of its own
     published = Side(config, device, "reference")
     state = {name: value.clone() for name, value in published.method.state_dict().items()}
     ours = Side(config, device, "ours bf16", state)
@@ -155,7 +160,34 @@ def bf16(config: Config, device: torch.device, turns: int) -> dict[str, Any]:
         )
         for name in published.losses[0]
     }
-    return {"steps": turns, "apart": apart, "tolerance": BF16, "within": max(apart.values()) <= BF16}
+    finite = all(
+        math.isfinite(value) for side in (published, ours) for row in side.losses for value in row.values()
+    )
+    return {
+        "steps": turns,
+        "apart": apart,
+        "tolerance": BF16,
+        "within": finite and all(value <= BF16 for value in apart.values()),
+    }
+
+
+def floor(config: Config, device: torch.device) -> dict[str, Any]:
+    """Matrix products of a step, counted, and the time that these alone take at the speed of large ones."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    found: dict[str, Any] = {"gflop": {}, "seconds": {}}
+    a = torch.rand(4096, 4096, device=device)
+    seconds = harness.in_turns({"product": lambda: torch.mm(a, a)}, 7, 1, device)["product"]["seconds"]
+    found["gflop_per_second"] = round(2 * 4.096**3 / min(seconds["all"]), 1)
+    for name, side in pair(config, device).items():
+        if "bf16" in name:
+            continue
+        side()
+        with FlopCounterMode(display=False) as counter:
+            side()
+        found["gflop"][name] = round(counter.get_total_flops() / 1e9, 1)
+        found["seconds"][name] = round(found["gflop"][name] / found["gflop_per_second"], 2)
+    return found
 
 
 def encoder(config: Config, device: torch.device, turns: int) -> dict[str, Any]:
@@ -186,17 +218,16 @@ def encoder(config: Config, device: torch.device, turns: int) -> dict[str, Any]:
 
 def parts(config: Config, device: torch.device, turns: int) -> dict[str, Any]:
     """Seconds by part of the step; teacher and student include their encoders, `losses` not their heads."""
-    found = {}
-    for name, side in pair(config, device).items():
-        if "compile" in name:
-            continue  # one graph: its parts cannot be told apart from outside
+    # a compiled step is one graph: its parts cannot be told apart from outside
+    sides = {name: side for name, side in pair(config, device).items() if "compile" not in name}
+    for side in sides.values():
         side.in_parts()
         side()
-        for _ in range(turns):
+    for _ in range(turns):
+        for side in sides.values():
             side.parts.begin()
             side()
-        found[name] = side.parts.medians()
-    return found
+    return {name: side.parts.medians() for name, side in sides.items()}
 
 
 def memory(words: list[str]) -> dict[str, Any]:
@@ -284,7 +315,8 @@ def measure(asked: argparse.Namespace, config: Config, device: torch.device) -> 
     every: dict[str, Callable[[], Any]] = {
         "step": lambda: steps(config, device, turns),
         "encoder": lambda: encoder(config, device, turns),
-        "parts": lambda: parts(config, device, max(1, turns // 2)),
+        "parts": lambda: parts(config, device, turns),
+        "floor": lambda: floor(config, device),
         "memory": lambda: memory(words),
         "data": lambda: data_share(config, 2 if asked.quick else 4),
         "scaling": lambda: scaling(device, asked.quick),

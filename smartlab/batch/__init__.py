@@ -1,6 +1,6 @@
 """Ablation batches: papermill over a grid of parameters, on one machine or a cluster, by Dask.
 
-- `plan.py`      what to run: a YAML file, checked like a configuration
+- `plan.py`      what to run, checked before anything runs; `plan_file.py` its YAML as written
 - `notebooks.py` the parameters that a notebook has
 - `runs.py`      the runs of a plan, each named by what goes into it, so that none is done twice
 - `records.py`   the folder of a run: its record, its lock

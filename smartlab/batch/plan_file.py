@@ -47,6 +47,8 @@ class _SomeResources(_Strict):
 
 
 class StepEntry(_Strict):
+    """A step as written; `plan.Step` is what it means."""
+
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     notebook: str
     parameters: dict[str, Scalar] = {}

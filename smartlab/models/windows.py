@@ -2,7 +2,7 @@
 
 Windows tile the grid; every second block of a stage shifts them by half a window, so that tokens at a border
 meet. What shifting brings together from opposite ends of the image is masked. A window as large as the grid
-is clipped to it and never shifted; windows that do not tile it are padded, and the padding takes part, as in MONAI.
+is clipped to it and never shifted.
 
 Liu et al., "Swin Transformer" (2021).
 """

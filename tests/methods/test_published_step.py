@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -51,8 +52,30 @@ def test_losses_in_bf16_are_those_of_the_published_step_within_the_stated_tolera
     config = sl.load_config("smit", SMALL | {"method.preset": "smit"})
     found = bench.bf16(config, torch.device("cpu"), 3)
     assert found["apart"].keys() >= {"loss_amip", "loss_ampd", "loss_itd"}
-    assert 0 < max(found["apart"].values()) < bench.BF16
+    assert 1e-5 < max(found["apart"].values()) < bench.BF16  # bf16 indeed, and close
     assert found["within"]
+
+
+def test_a_loss_that_is_no_number_is_not_within_the_tolerance(monkeypatch):
+    config = sl.load_config("smit", SMALL | {"method.preset": "smit"})
+    run = Side.__call__
+
+    def spoiled(side):
+        run(side)
+        if side.bf16:
+            side.losses[-1]["loss_amip"] *= math.nan
+
+    monkeypatch.setattr(Side, "__call__", spoiled)
+    assert not bench.bf16(config, torch.device("cpu"), 2)["within"]
+
+
+def test_the_floor_counts_what_a_step_multiplies():
+    config = sl.load_config("smit", SMALL | {"method.preset": "smit"})
+    found = bench.floor(config, torch.device("cpu"))
+    assert 0 < found["gflop"]["ours sparse"] < found["gflop"]["ours"] < found["gflop"]["reference"]
+    assert found["seconds"]["ours"] == pytest.approx(
+        found["gflop"]["ours"] / found["gflop_per_second"], abs=0.01
+    )
 
 
 def test_the_benchmark_gives_numbers_a_table_and_a_plot(monkeypatch, tmp_path):

@@ -39,7 +39,7 @@ def table(result: dict[str, Any]) -> str:
     rows |= {f"step, {name}": v for name, v in result.get("scaling", {}).items()}
     for name, row in rows.items():
         for side in [key.removeprefix("reference / ") for key in row or () if key.startswith("reference / ")]:
-            r, how = row[f"reference / {side}"], side.removeprefix("ours")
+            r, how = row[f"reference / {side}"], side.removeprefix("ours").replace("again", "checkpointing")
             cells = [f"{spread(row[one]['seconds'])} s" for one in ("reference", side)]
             cells += [spread(r["seconds"]), spread(r["cpu_seconds"])]
             lines.append(f"| {name}{how and ','}{how} | {' | '.join(cells)} |")
@@ -79,7 +79,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axes.barh(row, seconds, left=left, color=colour, height=0.6, label=name if row == 0 else None)
             left += seconds
         axes.text(left, row, f" {left:.2f} s", va="center")
-    axes.set_yticks(range(len(parts)), list(parts))
+    axes.set_yticks(range(len(parts)), [name.replace("again", "checkpointing") for name in parts])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * max(sum(p.values()) for p in parts.values()))
     axes.set_xlabel(

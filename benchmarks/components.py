@@ -9,7 +9,7 @@ All on one commit, or nothing is shared.
 
 Per metric: a row per arm (mean over seeds); of the arms with semantic attention the effect of noise and of masks, all
 else equal, and of either at each level of the other; of semantic attention itself under random masks. `repeat` asks
-whether seeds that were run later fall within the intervals of the first three. Where the real nodules lie beside
+whether the mean of seeds that were added later lies where the plan's own three predict it. Where the real nodules lie beside
 (SMARTLAB_REAL_DATA), every pretrained encoder is probed on them too: a second, independent check.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,9 @@ def measured(table: pd.DataFrame, step: str, metric: str) -> dict[str, Any]:
     order = {name: place for place, name in enumerate(LEVELS)}  # effects are against the first level seen
     rows = rows.sort_values([*FACTORS, "seed"], key=lambda column: column.map(lambda v: order.get(v, v)))
     seeing = rows[rows.semantic == True]  # noqa: E712
-    found = [effects(seeing, metric), effects(rows[rows.strategy == LEVELS[0]], metric)]
-    found[1] = found[1][found[1].factor == "semantic"]
+    alone = effects(rows[rows.strategy == LEVELS[0]], metric)  # random masks: attention guides nothing
+    alone = alone[alone.factor == "semantic"]
+    later = seeing[seeing.seed >= FIRST]
     within = []
     for one in ("dropout", "strategy"):
         for level in rows[one].unique():
@@ -122,7 +124,10 @@ def measured(table: pd.DataFrame, step: str, metric: str) -> dict[str, Any]:
         "patients": int(rows.n.max()) if rows.n.notna().any() else None,
         "both_minus_neither": both,
         "arms": arms.to_dict("records"),
-        "effects": [row for part in found for row in part.to_dict("records")],
+        "effects": effects(seeing, metric).to_dict("records"),
+        "planned": effects(seeing[seeing.seed < FIRST], metric).to_dict("records"),
+        "later": effects(later, metric).to_dict("records") if len(later) else [],
+        "semantic": alone.drop(columns="p").to_dict("records"),
         "within": within,
         "repeat": [row for arm, cell in rows.groupby(FACTORS) if (row := repeat(cell, arm))],
         "each": rows[[*FACTORS, "seed", "value"]].to_dict("records"),
@@ -130,13 +135,20 @@ def measured(table: pd.DataFrame, step: str, metric: str) -> dict[str, Any]:
 
 
 def repeat(cell: pd.DataFrame, arm: tuple[Any, ...]) -> dict[str, Any] | None:
-    """Of an arm with later seeds: the interval of the first ones, and the mean of the later."""
+    """Of an arm with later seeds: where 95% of means of as many seeds would lie by the first ones, and their mean."""
+    cell = cell[cell.value.notna()]
     first, later = cell[cell.seed < FIRST].value, cell[cell.seed >= FIRST].value
     if later.empty or len(first) < 2:
         return None
-    mean, low, high, _ = t_interval(first.to_numpy())
-    found = {"first": mean, "low": low, "high": high, "later": float(later.mean()), "n_later": len(later)}
-    return {**dict(zip(FACTORS, arm, strict=True)), **found, "within": bool(low <= later.mean() <= high)}
+    mean, low, high, n = t_interval(first.to_numpy())
+    half = (high - low) / 2 * math.sqrt(1 + n / len(later))  # of a mean still to come, not of the true one
+    found = {"first": mean, "low": mean - half, "high": mean + half}
+    found |= {"later": float(later.mean()), "n_later": len(later)}
+    return {
+        **dict(zip(FACTORS, arm, strict=True)),
+        **found,
+        "within": bool(abs(found["later"] - mean) <= half),
+    }
 
 
 def nodules(pretrained: pd.DataFrame, root: Path) -> pd.DataFrame:
@@ -162,7 +174,7 @@ def training(pretrained: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def untrained(folder: Path, root: Path) -> dict[str, list[float]]:
-    """The same encoder with random weights, seeds 0 to 2, on the same scans: the values beside the arms."""
+    """The encoder with semantic attention and random weights, seeds 0 to 2, on the same scans: beside the arms."""
     config = sl.Run(first_run(folder)).config
     man, store = prepare_store(config.data, progress=False)
     known = scans(store)
@@ -189,7 +201,8 @@ def real_nodules(encoder: Any, root: Path) -> dict[str, float]:
 
 
 def first_run(folder: Path) -> Path:
-    return next(iter(sorted(folder.glob("pretrain/*/run"))))
+    """A pretraining with semantic attention."""
+    return next(run for run in sorted(folder.glob("pretrain/*/run")) if sl.Run(run).config.semantic.enabled)
 
 
 def settings(folder: Path) -> dict[str, Any]:

@@ -83,12 +83,16 @@ def excluded(apart: list[float]) -> str:
     return "yes" if apart[1] > 0 else "yes, the other way" if apart[2] < 0 else "no"
 
 
-ARMS = {  # (noise, masks) -> how the page calls it
-    (0.0, "random"): "random masks, clean teacher",
-    (0.0, "attention_high"): "guided masks, clean teacher",
-    (0.3, "random"): "random masks, noisy teacher",
-    (0.3, "attention_high"): "guided masks, noisy teacher",
+Arm = tuple[bool, float, str]
+ARMS: dict[Arm, str] = {  # semantic attention, noise, masks -> how the page calls it
+    (True, 0.0, "random"): "random masks, clean teacher",
+    (True, 0.0, "attention_high"): "guided masks, clean teacher",
+    (True, 0.3, "random"): "random masks, noisy teacher",
+    (True, 0.3, "attention_high"): "guided masks, noisy teacher",
+    (False, 0.0, "random"): "no semantic attention, clean teacher",
+    (False, 0.3, "random"): "no semantic attention, noisy teacher",
 }
+WITH = {arm: title for arm, title in ARMS.items() if arm[0]}  # these have attention to look at
 COLUMNS = {
     "clusters features/knn_purity": "organ purity",
     "clusters features/silhouette": "silhouette",
@@ -104,26 +108,39 @@ COLUMNS = {
 }
 
 
-def of_arm(rows: list[dict[str, Any]], arm: tuple[float, str]) -> dict[str, Any]:
-    return next(r for r in rows if (r["dropout"], r["strategy"]) == arm and r["semantic"])
+def arm_of(row: dict[str, Any]) -> Arm:
+    return row["semantic"], row["dropout"], row["strategy"]
+
+
+def of_arm(rows: list[dict[str, Any]], arm: Arm) -> dict[str, Any] | None:
+    return next((r for r in rows if arm_of(r) == arm and r["value"] is not None), None)
 
 
 def arms(found: dict[str, Any]) -> list[str]:
     """One row per metric, one column per arm: mean over seeds and its interval."""
     lines = ["| | " + " | ".join(ARMS.values()) + " |", "| --- |" + " --- |" * len(ARMS)]
+    most = {r["n"] for r in found["metrics"]["clusters features/knn_purity"]["arms"] if r["semantic"]}
     for name, title in COLUMNS.items():
         if name in found["metrics"]:
             rows = found["metrics"][name]["arms"]
-            lines.append(f"| {title} | " + " | ".join(interval(of_arm(rows, arm)) for arm in ARMS) + " |")
+            cells = [interval(row) if (row := of_arm(rows, arm)) else "–" for arm in ARMS]
+            fewer = {r["n"] for r in rows if r["semantic"] and r["value"] is not None}
+            if fewer != most:
+                title += f" ({', '.join(map(str, sorted(fewer)))} seeds)"
+            lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
 
 
 def effect(found: dict[str, Any], name: str, factor: str, where: str | None = None) -> dict[str, Any]:
     """The difference that a factor makes to a metric, everywhere or at one level of the other factor."""
     one = found["metrics"][name]
-    rows = one["effects"] if where is None else [r for r in one["within"] if r["where"] == where]
+    rows = (
+        one["effects"] + one["semantic"]
+        if where is None
+        else [r for r in one["within"] if r["where"] == where]
+    )
     row = next(r for r in rows if r["factor"] == factor)
-    if (row["level"], row["against"]) not in (("attention_high", "random"), (0.3, 0.0)):
+    if (row["level"], row["against"]) not in (("attention_high", "random"), (0.3, 0.0), (True, False)):
         raise ValueError(f"{name}: {row['level']} against {row['against']}")
     return row
 
@@ -140,7 +157,10 @@ def differences(found: dict[str, Any], factor: str) -> list[str]:
     """Effects of a factor on every metric, with Holm's p over the factors."""
     lines = ["| metric | difference | p | seeds |", "| --- | --- | --- | --- |"]
     for name, title in COLUMNS.items():
-        if name in found["metrics"] and name != "pretrain guided_share":
+        told = [
+            r["factor"] for r in found["metrics"].get(name, {}).get("effects", []) if r["value"] is not None
+        ]
+        if factor in told and name != "pretrain guided_share":
             one = effect(found, name, factor)
             lines.append(f"| {title} | {signed(one)} | {one['p']:.2g} | {one['n']} |")
     return lines
@@ -148,7 +168,7 @@ def differences(found: dict[str, Any], factor: str) -> list[str]:
 
 def parts(found: dict[str, Any]) -> list[str]:
     """Both components minus neither, by what the claim names."""
-    lines = ["| part | metric | difference | verdict |", "| --- | --- | --- | --- |"]
+    lines = ["| part | metric | difference | seeds | verdict |", "| --- | --- | --- | --- | --- |"]
     for part, name in {
         "clustering": "clusters features/knn_purity",
         "classification, all data": "probe probe auc",
@@ -157,7 +177,7 @@ def parts(found: dict[str, Any]) -> list[str]:
         "localisation": "localize lesion/lift",
     }.items():
         one = found["metrics"][name]["both_minus_neither"]
-        lines.append(f"| {part} | {COLUMNS[name]} | {signed(one)} | {verdict(one).lower()} |")
+        lines.append(f"| {part} | {COLUMNS[name]} | {signed(one)} | {one['n']} | {verdict(one).lower()} |")
     return lines
 
 
@@ -173,18 +193,95 @@ def over_training(found: dict[str, Any]) -> list[str]:
         "effective_rank": "effective rank",
         "loss_amip": "reconstruction (L1)",
     }
-    lines = ["| | " + " | ".join(ARMS.values()) + " |", "| --- |" + " --- |" * len(ARMS)]
+    lines = ["| | " + " | ".join(WITH.values()) + " |", "| --- |" + " --- |" * len(WITH)]
     for name, title in titles.items():
         cells = []
-        for noise, masks in ARMS:
-            rows = {
-                r["quarter"]: r[name]
-                for r in found["training"]
-                if (r["dropout"], r["strategy"]) == (noise, masks) and r["semantic"]
-            }
+        for arm in WITH:
+            rows = {r["quarter"]: r[name] for r in found["training"] if arm_of(r) == arm}
             cells.append(f"{rows[1]:.3f} → {rows[4]:.3f}")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return lines
+
+
+def cause(importance: dict[str, Any]) -> str:
+    """What the maps say of why guided masks do not help; written for maps that point at nothing in particular."""
+    value = {(*arm_of(r), r["noise"], r["metric"]): r["value"] for r in importance["rows"]}
+    lifts = [value[*arm, 0.0, f"lift {r}"] for arm in WITH for r in ("body", "organ", "lesion")]
+    if any(low > 1 or high < 1 for _, low, high, _ in lifts):
+        raise ValueError("a lift is clear of chance: this paragraph no longer fits the numbers")
+    clean, noisy = (True, 0.0, "attention_high"), (True, 0.3, "attention_high")
+    body, place = value[*clean, 0.0, "lift body"], value[*clean, 0.0, "explained by place"]
+    agree = value[*noisy, 0.3, "hidden by the clean map too"]
+    return f"""So, of the three suspects: *the implementation*: none found; the maps are not a fixed pattern ({place[0]:.0%} of their variance is the same in every view, about
+2% would be by chance), and tests hold that a map which points at lesions hides them. *The scale*: attention is selective by now, but for nothing in particular:
+in no arm does the interval of the lift on body, organs or lesions exclude chance, and what a map prefers differs from seed to seed (the mean lift on the body under
+guided masks and a clean teacher is anywhere from {body[1]:.2f} to {body[2]:.2f}). Masks guided by it hide one kind of tissue again and again, another one in every run. *The noise*: of the units that
+a noisy teacher's map hides the clean map hides {agree[0]:.0%}, where chance is 70%: its masks are nearer to random ones than to those, which fits that they do less harm. That
+is an explanation that fits, not a proof. *The phantom*: not separated from the scale here."""
+
+
+def map_quality(importance: dict[str, Any]) -> list[str]:
+    """Importance maps on held-out views: a row per measure, a column per arm."""
+    value = {(*arm_of(r), r["noise"], r["metric"]): r["value"] for r in importance["rows"]}
+    lines = ["| | " + " | ".join(WITH.values()) + " |", "| --- |" + " --- |" * len(WITH)]
+    rows = [
+        ("informativeness", "informativeness", (0.0, 0.3, 0.7)),
+        ("explained by place", "share of the maps that is the same in every view", (0.0, 0.3, 0.7)),
+        ("hidden by the clean map too", "masked units that the clean map masks too (chance 0.7)", (0.3, 0.7)),
+        *((f"lift {region}", f"lift, {region}", (0.0, 0.3, 0.7)) for region in ("body", "organ", "lesion")),
+    ]
+    for metric, title, noises in rows:
+        cells = [" / ".join(f"{value[*arm, noise, metric][0]:.2f}" for noise in noises) for arm in WITH]
+        lines.append(f"| {title}, {' / '.join(map(str, noises))} dropped | {' | '.join(cells)} |")
+        if metric.startswith("lift"):
+            cells = ["{1:.2f} to {2:.2f}".format(*value[*arm, 0.0, metric]) for arm in WITH]
+            lines.append(f"| its 95% interval, nothing dropped | {' | '.join(cells)} |")
+    ratios = (0.3, 0.5, 0.7, 0.9)
+    for region in ("body", "organ", "lesion"):
+        cells = [
+            " / ".join(f"{value[*arm, 0.0, f'hidden {region} at {r}'][0]:.2f}" for r in ratios)
+            for arm in WITH
+        ]
+        title = f"part of {region} hidden (chance: the ratio), mask ratio {' / '.join(map(str, ratios))}"
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def repeated(found: dict[str, Any]) -> str:
+    """Whether seeds that were added later agree with those of the plan."""
+    shown = [name for name in COLUMNS if name in found["metrics"] and name != "pretrain guided_share"]
+    cells = [(name, cell) for name in shown for cell in found["metrics"][name]["repeat"]]
+    if not cells:
+        return ""
+    inside = sum(cell["within"] for _, cell in cells)
+    primary = [cell for name, cell in cells if name == "clusters features/knn_purity"]
+    return (
+        f"The plan has three seeds; {cells[0][1]['n_later']} were added to the arms with semantic attention after its verdicts were known. "
+        f"Their means lay where 95% of such means should by the first three in {inside} of {len(cells)} cells of this table (which are not independent), "
+        f"organ purity in {sum(c['within'] for c in primary)} of {len(primary)}."
+    )
+
+
+def numbers(found: dict[str, Any]) -> str:
+    """Seeds of the arms with semantic attention and of those without."""
+    with_it, without = (
+        {r["n"] for r in found["metrics"]["clusters features/knn_purity"]["arms"] if r["semantic"] is s}
+        for s in (True, False)
+    )
+    if len(with_it) != 1 or len(without) != 1:
+        raise ValueError(f"arms differ in their seeds: {with_it}, {without}")
+    return f"{with_it.pop()} seeds an arm ({without.pop()} where there is no semantic attention)"
+
+
+def by_seeds(found: dict[str, Any], name: str, factor: str) -> str:
+    """The effect by the plan's own seeds alone, and by the added ones alone."""
+    one = found["metrics"][name]
+    first, later = (next((r for r in one[k] if r["factor"] == factor), None) for k in ("planned", "later"))
+    if first is None:
+        raise ValueError(f"{name}: no effect of {factor}")
+    if later is None:
+        return f"{signed(first)} over the plan's {first['n']} seeds"
+    return f"{signed(first)} over the plan's {first['n']} seeds alone, {later['value']:+.3f} over the {later['n']} added"
 
 
 def signed(one: dict[str, Any]) -> str:
@@ -204,13 +301,15 @@ def picture() -> None:
         "attention jensen_shannon": "Divergence between\nattention heads",
         "nodules auc": "Real nodules:\nAUC of a linear probe",
     }
-    figure, axes = plt.subplots(1, 3, figsize=(10, 2.9), sharey=True, layout="constrained")
-    colours = {"random": "#0072B2", "attention_high": "#D55E00"}
+    figure, axes = plt.subplots(1, 3, figsize=(10.6, 3.4), sharey=True, layout="constrained")
+    colours = {(True, "random"): "#0072B2", (True, "attention_high"): "#D55E00", (False, "random"): "#777777"}
     for ax, (name, title) in zip(axes, shown.items(), strict=True):
         one = found["metrics"][name]
         for place, arm in enumerate(ARMS):
-            row, colour = of_arm(one["arms"], arm), colours[arm[1]]
-            dots = [r["value"] for r in one["each"] if (r["dropout"], r["strategy"]) == arm and r["semantic"]]
+            row, colour = of_arm(one["arms"], arm), colours[arm[0], arm[2]]
+            if row is None:
+                continue
+            dots = [r["value"] for r in one["each"] if arm_of(r) == arm]
             ax.plot([row["low"], row["high"]], [place] * 2, color=colour, lw=1.5, alpha=0.5)
             ax.plot(row["value"], place, "|", color=colour, ms=17, mew=2.5)
             ax.plot(dots, [place] * len(dots), "o", color=colour, ms=6, mec="white", mew=0.8)
@@ -237,7 +336,9 @@ def page() -> str:
     lower = effect(found, "attention jensen_shannon", "strategy", "dropout 0.0")
     restored = effect(found, "attention jensen_shannon", "dropout", "strategy attention_high")
     two = probes["pathology"]["miram - mae auc"]
-    seeds = guided["n"]
+    importance = load("importance")
+    purity = found["metrics"]["clusters features/knn_purity"]
+    semantic = effect(found, "clusters features/knn_purity", "semantic")
     text = f"""# What is known, and what is not
 
 Four claims of the papers, and what this repository has measured about each. Everything here is small: an encoder of half a million
@@ -247,25 +348,31 @@ are 95% over patients, or over seeds where it says so.
 ## The arms
 
 `notebooks/plans/components.yaml` and `noise.yaml`, run by `smartlab batch` and gathered by `benchmarks.components` ({found["core_hours"]:.1f} core-hours, on two
-shared CPU cores): `tiny` on {about["phantoms"]} phantoms (70% of them to pretrain on), {about["steps"]} steps of {about["views_per_step"]} views of {about["view"]}³ voxels, {seeds} seeds an arm. Judged on
+shared CPU cores): `tiny` on {about["phantoms"]} phantoms (70% of them to pretrain on), {about["steps"]} steps of {about["views_per_step"]} views of {about["view"]}³ voxels, {numbers(found)}. Judged on
 {found["metrics"]["clusters features/knn_purity"]["patients"]} phantoms of the test split. The primary metrics were written into the plans before they ran: organ purity (of an organ's ten nearest
 neighbours in *other* patients, how many are the same organ; nothing fine-tuned) and the divergence between attention heads. (Until then the plan's had been the nodule probe's AUC; it
 was changed, before any arm ran, because two trial encoders and untrained ones showed that a probe on means over a view sees nothing of such nodules.)
 
 ![Arms](images/components.png)
 
-*Dots are seeds, the bar is their mean with a 95% t interval over seeds, dashed lines are untrained encoders.*
+*Dots are seeds, the bar is their mean with a 95% t interval over seeds, dashed lines are untrained encoders (with semantic attention).*
 
 {chr(10).join(arms(found))}
 
-Means over {seeds} seeds, t intervals: with so few they are wide. Guided masks need informative attention (informativeness of the clean teacher over whole
-scans; the guard opens at {about["threshold"]} of the noisy teacher's): the share of steps that were guided is in the last row.
+Means over seeds, t intervals: with so few they are wide. {repeated(found)}
+
+Guided masks need informative attention (informativeness of the clean teacher over
+views of the training size; the guard opens at {about["threshold"]} of the noisy teacher's): the share of steps that were guided is in the last row.
+
+With semantic attention (and its two blocks more) instead of without, under random masks, organ purity differs by {signed(semantic)} ({verdict(semantic).lower()}),
+the AUC on real nodules by {signed(effect(found, "nodules auc", "semantic"))}, over {semantic["n"]} seeds. What follows is among the arms with semantic attention.
 
 ## 1. Attention-guided masking beats random masking
 
-**{verdict(guided)}.** Organ purity, guided minus random masks, all else equal: {signed(guided)} over {seeds} seeds.
+**{verdict(guided)}.** Organ purity, guided minus random masks, all else equal: {signed(guided)} over {guided["n"]} seeds
+({by_seeds(found, "clusters features/knn_purity", "strategy")}).
 With a clean teacher {signed(effect(found, "clusters features/knn_purity", "strategy", "dropout 0.0"))}, with a noisy one {signed(effect(found, "clusters features/knn_purity", "strategy", "dropout 0.3"))}; under guided masks noise
-changes purity by {signed(effect(found, "clusters features/knn_purity", "dropout", "strategy attention_high"))}. Three seeds, sixteen scans, one recipe: a reason to look closer, not a law.
+changes purity by {signed(effect(found, "clusters features/knn_purity", "dropout", "strategy attention_high"))}. {guided["n"]} seeds, {purity["patients"]} scans, one recipe: a reason to look closer, not a law.
 
 {chr(10).join(differences(found, "strategy"))}
 
@@ -274,6 +381,13 @@ What the logs say of the cause, first → last quarter of training, means over s
 {chr(10).join(over_training(found))}
 
 Random masks hide {found["settings"]["ratio"]:.2f} of anything on average; what guided masks hide more of is what the attention fell on.
+
+**Is the importance map any good?** On views of the training size that tile {importance["patients"]} held-out scans (`benchmarks.importance`; lift: attention on a region
+over chance; hidden: the part of it that masks by this map hide), by the share of its input that the teacher does not see, and by mask ratio:
+
+{chr(10).join(map_quality(importance))}
+
+{cause(importance)}
 
 Attention does form: in a longer run of larger views (`benchmarks.attention`, {last["step"]} steps) lesions of held-out phantoms got {interval(last["lift lesion"])}
 times their share of it, organs {interval(last["lift organ"])}.
@@ -289,7 +403,7 @@ clean teacher: {signed(lower)}.
 
 ## 3. Features are better for both, full and few-shot, in clusters, in localisation and in segmentation
 
-Guided masks and a noisy teacher together, minus random masks and a clean one, over {seeds} seeds:
+Guided masks and a noisy teacher together, minus random masks and a clean one:
 
 {chr(10).join(parts(found))}
 
@@ -319,20 +433,23 @@ On the real nodules the largest area of the nodule alone has AUC {interval(nodul
 ## What would change the answers
 
 Scale first: real CT by the thousand, a GPU, more seeds. `ct-open` and `lidc-nodules` are shipped as manifests, the plans take them by parameters,
-and `smartlab batch components` writes the table. Arms without semantic attention are in the plan and were not run, nor were the noise
-plan's other levels of noise.
+and `smartlab batch components` writes the table. The noise plan's other levels of noise were not run, nor were arms compared in segmentation.
 """
     return text
 
 
 def blocks() -> dict[str, str]:
     """The parts of the README that hold results, by name."""
-    found, shipped, attention, again = (load(n) for n in ("components", "shipped", "attention", "attention-repeat"))
+    found, shipped, attention, again = (
+        load(n) for n in ("components", "shipped", "attention", "attention-repeat")
+    )
     loader, step, decoders, real = (load(n) for n in ("loader", "step", "decoders", "real_data"))
     guided = effect(found, "clusters features/knn_purity", "strategy")
     lower = effect(found, "attention jensen_shannon", "strategy", "dropout 0.0")
     restored = effect(found, "attention jensen_shannon", "dropout", "strategy attention_high")
-    bare, noisy = (effect(found, "clusters features/knn_purity", "strategy", f"dropout {d}") for d in (0.0, 0.3))
+    bare, noisy = (
+        effect(found, "clusters features/knn_purity", "strategy", f"dropout {d}") for d in (0.0, 0.3)
+    )
     nodules = real["nodules"]["probe"]["metrics"]
     last, then = attention["checkpoints"][-1], again["checkpoints"][-1]
     ours, theirs = loader["store"], loader["monai_persistent_dataset"]
@@ -344,7 +461,7 @@ def blocks() -> dict[str, str]:
     return {
         "components": f"""![What guided masks and a noisy teacher do](docs/images/components.png)
 
-*`smartlab batch components` and `noise`: {len(ARMS)} arms, {guided["n"]} seeds each (dots), {found["core_hours"]:.1f} core-hours, judged on held-out phantoms and on real nodules;
+*`smartlab batch components` and `noise`: {len(ARMS)} arms, {numbers(found)}, a dot each, {found["core_hours"]:.1f} core-hours, judged on held-out phantoms and on real nodules;
 dashed, untrained encoders. Guided minus random masks, organ purity: {signed(guided)}: **{verdict(guided).lower()}**, with a clean
 teacher ({signed(bare)}) more than with a noisy one ({signed(noisy)}). Divergence of heads under guided masks with a clean
 teacher: {signed(lower)} (claim: it falls; **{verdict(lower, -1).lower()}**); with noise: {signed(restored)} (claim: it comes back; **{verdict(restored).lower()}**). Claim by claim, with

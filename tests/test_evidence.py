@@ -142,3 +142,45 @@ def test_the_weights_that_come_along_are_as_small_as_the_readme_says(maker):
         1.5e6 < (WEIGHTS / f"tiny-{role}.safetensors").stat().st_size < 2.5e6
         for role in ("student", "teacher")
     )
+
+
+def test_arms_with_more_seeds_and_arms_that_lack_a_metric_find_their_place(maker):
+    """Five seeds with semantic attention, three without; attention is measured only where there is some."""
+    from benchmarks.components import measured
+
+    rows = []
+    for semantic, masks, noise, seed in itertools.product(
+        (False, True), ("attention_high", "random"), (0.0, 0.3), range(5)
+    ):
+        if not semantic and (masks != "random" or seed > 2):
+            continue
+        own = {"semantic": semantic, "dropout": noise, "strategy": masks, "seed": seed}
+        value = 0.5 + 0.2 * semantic - 0.1 * (masks == "attention_high") + 0.01 * ((seed * 7) % 5)
+        told = {"value": value, "low": 0.0, "high": 1.0, "n": 9}
+        rows.append({**own, "step": "clusters", "metric": "features/knn_purity", **told})
+        if semantic:
+            rows.append({**own, "step": "attention", "metric": "jensen_shannon", **told})
+    table, names = (
+        pd.DataFrame(rows),
+        {"clusters features/knn_purity": "clusters", "attention jensen_shannon": "attention"},
+    )
+    found = {"metrics": {n: measured(table, step, n.split(" ")[1]) for n, step in names.items()}}
+    purity = "clusters features/knn_purity"
+    assert maker.effect(found, purity, "semantic")["value"] == pytest.approx(0.2)
+    assert maker.effect(found, purity, "semantic")["n"] == 3
+    assert maker.effect(found, purity, "strategy")["n"] == 5
+    assert maker.numbers(found) == "5 seeds an arm (3 where there is no semantic attention)"
+    assert "3 seeds alone, -0.100 over the 2 added" in maker.by_seeds(found, purity, "strategy")
+    assert "in 8 of 8 cells" in maker.repeated(found)
+    lines = maker.arms(found)
+    assert lines[2].count("–") == 0 and lines[3].count("–") == 2
+
+
+def test_what_of_a_map_is_the_same_in_every_view():
+    from benchmarks.importance import explained_by_place
+
+    generator = torch.Generator().manual_seed(0)
+    same = torch.rand(1, 64, generator=generator).expand(50, 64)
+    other = torch.rand(50, 64, generator=generator)
+    assert explained_by_place(same) == pytest.approx(1.0, abs=1e-5)
+    assert explained_by_place(other) < 0.05

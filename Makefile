@@ -45,7 +45,7 @@ lab: $(READY)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=.
 
 bench: $(READY) ## time what we promise, under ten minutes on two quiet cores; results in runs/bench
-	$(BIN)/python -m benchmarks.step --quick --view 64 --out runs/bench/step.json
+	$(BIN)/python -m benchmarks.step --quick --view 64 --only step,parts,memory,data,start_up --out runs/bench/step.json
 	$(BIN)/python -m benchmarks.loader --quick --out runs/bench/loader.json
 	$(BIN)/python -m benchmarks.viewer --out runs/bench/viewer.json
 

@@ -215,7 +215,7 @@ def cause(importance: dict[str, Any]) -> str:
     return f"""So, of the three suspects: *the implementation*: none found; the maps are not a fixed pattern ({place[0]:.0%} of their variance is the same in every view, about
 2% would be by chance), and tests hold that a map which points at lesions hides them. *The scale*: attention is selective by now, but for nothing in particular:
 in no arm does the interval of the lift on body, organs or lesions exclude chance, and what a map prefers differs from seed to seed (the mean lift on the body under
-guided masks and a clean teacher is anywhere from {body[1]:.2f} to {body[2]:.2f}). Masks guided by it hide one kind of tissue again and again, another one in every run. *The noise*: of the units that
+guided masks and a clean teacher is anywhere from {body[1]:.2f} to {body[2]:.2f}). Masks guided by such a map would hide one kind of tissue more than others, another in another run. *The noise*: of the units that
 a noisy teacher's map hides the clean map hides {agree[0]:.0%}, where chance is 70%: its masks are nearer to random ones than to those, which fits that they do less harm. That
 is an explanation that fits, not a proof. *The phantom*: not separated from the scale here."""
 

@@ -18,7 +18,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"smartlab needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}. Try: make setup PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
-	$(BIN)/python -W ignore -c 'import umap'  # compiles itself on its first import: half a minute, once
+	@# UMAP compiles itself when it is first used: half a minute, once
+	$(BIN)/python -W ignore -c 'import numpy; from smartlab.evaluation.clusters import _umap; _umap(numpy.eye(32), 1, 0)'
 	@touch $@
 
 demo: $(READY) ## run the notebooks on the built-in phantoms; pictures and results in runs/demo

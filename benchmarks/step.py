@@ -171,14 +171,14 @@ def bf16(config: Config, device: torch.device, turns: int) -> dict[str, Any]:
     }
 
 
-def floor(config: Config, device: torch.device) -> dict[str, Any]:
+def floor(config: Config, device: torch.device, size: int = 4096) -> dict[str, Any]:
     """Matrix products of a step, counted, and the time that these alone take at the speed of large ones."""
     from torch.utils.flop_counter import FlopCounterMode
 
     found: dict[str, Any] = {"gflop": {}, "seconds": {}}
-    a = torch.rand(4096, 4096, device=device)
+    a = torch.rand(size, size, device=device)
     seconds = harness.in_turns({"product": lambda: torch.mm(a, a)}, 7, 1, device)["product"]["seconds"]
-    found["gflop_per_second"] = round(2 * 4.096**3 / min(seconds["all"]), 1)
+    found["gflop_per_second"] = round(2 * (size / 1000) ** 3 / min(seconds["all"]), 1)
     for name, side in pair(config, device).items():
         if "bf16" in name:
             continue

@@ -37,6 +37,13 @@ def test_importing_is_light():
     assert best_of(3, "-c", "import smartlab") < 0.3
 
 
+def test_a_start_of_training_waits_for_nothing_it_does_not_use():
+    code = "import sys, smartlab as sl; sl.pretrain, sl.evaluate; print(sorted(sys.modules))"
+    loaded = python("-c", code).stdout
+    for slow in ("torch.distributed.fsdp", "scipy.signal", "monai", "umap", "matplotlib.pyplot"):
+        assert f"'{slow}'" not in loaded, slow
+
+
 def test_help_is_quick_and_every_command_shows_an_example():
     assert best_of(3, "-m", "smartlab.cli", "--help") < 0.5
     for words in (

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage, signal
+from scipy import ndimage
 
 from smartlab.data.mammography import read_pixels
 from smartlab.errors import DataError, SmartlabError
@@ -76,6 +76,8 @@ def correlation(crop: np.ndarray, image: np.ndarray, mask: np.ndarray) -> float:
 
     On a coarse grid and after removing the mean, so that neither the window nor a pixel's shift matters.
     """
+    from scipy import signal  # half a second that other starts need not wait for
+
     step = max(1, min(crop.shape) // _SMALL)
     rows, columns = np.nonzero(mask)
     around = [

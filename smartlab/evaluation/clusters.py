@@ -32,7 +32,7 @@ same rows and draws of patients.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -232,6 +232,7 @@ def _umap(x: np.ndarray, seeds: int, seed: int) -> list[np.ndarray]:
         warnings.simplefilter("ignore")  # numba's and umap's remarks about threads and reuse
         from umap import UMAP
 
+        _keep_compiled("umap")
         number = min(15, len(x) - 1)
         distances, indices = NearestNeighbors(n_neighbors=number).fit(x).kneighbors(x)
         start = _pca(x, 2)
@@ -246,6 +247,20 @@ def _umap(x: np.ndarray, seeds: int, seed: int) -> list[np.ndarray]:
             ).fit_transform(x)
             for i in range(seeds)
         ]
+
+
+def _keep_compiled(package: str) -> None:
+    """Have numba keep on disk what it compiles of a package: UMAP would take nine seconds in every process."""
+    import sys
+
+    from numba.core.dispatcher import Dispatcher
+
+    parts = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == package]
+    compiled = [v for part in parts for v in vars(part).values() if isinstance(v, Dispatcher)]
+    with suppress(RuntimeError):  # nowhere to write: compiled anew, as it always was
+        for function in compiled:
+            if not function.stats.cache_path:
+                function.enable_caching()
 
 
 def _stability(repeats: list[np.ndarray], y: np.ndarray, k: int) -> dict[str, Estimate]:

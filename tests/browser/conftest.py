@@ -59,7 +59,7 @@ def artifacts(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def lab(tmp_path_factory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("lab")
     example.prepare(folder)
@@ -125,7 +125,7 @@ def write_notebooks(folder: Path) -> None:
         nbformat.write(book, folder / f"{name}.ipynb")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium(), args=QUIET, timeout=120_000)
@@ -133,7 +133,7 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def context(browser, lab) -> Iterator[BrowserContext]:
     """Pages that reach the JupyterLab of these tests and nothing else."""
     context = browser.new_context(viewport={"width": 1400, "height": 1000})

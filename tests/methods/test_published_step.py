@@ -71,7 +71,7 @@ def test_a_loss_that_is_no_number_is_not_within_the_tolerance(monkeypatch):
 
 def test_the_floor_counts_what_a_step_multiplies():
     config = sl.load_config("smit", SMALL | {"method.preset": "smit"})
-    found = bench.floor(config, torch.device("cpu"))
+    found = bench.floor(config, torch.device("cpu"), size=1024)
     assert 0 < found["gflop"]["ours sparse"] < found["gflop"]["ours"] < found["gflop"]["reference"]
     assert found["seconds"]["ours"] == pytest.approx(
         found["gflop"]["ours"] / found["gflop_per_second"], abs=0.01

@@ -4,6 +4,7 @@
     smartlab batch notebooks/plans/components.yaml semantic=[true] seeds=5 --out runs/components   # two seeds more
     smartlab batch notebooks/plans/noise.yaml dropout=[0.0,0.3] seeds=5 --out runs/components   # the same pretrainings
     python -m benchmarks.components --runs runs/components
+    python -m benchmarks.components --runs runs/again --check     # a repeat, in part or whole, beside that file
 
 All on one commit, or nothing is shared.
 
@@ -54,6 +55,7 @@ LOGGED = (
 )
 FIRST = 3  # seeds of the plan as it is
 RESULTS = Path(__file__).parent / "results" / "components.json"
+AGAIN = RESULTS.with_name("components-again.json")
 
 
 def main() -> None:
@@ -65,6 +67,9 @@ def main() -> None:
     parser.add_argument(
         "--nodules", type=Path, default=DATA / "nodules", help="left out where there are none"
     )
+    parser.add_argument(
+        "--check", action="store_true", help=f"compare with {RESULTS.name}, write {AGAIN.name}"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     table, runs = sl.load_results(args.runs), load_runs(args.runs)
@@ -74,35 +79,54 @@ def main() -> None:
         raise sl.UseError(
             "these runs are of several versions of the code", path=args.runs, fix="run both plans on one"
         )
-    report = {
-        "what": "arms of the plans components and noise: means over seeds with 95% t intervals",
+    there = [
+        (step, metric)
+        for step, metrics in KEPT.items()
+        for metric in metrics
+        if ((table.step == step) & (table.metric == metric)).any()
+    ]
+    facts = {
         "runs": {step: int(n) for step, n in runs[runs.state == "done"].step.value_counts().items()},
         "failed": int((runs.state == "failed").sum()),
         "core_hours": round(float(runs.seconds.sum()) / 3600, 2),
-        "settings": settings(args.runs),
-        "metrics": {
-            f"{step} {metric}": measured(table, step, metric)
-            for step, metrics in KEPT.items()
-            for metric in metrics
-            if ((table.step == step) & (table.metric == metric)).any()
-        },
-        "training": training(runs[(runs.step == "pretrain") & (runs.state == "done")]),
-        "untrained": untrained(args.runs, args.nodules),
+    }
+    whence = {
         "code_of_the_runs": sorted(table.code.dropna().unique()),
         "machine": machine(),
         "code": code_version(),
+    }
+    if args.check:
+        known = json.loads(RESULTS.read_text(encoding="utf-8"))
+        found = {f"{step} {metric}": ordered(table, step, metric) for step, metric in there}
+        report = {**facts, **beside(found, known["metrics"]), "of": known["code_of_the_runs"], **whence}
+        AGAIN.write_text(json.dumps(clean(report), indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(clean(report), indent=1))
+        return
+    report = {
+        "what": "arms of the plans components and noise: means over seeds with 95% t intervals",
+        **facts,
+        "settings": settings(args.runs),
+        "metrics": {f"{step} {metric}": measured(table, step, metric) for step, metric in there},
+        "training": training(runs[(runs.step == "pretrain") & (runs.state == "done")]),
+        "untrained": untrained(args.runs, args.nodules),
+        **whence,
     }
     args.json.write_text(json.dumps(clean(report), indent=1) + "\n", encoding="utf-8")
     for name, found in report["metrics"].items():
         print(name, *(f"\n  {row}" for row in found["arms"] + found["effects"]))
 
 
-def measured(table: pd.DataFrame, step: str, metric: str) -> dict[str, Any]:
-    """Arms, effects, and effects within the levels of the other factor; the seeds' own values."""
+def ordered(table: pd.DataFrame, step: str, metric: str) -> pd.DataFrame:
+    """A metric's rows by arm and seed."""
     rows = one_metric(table, metric, step)
     rows = rows[[*FACTORS, "seed", "step", "metric", "value", "low", "high", "n"]]
     order = {name: place for place, name in enumerate(LEVELS)}  # effects are against the first level seen
-    rows = rows.sort_values([*FACTORS, "seed"], key=lambda column: column.map(lambda v: order.get(v, v)))
+    return rows.sort_values([*FACTORS, "seed"], key=lambda column: column.map(lambda v: order.get(v, v)))
+
+
+def measured(table: pd.DataFrame, step: str, metric: str) -> dict[str, Any]:
+    """Arms, effects, and effects within the levels of the other factor; the seeds' own values."""
+    rows = ordered(table, step, metric)
     seeing = rows[rows.semantic == True]  # noqa: E712
     alone = effects(rows[rows.strategy == LEVELS[0]], metric)  # random masks: attention guides nothing
     alone = alone[alone.factor == "semantic"]
@@ -148,6 +172,34 @@ def repeat(cell: pd.DataFrame, arm: tuple[Any, ...]) -> dict[str, Any] | None:
         **dict(zip(FACTORS, arm, strict=True)),
         **found,
         "within": bool(abs(found["later"] - mean) <= half),
+    }
+
+
+def beside(found: dict[str, pd.DataFrame], known: dict[str, Any]) -> dict[str, Any]:
+    """A repeat beside what is known: values of a seed that are the same, means of an arm inside its interval."""
+    same, means, outside = [], [], []
+    for name, rows in found.items():
+        known_values = pd.DataFrame(known[name]["each"])
+        pairs = rows.merge(known_values, on=[*FACTORS, "seed"], suffixes=("", "_known"))
+        pairs = pairs.dropna(subset=["value", "value_known"])
+        same += (pairs.value == pairs.value_known).tolist()
+        arms = pd.DataFrame(known[name]["arms"])
+        new = (
+            rows.groupby(FACTORS, as_index=False)
+            .value.mean()
+            .merge(arms, on=FACTORS, suffixes=("", "_known"))
+        )
+        new = new.dropna(subset=["value", "low", "high"])
+        means += new.value.between(new.low, new.high).tolist()
+        outside += [
+            {"metric": name, **row} for row in new[~new.value.between(new.low, new.high)].to_dict("records")
+        ]
+    return {
+        "values": len(same),
+        "the_same": sum(same),
+        "means": len(means),
+        "inside": sum(means),
+        "outside": outside,
     }
 
 

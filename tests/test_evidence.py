@@ -107,6 +107,22 @@ def test_later_seeds_are_held_against_the_interval_of_the_first_three():
     assert repeat(cell[cell.seed < 3], arm) is None
 
 
+def test_a_repeat_is_held_beside_the_committed_table():
+    from benchmarks.components import FACTORS, beside
+
+    arm = dict(zip(FACTORS, (True, 0.0, "random"), strict=True))
+    known = {
+        "each": [{**arm, "seed": seed, "value": 0.5 + 0.1 * seed} for seed in range(3)],
+        "arms": [{**arm, "value": 0.6, "low": 0.45, "high": 0.75, "n": 3}],
+    }
+    rows = pd.DataFrame({**arm, "seed": [0, 1, 7], "value": [0.5, 0.6, 0.61], "low": 0, "high": 1, "n": 9})
+    found = beside({"purity": rows}, {"purity": known})
+    assert (found["values"], found["the_same"]) == (2, 2)  # nothing is known of seed 7
+    assert (found["means"], found["inside"], found["outside"]) == (1, 1, [])
+    far = beside({"purity": rows.assign(value=[0.5, 0.9, 0.95])}, {"purity": known})
+    assert (far["the_same"], far["inside"]) == (1, 0) and far["outside"][0]["metric"] == "purity"
+
+
 COUNTED = {  # what the README's table of datasets says of them
     ("ct-open",): "10,363 series",
     ("lidc-nodules",): "1,180 (and 211 left out, with the reason)",

@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 # some image libraries change the locale of the process: read text as UTF-8 all the same
 export PYTHONUTF8 := 1
 READY := $(VENV)/.ready
-# tests run in this many processes, one thread each
-JOBS ?= 2
+# tests run in this many processes, one thread each: two to four
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 2 ? 2 : n > 4 ? 4 : n)))
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .PHONY: help setup demo test test-fast check notebooks lab bench bench-gpu clean

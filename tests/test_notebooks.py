@@ -17,6 +17,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import yaml
 from papermill.exceptions import PapermillExecutionError
 from pydantic import Field
 
@@ -256,9 +257,12 @@ def test_the_demo_runs_every_notebook_with_every_parameter_changed(tmp_path, mon
     import smartlab as sl
 
     monkeypatch.setenv("SMARTLAB_CACHE", str(tmp_path / "cache"))
-    data = tmp_path / "own"
-    made = sl.make_phantom("ct", data, n=6, shape=(120, 120, 120), workers=0, progress=False)
-    own = made.model_copy(update={"source": made.source.model_copy(update={"kind": "local"})})
+    data, plans = tmp_path / "own", REPO / "notebooks" / "plans"
+    made = sl.make_phantom("ct", data, n=8, shape=(120, 120, 120), workers=0, progress=False)
+    parts = dict(zip(made.patients, ["train"] * 5 + ["val"] + ["test"] * 2, strict=True))
+    cases = [case.model_copy(update={"split": parts[case.patient]}) for case in made.cases]
+    source = made.source.model_copy(update={"kind": "local"})
+    own = made.model_copy(update={"source": source, "cases": cases})
     own.save(data / "own.json")
     small = {"encoder.embed_dim": 12, "data.view": 32, "data.region": 48, "train.batch": 1, "train.steps": 2}
     small |= {"data.workers": 0, "data.manifest": str(data / "own.json"), "data.root": str(data)}
@@ -270,10 +274,16 @@ def test_the_demo_runs_every_notebook_with_every_parameter_changed(tmp_path, mon
     for path in NOTEBOOKS:
         known, changed = parameters_of(path), dict(CHANGED[path.stem])
         if path.stem not in NO_CT:
-            changed = {k: v for k, v in (common | {"patients": 6}).items() if k in known} | changed
+            changed = {k: v for k, v in (common | {"patients": 8}).items() if k in known} | changed
         if "preset" in changed:
             changed["preset"] = str(tmp_path / changed["preset"])
         given[path.stem] = changed
+    plan = yaml.safe_load((plans / "neighbours.yaml").read_text(encoding="utf-8")) | {
+        "grid": {"ratio": [0.5, 0.6]}
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(plan), encoding="utf-8")
+    shutil.copy(plans / "neighbours.ipynb", tmp_path)
+    given["09_ablations"]["plan"] = str(tmp_path / "own.yaml")
     result = run_demo(tmp_path / "demo", progress=False, parameters=given)
     assert result.ok, result.table()
     assert [s.name for s in result.steps] == STEMS

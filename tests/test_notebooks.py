@@ -262,7 +262,7 @@ def test_the_demo_runs_every_notebook_with_every_parameter_changed(tmp_path, mon
     parts = dict(zip(made.patients, ["train"] * 5 + ["val"] + ["test"] * 2, strict=True))
     cases = [case.model_copy(update={"split": parts[case.patient]}) for case in made.cases]
     source = made.source.model_copy(update={"kind": "local"})
-    own = made.model_copy(update={"source": source, "cases": cases})
+    own = made.model_copy(update={"source": source, "all_cases": cases})
     own.save(data / "own.json")
     small = {"encoder.embed_dim": 12, "data.view": 32, "data.region": 48, "train.batch": 1, "train.steps": 2}
     small |= {"data.workers": 0, "data.manifest": str(data / "own.json"), "data.root": str(data)}

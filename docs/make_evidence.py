@@ -262,6 +262,15 @@ def repeated(found: dict[str, Any]) -> str:
     )
 
 
+def again(name: str = "components-again") -> str:
+    """What a repeat of a part of the plan gave."""
+    found = load(name)
+    return (
+        f"Of one seed of {found['runs']['pretrain']} arms run again by the same command on later code ({found['core_hours']:.1f} core-hours, "
+        f"`benchmarks.components --check`), {found['the_same']} of {found['values']} values are the same to the last digit."
+    )
+
+
 def numbers(found: dict[str, Any]) -> str:
     """Seeds of the arms with semantic attention and of those without."""
     with_it, without = (
@@ -359,7 +368,7 @@ was changed, before any arm ran, because two trial encoders and untrained ones s
 
 {chr(10).join(arms(found))}
 
-Means over seeds, t intervals: with so few they are wide. {repeated(found)}
+Means over seeds, t intervals: with so few they are wide. {repeated(found)} {again()}
 
 Guided masks need informative attention (informativeness of the clean teacher over
 views of the training size; the guard opens at {about["threshold"]} of the noisy teacher's): the share of steps that were guided is in the last row.

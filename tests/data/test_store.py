@@ -579,6 +579,7 @@ def test_handles_are_reopened_after_fork_and_a_store_travels_by_path(cohort, mon
     mine, theirs = context.Pipe()
     child = context.Process(target=_read_in_child, args=(st, theirs))
     child.start()
+    assert mine.poll(60), "the child answers"
     opened, found = mine.recv()
     child.join()
     assert (found == part).all() and opened == 1  # its own, not the two of its parent

@@ -184,16 +184,11 @@ def beside(found: dict[str, pd.DataFrame], known: dict[str, Any]) -> dict[str, A
         pairs = pairs.dropna(subset=["value", "value_known"])
         same += (pairs.value == pairs.value_known).tolist()
         arms = pd.DataFrame(known[name]["arms"])
-        new = (
-            rows.groupby(FACTORS, as_index=False)
-            .value.mean()
-            .merge(arms, on=FACTORS, suffixes=("", "_known"))
-        )
-        new = new.dropna(subset=["value", "low", "high"])
-        means += new.value.between(new.low, new.high).tolist()
-        outside += [
-            {"metric": name, **row} for row in new[~new.value.between(new.low, new.high)].to_dict("records")
-        ]
+        new = rows.groupby(FACTORS, as_index=False).value.mean()
+        new = new.merge(arms, on=FACTORS, suffixes=("", "_known")).dropna(subset=["value", "low", "high"])
+        inside = new.value.between(new.low, new.high)
+        means += inside.tolist()
+        outside += [{"metric": name, **row} for row in new[~inside].to_dict("records")]
     return {
         "values": len(same),
         "the_same": sum(same),

@@ -262,12 +262,12 @@ def repeated(found: dict[str, Any]) -> str:
     )
 
 
-def again(name: str = "components-again") -> str:
+def again() -> str:
     """What a repeat of a part of the plan gave."""
-    found = load(name)
+    found = load("components-again")
     return (
-        f"Of one seed of {found['runs']['pretrain']} arms run again by the same command on later code ({found['core_hours']:.1f} core-hours, "
-        f"`benchmarks.components --check`), {found['the_same']} of {found['values']} values are the same to the last digit."
+        f"{found['runs']['pretrain']} of the plan's pretrainings were run again by the same command on later code ({found['core_hours']:.1f} core-hours, "
+        f"`benchmarks.components --check`): {found['the_same']} of {found['values']} values are the same to the last digit."
     )
 
 

@@ -76,7 +76,7 @@ def correlation(crop: np.ndarray, image: np.ndarray, mask: np.ndarray) -> float:
 
     On a coarse grid and after removing the mean, so that neither the window nor a pixel's shift matters.
     """
-    from scipy import signal  # half a second that other starts need not wait for
+    from scipy import signal  # slow to import, and needed nowhere else
 
     step = max(1, min(crop.shape) // _SMALL)
     rows, columns = np.nonzero(mask)

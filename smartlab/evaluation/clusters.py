@@ -31,6 +31,7 @@ same rows and draws of patients.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -251,8 +252,6 @@ def _umap(x: np.ndarray, seeds: int, seed: int) -> list[np.ndarray]:
 
 def _keep_compiled(package: str) -> None:
     """Have numba keep on disk what it compiles of a package: UMAP would take nine seconds in every process."""
-    import sys
-
     from numba.core.dispatcher import Dispatcher
 
     parts = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == package]

@@ -25,6 +25,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"smartlab {version('smartlab')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
 app.add_typer(data, name="data")
 app.command(epilog="Example: smartlab batch components seeds=1 steps=100 --dry-run")(batch)
 app.command(epilog="Example: smartlab results runs/components --metric auc --to auc.parquet")(results)

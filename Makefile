@@ -54,5 +54,10 @@ bench-gpu: $(READY) ## the same step on an NVIDIA GPU: fp32, bf16, compiled, bes
 	$(BIN)/python -m benchmarks.step --device cuda --only step,encoder,parts,memory,scaling,bf16 --turns 10 --out benchmarks/results/step-gpu-smit.json
 	$(BIN)/python -m benchmarks.step --device cuda --preset smart --only step,parts,memory,bf16 --turns 10 --out benchmarks/results/step-gpu-smart.json
 
+.PHONY: docs
+docs: $(READY) ## build the documentation site into site/; `make demo-all` before it gives notebooks with pictures
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html; with search: $(BIN)/python -m http.server -d site"
+
 clean:         ## remove .venv and the demo; your runs and data stay
 	rm -rf $(VENV) runs/demo build dist

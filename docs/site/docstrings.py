@@ -12,7 +12,7 @@ from typing import Any
 
 import griffe
 
-FIELD = re.compile(r"^(\w+(?:, \w+)*): +(\S.*)$")
+FIELD = re.compile(r"^([a-z_]\w*(?:, \w+)*): +(\S.*)$")
 COMMENT = re.compile(r"  # (?!type:|noqa)([^\"']+)$")
 ITEM = re.compile(r"^(?:[-*]|\d+\.) ")
 

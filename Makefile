@@ -9,21 +9,29 @@ READY := $(VENV)/.ready
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 2 ? 2 : n > 4 ? 4 : n)))
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup demo test test-fast check notebooks lab bench bench-gpu clean
+.PHONY: help setup demo demo-all test test-fast check notebooks lab bench bench-gpu clean
 help:          ## list the commands
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
-setup: $(READY) ## make .venv and install everything, pinned
+setup: $(READY) ## make .venv and install everything, pinned: by uv in half a minute, else by pip in minutes
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"smartlab needs Python 3.11 to 3.13, this is {v[0]}.{v[1]}. Try: make setup PYTHON=python3.12")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
-	@# UMAP compiles itself when it is first used: half a minute, once
-	$(BIN)/python -W ignore -c 'import numpy; from smartlab.evaluation.clusters import _umap; _umap(numpy.eye(32), 1, 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@command -v uv >/dev/null || test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv -c constraints.txt 2>/dev/null || true
+	@# uv does not read pip's settings: what they say of where packages are is handed over
+	@PATH="$(PATH):$(CURDIR)/$(BIN)"; if command -v uv >/dev/null; then echo "uv installs the packages of constraints.txt"; \
+	  uv pip install -q --python $(BIN)/python --index-strategy unsafe-best-match -c constraints.txt -e '.[dev]' \
+	    $(foreach place,$(PIP_FIND_LINKS),--find-links $(place)) $(if $(PIP_INDEX_URL),--default-index $(PIP_INDEX_URL)) \
+	    $(foreach place,$(PIP_EXTRA_INDEX_URL),--index $(place)); \
+	else echo "pip installs the packages of constraints.txt: some minutes; with uv, half a minute"; \
+	  $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'; fi
 	@touch $@
 
-demo: $(READY) ## run the notebooks on the built-in phantoms; pictures and results in runs/demo
-	$(BIN)/smartlab demo --out runs/demo
+demo: $(READY) ## the tour: six short notebooks on phantoms, under five minutes; the page is runs/demo/index.html
+	@$(BIN)/smartlab demo --out runs/demo
+
+demo-all: $(READY) ## all ten notebooks as they are shipped; the page is runs/demo-all/index.html
+	@$(BIN)/smartlab demo --all --out runs/demo-all
 
 test: $(READY) ## run every test, the slow ones too
 	$(TESTS)
@@ -59,5 +67,5 @@ docs: $(READY) ## build the documentation site into site/; `make demo-all` befor
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html; with search: $(BIN)/python -m http.server -d site"
 
-clean:         ## remove .venv and the demo; your runs and data stay
-	rm -rf $(VENV) runs/demo build dist
+clean:         ## remove .venv, the demos and the site; your runs and data stay
+	rm -rf $(VENV) runs/demo runs/demo-all site build dist

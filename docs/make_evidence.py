@@ -1,7 +1,7 @@
-"""Write docs/EVIDENCE.md, and the results in README.md, from benchmarks/results: `python docs/make_evidence.py`.
+"""Write docs/EVIDENCE.md, and the results in other pages, from benchmarks/results: `python docs/make_evidence.py`.
 
-Every number comes from a committed result file; a test holds both pages to them. In the README they stand
-between `<!-- results: … -->` and `<!-- end -->`, the rest of it is written by hand.
+Every number comes from a committed result file; a test holds the pages to them. In the other pages they stand
+between `<!-- results: … -->` and `<!-- end -->`, the rest is written by hand.
 """
 
 from __future__ import annotations
@@ -15,6 +15,12 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "benchmarks" / "results"
 PAGE = HERE / "EVIDENCE.md"
 README = HERE.parent / "README.md"
+PLACES = {  # name of a block -> the page it stands in
+    "components": README,
+    "attention": HERE / "TRAINING.md",
+    "speed": HERE / "SPEED.md",
+    "decoders": HERE / "MAMMOGRAPHY.md",
+}
 
 ROWS = {  # section and task of real_data.json -> what it is, its score, the difference to show
     ("nodules", "probe"): ("real nodules, linear probe, AUC", "auc", "auc minus {}"),
@@ -448,7 +454,7 @@ and `smartlab batch components` writes the table. The noise plan's other levels 
 
 
 def blocks() -> dict[str, str]:
-    """The parts of the README that hold results, by name."""
+    """The parts of other pages that hold results, by name."""
     found, shipped, attention, again = (
         load(n) for n in ("components", "shipped", "attention", "attention-repeat")
     )
@@ -490,25 +496,28 @@ made from real CT, page cache warm): {ours["views_per_second_median"]} views of 
 same crops; {ours["bytes_per_view"] / 1e6:.2f} MB read per view, beside {theirs["bytes_per_view"] / 1e6:.1f} MB. On {loader["real_cases"]["scans"]} real scans the store takes {loader["real_cases"]["share_of_raw"]:.0%} of the raw int16 size of the volumes it holds.
 
 A whole `smit` step (two views of 96³, fp32) takes {seconds["ours"]:.1f} s on two cores with AVX2, the same step as published {seconds["reference"]:.1f} s, with equal losses; {seconds["ours sparse"]:.1f} s
-with `student.encode=sparse`, which is another function ([docs/SPEED.md](docs/SPEED.md)). No GPU has been measured: `make bench-gpu`.""",
+with `student.encode=sparse`, which is another function (below). No GPU has been measured: `make bench-gpu`.""",
         "decoders": f"""*`python -m benchmarks.decoders`, one core: a step of MIRAM's fine decoder takes time that grows with its tokens to the power of {growth["softmax"]:.2f}
 with softmax attention, {min(linear):.2f} to {max(linear):.2f} with the linear kinds; at 16,384 tokens {at["softmax"]:.1f} s against {min(cheap):.2f} to {max(cheap):.2f} s. torch's fused softmax
 never holds the matrix, so its memory grows linearly too.*""",
     }
 
 
-def readme() -> str:
-    """The README with its results filled in."""
-    text = README.read_text(encoding="utf-8")
+def filled(page: Path) -> str:
+    """A page with its results filled in."""
+    text = page.read_text(encoding="utf-8")
     for name, block in blocks().items():
+        if PLACES[name] != page:
+            continue
         pattern = rf"(<!-- results: {name} -->\n).*?(\n<!-- end -->)"
         text, number = re.subn(pattern, lambda m, b=block: m[1] + b + m[2], text, flags=re.S)
         if number != 1:
-            raise SystemExit(f"README.md has {number} places for {name}")
+            raise SystemExit(f"{page.name} has {number} places for {name}")
     return text
 
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    README.write_text(readme(), encoding="utf-8")
+    for place in dict.fromkeys(PLACES.values()):
+        place.write_text(filled(place), encoding="utf-8")
     picture()

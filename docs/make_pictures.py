@@ -180,13 +180,9 @@ def attention() -> None:
     _save(fig, "attention")
 
 
-FROM_NOTEBOOKS = {  # our name -> picture of a notebook
-    "masks": "03_masks_and_attention/figures/strategies.png",
-    "heads": "03_masks_and_attention/figures/heads.png",
-    "hidden": "03_masks_and_attention/figures/hidden.png",
-    "organ-map": "05_organ_clusters/figures/map.png",
-    "ablation": "09_ablations/figures/forest.png",
-    "viewer-static": "00_start_here/figures/organs.png",
+FROM_NOTEBOOKS = {  # our name -> picture of the tour
+    "masks": "1_masks/figures/masks.png",
+    "reconstruction": "2_pretrain/figures/reconstruction.png",
 }
 
 

@@ -68,13 +68,16 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the executed notebooks and the pictures.")] = Path(
         "runs/demo"
     ),
+    everything: Annotated[
+        bool, typer.Option("--all", help="All ordered notebooks instead of the tour.")
+    ] = False,
     only: Annotated[str | None, typer.Option(help="Only notebooks whose name contains this.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run every notebook on the built-in phantom and gather results and pictures."""
+    """Tour smartlab on the built-in phantom: six short notebooks, and one page of what came of them."""
     from smartlab.demo import run_demo
 
-    result = run_demo(out, only=only, progress=not as_json)
+    result = run_demo(out, everything=everything, only=only, progress=not as_json)
     say(as_json, result.as_json(), result.table())
     raise typer.Exit(0 if result.ok else 1)
 

@@ -1,17 +1,20 @@
-"""`smartlab demo`: every notebook, in order, on the built-in phantoms.
+"""`smartlab demo`: notebooks on the built-in phantoms, and one page of what came of them.
 
-Each notebook runs through papermill exactly as it is shipped, with only `out` changed (and what the
-caller gives), and leaves its executed copy, an HTML page, its pictures and its `result.json` below the
-demo folder. `index.html` links them. A failing notebook is reported and does not stop the others.
+By default the tour: the short notebooks of `notebooks/tour`, from the first mask to a small ablation.
+With `everything`, all the ordered notebooks, as they are shipped. They run two at a time through
+papermill, in kernels forked from one process, with only `out` changed (and what the caller gives).
+
+`index.html` is there from the start and fills as notebooks end: a headline each, its pictures with
+their captions, and the executed notebook. A failing notebook is reported and does not stop the others.
 """
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import os
+import queue
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -20,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from smartlab.errors import DataError, UseError
+
+JOBS = 2  # notebooks at a time: what two cores can do
 
 
 @dataclass
@@ -33,36 +38,43 @@ class Step:
     headline: str = ""
     problem: str = ""
     figures: list[Path] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)  # what to see, one a figure; "" where there is none
+    state: str = "waiting"  # then "running", then "done"
 
 
 @dataclass
 class DemoResult:
     out: Path
     steps: list[Step]
+    tour: bool = False
+    seconds: float = 0.0
 
     @property
     def ok(self) -> bool:
-        return all(not step.problem for step in self.steps)
+        return all(step.state == "done" and not step.problem for step in self.steps)
+
+    @property
+    def page(self) -> Path:
+        return self.out / "index.html"
 
     def table(self) -> str:
         """The results table that `make demo` ends with."""
-        width = max(len(step.name) for step in self.steps)
-        lines = ["", f"{'notebook':<{width}}  {'time':>6}  result"]
+        width = max(len(step.title) for step in self.steps)
+        lines = ["", f"{'':<{width}}  {'time':>5}  what was seen"]
         for step in self.steps:
             outcome = f"FAILED: {step.problem}" if step.problem else step.headline
-            lines.append(f"{step.name:<{width}}  {step.seconds:5.0f}s  {outcome}")
+            lines.append(f"{step.title:<{width}}  {step.seconds:4.0f}s  {outcome}")
         pictures = sum(len(step.figures) for step in self.steps)
-        lines += [
-            "",
-            "This is a small run on synthetic data: it shows that everything works, not how well.",
-            f"{pictures} pictures and the executed notebooks, in {sum(s.seconds for s in self.steps) / 60:.1f} min: "
-            f"{self.out / 'index.html'}",
-        ]
+        minutes, seconds = divmod(round(self.seconds), 60)
+        lines += ["", f"{pictures} pictures in {minutes} min {seconds:02d} s: {self.page}", _SYNTHETIC]
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
         rows = [{**vars(s), "figures": [str(f) for f in s.figures]} for s in self.steps]
-        return {"ok": self.ok, "index": str(self.out / "index.html"), "steps": rows}
+        return {"ok": self.ok, "index": str(self.page), "seconds": self.seconds, "steps": rows}
+
+
+_SYNTHETIC = "All of it is synthetic data: it shows what the tools do, and nothing about patients."
 
 
 def notebook_folder() -> Path:
@@ -75,44 +87,89 @@ def notebook_folder() -> Path:
 def run_demo(
     out: str | Path,
     *,
+    everything: bool = False,
     only: str | None = None,
     parameters: Mapping[str, Mapping[str, Any]] | None = None,
     progress: bool = True,
 ) -> DemoResult:
-    """Run the notebooks (those whose name contains `only`) and write `out/index.html`.
+    """Run the tour, or `everything`, or what of it has `only` in its name; write `out/index.html`.
 
     parameters: notebook name -> parameters other than its own, e.g. {"02_pretrain": {"steps": 200}}.
     """
-    out = Path(out).resolve()
-    notebooks = [p for p in sorted(notebook_folder().glob("[0-9][0-9]_*.ipynb")) if (only or "") in p.stem]
+    out, start = Path(out).resolve(), time.monotonic()
+    folder = notebook_folder() if everything else notebook_folder() / "tour"
+    notebooks = [p for p in sorted(folder.glob("[0-9]*_*.ipynb")) if (only or "") in p.stem]
     if not notebooks:
-        raise UseError(
-            "no notebook to run", path=notebook_folder(), found=f"none whose name contains {only!r}"
-        )
+        raise UseError("no notebook to run", path=folder, found=f"none whose name contains {only!r}")
     out.mkdir(parents=True, exist_ok=True)
-    steps = []
-    for number, notebook in enumerate(notebooks, 1):
-        if progress:
-            print(f"[{number}/{len(notebooks)}] {notebook.stem} ", end="", flush=True)
-        step = _run(notebook, out, dict((parameters or {}).get(notebook.stem, {})))
-        steps.append(step)
-        if progress:
-            print(f"{'FAILED' if step.problem else 'done'} in {step.seconds:.0f} s", flush=True)
-    result = DemoResult(out, steps)
-    _write_index(result)
+    result = DemoResult(out, [_announced(path) for path in notebooks], tour=not everything)
+    _write_page(result)
+    given = {path.stem: dict((parameters or {}).get(path.stem, {})) for path in notebooks}
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // JOBS)))
+    from smartlab.batch.forked import server
+
+    server()  # imports torch while the phantoms are drawn
+    if progress:
+        print(f"The page is there, and fills: {result.page}", flush=True)
+    if not all("manifest" in more for more in given.values()):
+        _draw_phantoms(progress)
+    todo: queue.SimpleQueue[tuple[Path, Step]] = queue.SimpleQueue()
+    for pair in zip(notebooks, result.steps, strict=True):
+        todo.put(pair)
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            try:
+                notebook, step = todo.get_nowait()
+            except queue.Empty:
+                return
+            step.state = "running"
+            _run(notebook, out, step, given[notebook.stem])
+            with lock:
+                result.seconds = time.monotonic() - start
+                _write_page(result)
+                if progress:
+                    left = sum(s.state != "done" for s in result.steps)
+                    state = "FAILED" if step.problem else "done"
+                    print(f"  {step.title}: {state} in {step.seconds:.0f} s, {left} to go", flush=True)
+
+    workers = [threading.Thread(target=work) for _ in range(min(JOBS, len(notebooks)))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    result.seconds = time.monotonic() - start
+    _write_page(result)
     return result
 
 
-def _run(notebook: Path, out: Path, parameters: dict[str, Any]) -> Step:
-    import nbformat
+def _announced(notebook: Path) -> Step:
+    """A step with the title and the introduction of its notebook's first cell."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    first, _, about = "".join(cells[0]["source"]).partition("\n")
+    return Step(notebook.stem, first.lstrip("# ").strip(), " ".join(about.replace("*", "").split()))
+
+
+def _draw_phantoms(progress: bool) -> None:
+    """The cohort that all notebooks share, drawn by all cores before any of them needs it."""
+    from smartlab.notebook import open_cohort
+
+    start = time.monotonic()
+    open_cohort("phantom-ct", workers=JOBS, progress=False)
+    if progress:
+        print(f"  Phantom patients: there in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def _run(notebook: Path, out: Path, step: Step, parameters: dict[str, Any]) -> None:
     import papermill
     from papermill.exceptions import PapermillExecutionError
+
+    from smartlab.batch.forked import ForkedKernel
 
     folder = out / notebook.stem
     folder.mkdir(exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)
-    first, _, about = nbformat.read(notebook, as_version=4).cells[0].source.partition("\n")
-    step = Step(notebook.stem, first.lstrip("# ").strip(), " ".join(about.replace("*", "").split()))
     executed = folder / "notebook.ipynb"
     start = time.monotonic()
     try:
@@ -121,28 +178,29 @@ def _run(notebook: Path, out: Path, parameters: dict[str, Any]) -> Step:
             str(executed),
             parameters={**parameters, "out": str(folder)},
             kernel_name="python3",
+            kernel_manager_class=ForkedKernel,
             progress_bar=False,
             cwd=str(folder),
-            extra_arguments=["--log-level=ERROR"],  # the kernel's own warnings would break the progress lines
         )
-        step.headline, step.figures = _read_result(folder)
+        _read_result(step, folder)
     except PapermillExecutionError as error:
         said = (error.evalue.splitlines() or [""])[0]
         step.problem = f"cell {error.exec_count}: {error.ename}: {said}"
     except Exception as error:  # a lost kernel must not stop the other notebooks
         step.problem = f"{type(error).__name__}: {error}"
-    step.seconds = time.monotonic() - start
     if executed.is_file():
         _write_html(executed, folder / "notebook.html")
-    return step
+    step.seconds, step.state = time.monotonic() - start, "done"
 
 
-def _read_result(folder: Path) -> tuple[str, list[Path]]:
+def _read_result(step: Step, folder: Path) -> None:
     path = folder / "result.json"
     if not path.is_file():
         raise DataError("the notebook ended without writing its result", path=path)
     result = json.loads(path.read_text(encoding="utf-8"))
-    return result["headline"], [folder / figure for figure in result["figures"]]
+    step.headline = result["headline"]
+    step.figures = [folder / figure for figure in result["figures"]]
+    step.captions = [result.get("captions", {}).get(figure, "") for figure in result["figures"]]
 
 
 def _write_html(executed: Path, page: Path) -> None:
@@ -151,67 +209,69 @@ def _write_html(executed: Path, page: Path) -> None:
 
     with warnings.catch_warnings():  # figures of plotly come with a static picture, which is what is taken
         warnings.filterwarnings("ignore", message="Your element with mimetype")
-        body, _ = HTMLExporter(template_name="lab").from_notebook_node(nbformat.read(executed, as_version=4))
+        book = nbformat.read(executed, as_version=4)
+        for cell in book.cells:  # progress bars, which would stand on red
+            cell.outputs = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
+        body, _ = HTMLExporter(template_name="lab").from_notebook_node(book)
     _replace(page, body)
 
 
-def _thumbnail(figure: Path) -> str:
-    """A small copy of a picture as a data URL, so that the index is quick to open."""
-    from PIL import Image
-
-    with Image.open(figure) as image:
-        image.thumbnail((1100, 400))
-        buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>smartlab demo</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">{refresh}
+<title>smartlab: {title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto; padding: 0 1rem; color: #1a2530 }}
-a {{ color: #0b5394 }} h1 {{ margin-bottom: 0 }} h2 {{ margin: 0 0 .2rem; font-size: 1.2rem }}
-table {{ border-collapse: collapse; margin: 1rem 0; width: 100% }}
-td, th {{ text-align: left; padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #d5dbe1; vertical-align: top }}
+body {{ font: 17px/1.55 system-ui, sans-serif; max-width: 68rem; margin: 2.5rem auto; padding: 0 1.2rem; color: #1a2530 }}
+a {{ color: #0b5394 }} h1 {{ margin: 0; font-size: 2rem }} h2 {{ margin: 0 0 .3rem; font-size: 1.45rem }}
+table {{ border-collapse: collapse; margin: 1.2rem 0; width: 100%; font-size: .95rem }}
+td, th {{ text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid #d5dbe1; vertical-align: top }}
 td:nth-child(2) {{ text-align: right; white-space: nowrap }}
-section {{ border-top: 1px solid #d5dbe1; padding: 1rem 0 }} p {{ margin: .2rem 0 .6rem }}
-.pictures {{ display: flex; flex-wrap: wrap; gap: .6rem }}
-.pictures a {{ display: block; border: 1px solid #d5dbe1; border-radius: 4px; overflow: hidden; background: #fff }}
-.pictures img {{ display: block; height: 12.5rem; max-width: 100%; object-fit: contain }}
-.failed {{ color: #a4262c }} small {{ color: #5a6672 }}
+section {{ border-top: 1px solid #d5dbe1; padding: 1.6rem 0 }} p {{ margin: .3rem 0 .8rem }}
+figure {{ margin: 1rem 0 1.4rem }} figure img {{ display: block; max-width: 100%; border-radius: 4px }}
+figcaption {{ color: #44515d; font-size: .95rem; margin-top: .5rem }}
+.headline {{ font-size: 1.12rem; font-weight: 600 }} .failed {{ color: #a4262c }} small, .waiting {{ color: #5a6672 }}
 </style></head><body>
-<h1>smartlab demo</h1>
-<p>Every notebook, run as it is shipped. Small runs on synthetic data: they show that everything works, not how well.</p>
-<table><tr><th>notebook</th><th>time</th><th>result</th></tr>
+<h1>{title}</h1>
+<p>{about}</p>
+<table><tr><th></th><th>time</th><th>what was seen</th></tr>
 {rows}</table>
 {sections}</body></html>
 """
 
 
-def _write_index(result: DemoResult) -> None:
+def _write_page(result: DemoResult) -> None:
     rows, sections = [], []
     for step in result.steps:
+        said = html.escape(step.problem or step.headline or step.state)
+        style = "failed" if step.problem else "headline" if step.headline else "waiting"
+        time_of = f"{step.seconds:.0f} s" if step.state == "done" else ""
+        title = html.escape(step.title)
+        rows.append(
+            f'<tr><td><a href="#{step.name}">{title}</a></td><td>{time_of}</td><td>{said}</td></tr>\n'
+        )
         pictures = "".join(
-            f'<a href="{figure.relative_to(result.out)}"><img alt="{figure.stem}" src="{_thumbnail(figure)}"></a>'
-            for figure in step.figures
+            f'<figure><a href="{(path := figure.relative_to(result.out))}"><img alt="{figure.stem}" src="{path}"></a>'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>\n"
+            for figure, caption in zip(step.figures, step.captions, strict=True)
             if figure.suffix == ".png"
         )
-        outcome = (
-            f'<span class="failed">{html.escape(step.problem)}</span>'
-            if step.problem
-            else html.escape(step.headline)
-        )
-        link = f'<a href="{step.name}/notebook.html">'
-        rows.append(
-            f"<tr><td>{link}{step.name}</a></td><td>{step.seconds:.0f} s</td><td>{outcome}</td></tr>\n"
+        more = (
+            f'<p><a href="{step.name}/notebook.html">The notebook, as it was run</a></p>'
+            if step.state == "done"
+            else ""
         )
         sections.append(
-            f'<section id="{step.name}"><h2>{link}{html.escape(step.title)}</a></h2>'
-            f"<p><small>{html.escape(step.about)}</small></p>"
-            f'<div class="pictures">{pictures}</div></section>\n'
+            f'<section id="{step.name}"><h2>{title}</h2><p>{html.escape(step.about)}</p>'
+            f'<p class="{style}">{said}</p>{pictures}{more}</section>\n'
         )
-    _replace(result.out / "index.html", _PAGE.format(rows="".join(rows), sections="".join(sections)))
+    unfinished = any(step.state != "done" for step in result.steps)
+    page = _PAGE.format(
+        title="A tour of smartlab" if result.tour else "The notebooks of smartlab",
+        about=_SYNTHETIC + (" This page fills as the notebooks end." if unfinished else ""),
+        refresh='<meta http-equiv="refresh" content="5">' if unfinished else "",
+        rows="".join(rows),
+        sections="".join(sections),
+    )
+    _replace(result.page, page)
 
 
 def _replace(path: Path, text: str) -> None:

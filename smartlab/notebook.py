@@ -20,7 +20,7 @@ import math
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -198,7 +198,8 @@ def finish(
     parameters: NotebookParameters,
     metrics: Mapping[str, Any],
     headline: str,
-    figures: list[str | Path] | None = None,
+    figures: Sequence[str | Path] = (),
+    captions: Sequence[str] = (),
     data: str = "",
     smoke: bool = True,
 ) -> dict[str, Any]:
@@ -206,11 +207,13 @@ def finish(
 
     metrics:  name -> number, or {"value", "low", "high", "n"} where there is an interval.
     headline: one line for the results table.
+    captions: what to see in each figure, in the same order.
     data:     fingerprint of the data the numbers were computed on.
     smoke:    True for a small demonstration run, whose numbers mean nothing beyond "it works".
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    shown = [os.path.relpath(figure, out) for figure in figures]
     result = {
         "step": step,
         "headline": headline,
@@ -220,7 +223,8 @@ def finish(
         "data": data,
         "code": code_version(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "figures": [os.path.relpath(figure, out) for figure in figures or []],
+        "figures": shown,
+        "captions": dict(zip(shown, captions, strict=False)),
     }
     temporary = out / ".result.json.tmp"
     temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -40,7 +40,7 @@ def cleaned(content: dict[str, Any], number: str) -> dict[str, Any]:
 def text_of(path: Path) -> str:
     """The clean text of a notebook file."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    return json.dumps(cleaned(content, path.name[:2]), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(cleaned(content, path.stem.partition("_")[0]), indent=1, ensure_ascii=False) + "\n"
 
 
 def problems(path: Path) -> list[str]:
@@ -70,8 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", type=Path, help="default: every notebook of the package")
     parser.add_argument("--check", action="store_true", help="change nothing")
     given = parser.parse_args(arguments)
+    tours = sorted((notebook_folder() / "tour").glob("*.ipynb"))
     dirty = 0
-    for path in given.files or sorted(notebook_folder().glob("*.ipynb")):
+    for path in given.files or sorted(notebook_folder().glob("[0-9]*_*.ipynb")) + tours:
         if given.check:
             for problem in problems(path):
                 dirty += 1

@@ -1,4 +1,4 @@
-"""The page of evidence and the results in the README say what the committed result files say."""
+"""The page of evidence and the results in other pages say what the committed result files say."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ def test_every_number_of_the_page_is_that_of_the_result_files(maker):
     assert maker.PAGE.read_text(encoding="utf-8") == maker.page(), "run: python docs/make_evidence.py"
 
 
-def test_every_result_in_the_readme_is_that_of_the_result_files(maker):
-    assert maker.README.read_text(encoding="utf-8") == maker.readme(), "run: python docs/make_evidence.py"
+def test_every_result_in_other_pages_is_that_of_the_result_files(maker):
+    assert set(maker.PLACES) == set(maker.blocks()) and maker.README in maker.PLACES.values()
+    for page in maker.PLACES.values():
+        assert page.read_text(encoding="utf-8") == maker.filled(page), "run: python docs/make_evidence.py"
 
 
 def test_a_verdict_is_what_its_interval_says(maker):
@@ -123,7 +125,8 @@ def test_a_repeat_is_held_beside_the_committed_table():
     assert (far["the_same"], far["inside"]) == (1, 0) and far["outside"][0]["metric"] == "purity"
 
 
-COUNTED = {  # what the README's table of datasets says of them
+DATASETS = REPO / "docs" / "DATASETS.md"
+COUNTED = {  # what its table says of them
     ("ct-open",): "10,363 series",
     ("lidc-nodules",): "1,180 (and 211 left out, with the reason)",
     ("cbis-ddsm",): "3,485 (and 83 left out: their patients are in both official parts)",
@@ -133,8 +136,8 @@ COUNTED = {  # what the README's table of datasets says of them
 
 
 @pytest.mark.parametrize("names", COUNTED, ids=", ".join)
-def test_the_counts_in_the_readme_are_those_of_the_manifests(names, maker):
-    rows = [line for line in maker.README.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+def test_the_counts_of_the_datasets_are_those_of_the_manifests(names):
+    rows = [line for line in DATASETS.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
     row = next(line for line in rows if all(f"`{name}`" in line for name in names))
     said = row.strip("| ").split(" | ")[-1]
     assert said == COUNTED[names]
@@ -150,10 +153,10 @@ def test_the_counts_in_the_readme_are_those_of_the_manifests(names, maker):
     assert numbers == [number for found in counts for number in found]
 
 
-def test_the_weights_that_come_along_are_as_small_as_the_readme_says(maker):
+def test_the_weights_that_come_along_are_as_small_as_is_said():
     from smartlab.notebook import WEIGHTS
 
-    assert "student and teacher, 2 MB each" in maker.README.read_text(encoding="utf-8")
+    assert "student and teacher, 2 MB each" in DATASETS.read_text(encoding="utf-8")
     assert all(
         1.5e6 < (WEIGHTS / f"tiny-{role}.safetensors").stat().st_size < 2.5e6
         for role in ("student", "teacher")

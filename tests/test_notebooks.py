@@ -1,12 +1,13 @@
 """Every notebook runs as shipped, is clean in git, takes every parameter, and stops at once at a wrong one.
 
-The notebooks run twice: as shipped under nbmake, and with every parameter changed through `run_demo`.
+The ordered notebooks run twice through `run_demo`, as shipped and with every parameter changed; the tour once.
 """
 
 from __future__ import annotations
 
 import ast
 import base64
+import html
 import json
 import re
 import shutil
@@ -29,6 +30,7 @@ from tests.conftest import REPO
 
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
 STEMS = [path.stem for path in NOTEBOOKS]
+TOUR = sorted((REPO / "notebooks" / "tour").glob("*.ipynb"))
 
 # every parameter but `out`, each with another value than the notebook's own
 CHANGED: dict[str, dict] = {
@@ -163,7 +165,7 @@ def parameters_of(path: Path) -> dict:
 # ---- in git
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=STEMS)
+@pytest.mark.parametrize("path", NOTEBOOKS + TOUR, ids=lambda path: path.stem)
 def test_a_notebook_is_clean_in_git(path):
     assert problems(path) == []
     cells = nbformat.read(path, as_version=4).cells
@@ -175,7 +177,7 @@ def test_a_notebook_is_clean_in_git(path):
     )
     assert "finish(" in cells[-1].source, "the last cell writes result.json"
     assert "**What to see.**" in "".join(c.source for c in cells) or path.stem.startswith("0") is False
-    assert "**Try next.**" in "".join(c.source for c in cells)
+    assert "**Try next.**" in "".join(c.source for c in cells) or path in TOUR
 
 
 def test_cleaning_takes_outputs_away_and_numbers_the_cells(tmp_path, capsys):
@@ -197,28 +199,61 @@ def test_cleaning_takes_outputs_away_and_numbers_the_cells(tmp_path, capsys):
 # ---- as shipped
 
 
-@pytest.fixture(scope="session")
-def phantoms(tmp_path_factory) -> Path:
-    """One cache for all notebooks: they draw the same phantoms."""
-    return tmp_path_factory.mktemp("phantoms")
+@pytest.mark.slow
+def test_the_notebooks_run_as_shipped(tmp_path, monkeypatch, capfd):
+    """Each leaves a small file with pictures, a result, and a static picture beside every widget."""
+    monkeypatch.setenv("SMARTLAB_CACHE", str(tmp_path / "cache"))
+    result = run_demo(tmp_path / "demo", everything=True)
+    assert result.ok, result.table()
+    said = capfd.readouterr()
+    assert not said.err and "ERROR" not in said.out and "Warning" not in said.out, "no stray line"
+    for path in NOTEBOOKS:
+        folder = tmp_path / "demo" / path.stem
+        assert (folder / "notebook.ipynb").stat().st_size < 2_000_000
+        written = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        assert written["smoke"] and written["code"] and written["headline"]
+        pictures = [folder / figure for figure in written["figures"]]
+        assert pictures and all(p.stat().st_size > 5000 for p in pictures)
+        check_outputs(folder / "notebook.ipynb")
+        page = (folder / "notebook.html").read_text(encoding="utf-8")
+        assert "application/vnd.jupyter.stderr" not in page
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=STEMS)
-def test_a_notebook_runs_as_shipped_under_nbmake(path, tmp_path, phantoms, monkeypatch):
-    """And leaves a small file with pictures, a result, and a static picture beside every widget."""
-    executed = shutil.copy(path, tmp_path / path.name)
-    monkeypatch.setenv("SMARTLAB_CACHE", str(phantoms))
+def test_a_notebook_runs_under_nbmake(tmp_path, monkeypatch):
+    """In a fresh kernel, as `pytest --nbmake notebooks` would."""
+    monkeypatch.setenv("SMARTLAB_CACHE", str(tmp_path / "cache"))
+    executed = shutil.copy(NOTEBOOKS[0], tmp_path / NOTEBOOKS[0].name)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    command += ["--nbmake", "--overwrite", "--nbmake-timeout=900", "--rootdir", str(tmp_path), str(tmp_path)]
+    command += ["--nbmake", "--overwrite", "--nbmake-timeout=900", "--rootdir", str(tmp_path), str(executed)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-6000:]
-    assert executed.stat().st_size < 2_000_000
-    result = json.loads((tmp_path / "runs" / path.stem / "result.json").read_text(encoding="utf-8"))
-    assert result["smoke"] and result["code"] and result["headline"]
-    pictures = [tmp_path / "runs" / path.stem / figure for figure in result["figures"]]
-    assert pictures and all(p.stat().st_size > 5000 for p in pictures)
     check_outputs(executed)
+
+
+@pytest.mark.slow
+def test_the_tour_shows_what_is_far_from_chance(tmp_path, monkeypatch):
+    """Every headline stands beside a baseline that its interval excludes, every picture has its caption."""
+    monkeypatch.setenv("SMARTLAB_CACHE", str(tmp_path / "cache"))
+    result = run_demo(tmp_path / "demo", progress=False)
+    assert result.ok and [step.name for step in result.steps] == [path.stem for path in TOUR], result.table()
+    page = result.page.read_text(encoding="utf-8")
+    assert "refresh" not in page, "a finished page stands still"
+    metrics = {}
+    for step in result.steps:
+        assert step.headline in html.unescape(page) and step.figures and all(step.captions), step.name
+        written = json.loads((result.out / step.name / "result.json").read_text(encoding="utf-8"))
+        metrics[step.name] = written["metrics"]
+    masks, drawn, dice, organs, attention, ablation = metrics.values()
+    assert masks["attention_high lesion"]["low"] > 0.75 > masks["random lesion"]["high"]
+    errors = list(drawn.values())
+    assert errors[-2]["high"] < errors[-1]["low"], "better than the nearest visible voxel"
+    assert dice["dice"]["low"] > 0.6 and dice["dice: full minus scratch"]["low"] > 0
+    ours, theirs, grey = organs.values()
+    assert ours["low"] > max(theirs["high"], grey["high"])
+    ours, theirs = (attention[f"attention on borders, {n}"] for n in ("pretrained", "random weights"))
+    assert ours["low"] > theirs["high"] > 1
+    assert ablation["4 voxels, 70% hidden"]["high"] < ablation["16 voxels, 70% hidden"]["low"]
 
 
 def check_outputs(executed: Path) -> None:
@@ -284,7 +319,7 @@ def test_the_demo_runs_every_notebook_with_every_parameter_changed(tmp_path, mon
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(plan), encoding="utf-8")
     shutil.copy(plans / "neighbours.ipynb", tmp_path)
     given["09_ablations"]["plan"] = str(tmp_path / "own.yaml")
-    result = run_demo(tmp_path / "demo", progress=False, parameters=given)
+    result = run_demo(tmp_path / "demo", everything=True, progress=False, parameters=given)
     assert result.ok, result.table()
     assert [s.name for s in result.steps] == STEMS
     index = (tmp_path / "demo" / "index.html").read_text(encoding="utf-8")
@@ -373,7 +408,7 @@ def test_a_failing_notebook_is_reported_and_does_not_stop_the_others(tmp_path, m
     nbformat.write(book, tmp_path / "00_broken.ipynb")
     nbformat.write(good, tmp_path / "01_good.ipynb")
     monkeypatch.setattr("smartlab.demo.notebook_folder", lambda: tmp_path)
-    result = run_demo(tmp_path / "out", progress=False)
+    result = run_demo(tmp_path / "out", everything=True, progress=False)
     assert not result.ok
     assert "ZeroDivisionError" in result.steps[0].problem and result.steps[1].headline == "fine"
     assert "ZeroDivisionError" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")

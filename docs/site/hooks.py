@@ -236,6 +236,7 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File(f"notebooks/{path.name}", str(folder), config.site_dir, config.use_directory_urls))
     for name in PAGES:
         files.append(File.generated(config, name, content=(REPO / name).read_text(encoding="utf-8")))
+    files.append(File.generated(config, "index.md", content=(REPO / "README.md").read_text(encoding="utf-8")))
     for name, text in api_pages().items():
         files.append(File.generated(config, f"api/{name}", content=text))
     files.append(File.generated(config, "api/cli.md", content=commands_page()))
@@ -247,7 +248,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def home_of(uri: str) -> str:
     """The file in the repository that a page of the site is made from."""
-    return uri if uri in PAGES else f"docs/{uri}"
+    return "README.md" if uri == "index.md" else uri if uri in PAGES else f"docs/{uri}"
 
 
 def target_of(uri: str, link: str) -> str:

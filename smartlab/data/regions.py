@@ -6,6 +6,7 @@ matters (METHODS 1.4 and 1.6 of the papers' notes). A lift of 1 is chance.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,3 +33,14 @@ def unit_shares(hu: Tensor, labels: Tensor | None, names: dict[int, str], stride
         found = table[:, labels.long()]
         masks |= {"organ": found[0], "lesion": found[1]}
     return {name: F.avg_pool3d(m.float()[:, None], stride).flatten(1) for name, m in masks.items()}
+
+
+def unit_cubes(volume: np.ndarray, stride: int, total: int = 32) -> np.ndarray:
+    """The voxels of every unit, (units, stride³), padded with its least value as an encoder pads a scan.
+
+    total: an encoder takes multiples of this, its stride in the deepest stage.
+    """
+    volume = np.pad(volume, [(0, -n % total) for n in volume.shape], constant_values=volume.min())
+    d, h, w = (n // stride for n in volume.shape)
+    cubes = volume.reshape(d, stride, h, stride, w, stride)
+    return cubes.transpose(0, 2, 4, 1, 3, 5).reshape(d * h * w, stride**3)

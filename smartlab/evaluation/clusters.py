@@ -192,7 +192,7 @@ def _embed(
     repeats: list[np.ndarray] = []
     if "umap" in wanted:
         try:
-            repeats = _umap(x, seeds, seed)
+            repeats = umap_layouts(x, seeds, seed)
         except ImportError as error:
             notes.append(f"no UMAP, PCA instead: {error}")
     places: dict[str, np.ndarray] = {"umap": repeats[0]} if repeats else {}
@@ -220,7 +220,7 @@ def _pca(x: np.ndarray, components: int) -> np.ndarray:
     return np.pad(found, ((0, 0), (0, components - number)))
 
 
-def _umap(x: np.ndarray, seeds: int, seed: int) -> list[np.ndarray]:
+def umap_layouts(x: np.ndarray, seeds: int, seed: int) -> list[np.ndarray]:
     """UMAP of several seeds, all from exact neighbours and from PCA: what differs is the layout by chance."""
     import warnings
 

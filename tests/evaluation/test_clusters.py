@@ -142,8 +142,8 @@ def test_other_features_stand_beside_on_the_same_rows():
 def test_umap_leaves_the_number_of_threads_alone_and_keeps_what_it_compiled():
     """numba sets it for the whole process, which made encoders many times slower where cores were shared."""
     code = (
-        "import numpy as np, torch; from smartlab.evaluation.clusters import _umap\n"
-        "before = torch.get_num_threads(); _umap(np.random.rand(32, 24), 2, 0); assert torch.get_num_threads() == before\n"
+        "import numpy as np, torch; from smartlab.evaluation.clusters import umap_layouts\n"
+        "before = torch.get_num_threads(); umap_layouts(np.random.rand(32, 24), 2, 0); assert torch.get_num_threads() == before\n"
         "from umap.umap_ import smooth_knn_dist as compiled; assert compiled.stats.cache_path"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

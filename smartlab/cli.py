@@ -130,7 +130,7 @@ def export(
     )
 
 
-EVALUATE = """Examples, one a task:
+EVALUATE = """One example per task:
 
 \b
 smartlab evaluate runs/x --task probe --label malignancy folds=10
@@ -146,7 +146,7 @@ smartlab evaluate x.safetensors --task probe --manifest nodules-png --root nodul
 
 A wrong setting is answered with those the task has. `smartlab compare` tells runs apart.
 """
-FINETUNE = """Examples, one a task:
+FINETUNE = """One example per task:
 
 \b
 smartlab finetune runs/x --task classify --label malignancy modes=[full,scratch] shots=[10]

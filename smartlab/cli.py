@@ -296,7 +296,9 @@ def main() -> None:
         )
         print("Check that the folder exists, may be written and has space.", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:  # typer turns the one into the other
+        if isinstance(end, SystemExit) and end.code != 130:
+            raise
         print("smartlab: stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import html
 import json
+import multiprocessing
 import os
 import queue
 import threading
@@ -134,11 +135,16 @@ def run_demo(
                     state = "FAILED" if step.problem else "done"
                     print(f"  {step.title}: {state} in {step.seconds:.0f} s, {left} to go", flush=True)
 
-    workers = [threading.Thread(target=work) for _ in range(min(JOBS, len(notebooks)))]
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(min(JOBS, len(notebooks)))]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join()
+    try:
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:  # kernels have a session of their own, which Ctrl-C does not reach
+        for kernel in multiprocessing.active_children():
+            kernel.kill()
+        raise
     result.seconds = time.monotonic() - start
     _write_page(result)
     return result

@@ -11,8 +11,10 @@ import html
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -368,6 +370,35 @@ def test_a_misspelt_parameter_stops_papermill_before_any_work(tmp_path):
             kernel_name="python3",
         )
     assert not (tmp_path / "x").exists()
+
+
+def test_ctrl_c_ends_the_demo_and_its_kernels(tmp_path):
+    """At once, with one line and the page in place."""
+    language = {"language_info": {"name": "python"}}
+    book = nbformat.v4.new_notebook(metadata=language)
+    body = f"import os, pathlib, time\npathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\ntime.sleep(100)"
+    book.cells = [nbformat.v4.new_markdown_cell("# Long"), nbformat.v4.new_code_cell(body)]
+    nbformat.write(book, tmp_path / "00_long.ipynb")
+    code = (
+        "import pathlib, sys, smartlab.demo as demo; from smartlab.cli import main\n"
+        f"demo.notebook_folder = lambda: pathlib.Path({str(tmp_path)!r}); demo._draw_phantoms = lambda *a: None\n"
+        "sys.argv = ['smartlab', 'demo', '--all', '--out', sys.argv[1]]; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, cwd=REPO
+    )
+    end = time.monotonic() + 120
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text(encoding="utf-8"):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130 and "stopped" in said and "Traceback" not in said
+    assert (tmp_path / "out" / "index.html").exists()
+    kernel = int((tmp_path / "pid").read_text(encoding="utf-8"))
+    while time.monotonic() < end and Path(f"/proc/{kernel}").exists():
+        time.sleep(0.1)
+    assert not Path(f"/proc/{kernel}").exists()
 
 
 class Toy(NotebookParameters):

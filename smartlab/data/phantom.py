@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -49,7 +49,7 @@ def make_phantom(
     for "ct", 1024×768 pixels at 0.25 mm as DICOM for "mammo". A smaller field of view holds a smaller
     person, whole. workers: processes; 0 or 1 works in this one.
 
-    >>> manifest = sl.make_phantom("ct", "data/phantom-ct", n=4)          # doctest: +SKIP
+    >>> manifest = sl.make_phantom("ct", "data/phantom-ct", n=2, shape=(64, 64, 64), spacing=5.0)
     """
     module, grid = _kind(kind), _grid(kind, shape, spacing, format)
     root, manifest = Path(out), phantom_manifest(kind, n, seed, shape=shape, spacing=spacing, format=format)
@@ -164,7 +164,9 @@ def _run(write: Any, todo: list[int], workers: int) -> Iterator[None]:
         for index in todo:
             yield write(index)
         return
-    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context("spawn"))
+    # forked where possible, like the workers that build a store: a new interpreter would import for seconds
+    method = "fork" if "fork" in get_all_start_methods() else "spawn"
+    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context(method))
     try:
         for future in as_completed([pool.submit(write, index) for index in todo]):
             yield future.result()

@@ -7,6 +7,7 @@ unless the configuration names a place. Real cohorts must be on disk: `smartlab 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from smartlab.config import DataConfig
@@ -70,10 +71,12 @@ def _phantom(man: Manifest, data: DataConfig, progress: bool) -> tuple[Manifest,
     from smartlab.data.phantom import make_phantom
 
     settings = dict(man.source.parameters)
-    n = data.phantom_cases or int(settings.pop("n"))
-    settings.pop("n", None)
+    every = int(settings.pop("n"))
+    n = data.phantom_cases or every
     seed = int(settings.pop("seed"))
     root = Path(data.root) if data.root else cache_folder() / f"{man.name}-{n}-seed{seed}"
+    if progress and n < every and not (root / "manifest.json").exists():
+        print(f"drawing {n} of {every} phantom patients; more: data.phantom_cases={every}", file=sys.stderr)
     kind = man.source.location.removeprefix("phantom-")
     shape = settings.get("shape")
     made = make_phantom(

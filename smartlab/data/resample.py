@@ -59,6 +59,8 @@ def resample(
     outside the volume become `fill`.
     """
     steps, starts = _axis_maps(affine, target)
+    if (steps == 1).all() and (starts == np.rint(starts)).all():
+        return _moved(array, shape, starts.astype(int), fill)
     outside = []
     for axis in sorted(range(3), key=lambda a: shape[a] / array.shape[a]):  # shrink first
         positions = starts[axis] + steps[axis] * np.arange(shape[axis])
@@ -70,6 +72,16 @@ def resample(
         if rows.any():
             np.moveaxis(array, axis, 0)[rows] = fill
     return array
+
+
+def _moved(array: np.ndarray, shape: tuple[int, ...], starts: np.ndarray, fill: float) -> np.ndarray:
+    """What `resample` gives for equal voxels at whole distances: a copy from index `starts` on."""
+    out = np.full(shape, fill, np.float32)
+    low, high = np.maximum(-starts, 0), np.minimum(array.shape - starts, shape)
+    if (low < high).all():
+        place = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        out[place] = array[tuple(slice(a, b) for a, b in zip(low + starts, high + starts, strict=True))]
+    return out
 
 
 def _axis_maps(affine: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

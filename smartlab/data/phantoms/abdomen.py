@@ -24,78 +24,78 @@ def paint_abdomen(canvas: Canvas, hu: dict[str, float], cavity: Array, rng: np.r
 
 
 def _paint_diaphragm(canvas: Canvas, hu: dict[str, float], cavity: Array) -> None:
-    box = canvas.box((-115, -85, -110), (115, 85, 25))
-    f = canvas.frame[box]
-    sheet = np.abs(0.75 * (f.z - geo.diaphragm(f, canvas.body))) - 1.6
-    canvas.paint(box, np.maximum(sheet, cavity[box] + 1.0), hu["muscle"])
+    for box, f in canvas.slabs(canvas.box((-115, -85, -110), (115, 85, 25)), cavity):
+        sheet = np.abs(0.75 * (f.z - geo.diaphragm(f, canvas.body))) - 1.6
+        canvas.paint(box, np.maximum(sheet, cavity[box] + 1.0), hu["muscle"])
 
 
 def _paint_liver(canvas: Canvas, hu: dict[str, float], cavity: Array, rng: np.random.Generator) -> None:
-    box = canvas.box((-80, -80, -135), (115, 80, 20))
-    f = canvas.frame[box]
-    d = geo.liver_distance(f, canvas.body, cavity[box])
-    canvas.paint(box, d, hu["liver"], LABEL["liver"])
-    inside = np.flatnonzero(d < -4.0)
+    whole = canvas.box((-80, -80, -135), (115, 80, 20))
+    deep = np.zeros(canvas.shape, bool)
+    for box, f in canvas.slabs(whole, cavity):
+        d = geo.liver_distance(f, canvas.body, cavity[box])
+        canvas.paint(box, d, hu["liver"], LABEL["liver"])
+        deep[box] = d < -4.0
+    inside = np.flatnonzero(deep[whole])
     if len(inside) < 200:
         return
     # portal and hepatic veins: brighter than the liver with contrast, darker without
     for root, count in (((18, 6, -48), 45), ((20, -2, -10), 40)):
-        index = np.stack(np.unravel_index(rng.choice(inside, count), d.shape), -1) + [s.start for s in box]
+        index = np.stack(np.unravel_index(rng.choice(inside, count), deep[whole].shape), -1)
+        index += [s.start for s in whole]
         targets = (index * canvas.step + canvas.origin).astype(np.float32)
         start = geo.undisplace(canvas.body, np.array([root]))[0]
         points, radii = grow_tree(start, targets, 1.1, rng)
         canvas.paint_tubes(points, np.minimum(radii, 5.5), hu["vein"] - 4, only=np.array([LABEL["liver"]]))
-    gall = geo.gallbladder_distance(f)
-    canvas.paint(box, gall, hu["bowel"])
-    canvas.paint(box, gall + 1.2, 8.0, LABEL["gallbladder"])
+    for box, f in canvas.slabs(whole):
+        gall = geo.gallbladder_distance(f)
+        canvas.paint(box, gall, hu["bowel"])
+        canvas.paint(box, gall + 1.2, 8.0, LABEL["gallbladder"])
 
 
 def _paint_spleen(canvas: Canvas, hu: dict[str, float], cavity: Array) -> None:
-    box = canvas.box((-112, -75, -90), (-45, 25, 10))
-    f = canvas.frame[box]
-    d = geo.ellipsoid(f, (-82, -28, -44), (27, 46, 38), -0.45, -0.25)
-    d = geo.smooth_max(d, 0.8 * (f.z - geo.diaphragm(f, canvas.body) + 3.0), 5.0)
-    d = geo.smooth_max(d, cavity[box] + 4.5, 5.0)
-    hilum = geo.ellipsoid(f, (-54, -8, -44), (17, 19, 20))
-    canvas.paint(box, geo.smooth_max(d, -hilum, 6.0), hu["spleen"], LABEL["spleen"])
+    for box, f in canvas.slabs(canvas.box((-112, -75, -90), (-45, 25, 10)), cavity):
+        d = geo.ellipsoid(f, (-82, -28, -44), (27, 46, 38), -0.45, -0.25)
+        d = geo.smooth_max(d, 0.8 * (f.z - geo.diaphragm(f, canvas.body) + 3.0), 5.0)
+        d = geo.smooth_max(d, cavity[box] + 4.5, 5.0)
+        hilum = geo.ellipsoid(f, (-54, -8, -44), (17, 19, 20))
+        canvas.paint(box, geo.smooth_max(d, -hilum, 6.0), hu["spleen"], LABEL["spleen"])
 
 
 def _paint_kidney(canvas: Canvas, hu: dict[str, float], side: int, rng: np.random.Generator) -> None:
     z = -98.0 if side > 0 else -88.0
     scale = rng.uniform(0.9, 1.08)
     low, high = sorted((side * 20, side * 92))
-    box = canvas.box((low, -75, z - 52), (high, 15, z + 52))
-    f = canvas.frame[box]
     centre, turn, lean = (side * 53, -30.0, z), side * 0.55, side * 0.22
-    outer = geo.ellipsoid(f, centre, (21 * scale, 18 * scale, 37 * scale), turn, lean)
-    canvas.paint(box, outer - 4.0, hu["fat"] + 2, 0)
-    sinus = geo.ellipsoid(f, (side * 39, -22, z), (13 * scale, 8 * scale, 14 * scale), turn, lean)
-    kidney = geo.smooth_max(outer, -sinus, 5.0)
     label = LABEL["kidney_right" if side > 0 else "kidney_left"]
-    canvas.paint(box, kidney, hu["cortex"], label)
-    # pyramids: the inner zone, interrupted by columns of cortex
-    angle = np.arctan2(f.y - centre[1], f.x - centre[0]) * 3.0
-    columns = 2.2 * np.cos(f.z * (2 * np.pi / 15.0)) + 1.2 * np.cos(angle)
-    canvas.paint(box, outer + 6.0 + columns, hu["medulla"])
-    canvas.paint(box, sinus + 1.0, hu["fat"] + 10, 0)
-    canvas.paint(box, geo.ellipsoid(f, (side * 38, -21, z - 2), (7, 4, 8), turn, lean), 15.0)
+    for box, f in canvas.slabs(canvas.box((low, -75, z - 52), (high, 15, z + 52))):
+        outer = geo.ellipsoid(f, centre, (21 * scale, 18 * scale, 37 * scale), turn, lean)
+        canvas.paint(box, outer - 4.0, hu["fat"] + 2, 0)
+        sinus = geo.ellipsoid(f, (side * 39, -22, z), (13 * scale, 8 * scale, 14 * scale), turn, lean)
+        kidney = geo.smooth_max(outer, -sinus, 5.0)
+        canvas.paint(box, kidney, hu["cortex"], label)
+        # pyramids: the inner zone, interrupted by columns of cortex
+        angle = np.arctan2(f.y - centre[1], f.x - centre[0]) * 3.0
+        columns = 2.2 * np.cos(f.z * (2 * np.pi / 15.0)) + 1.2 * np.cos(angle)
+        canvas.paint(box, outer + 6.0 + columns, hu["medulla"])
+        canvas.paint(box, sinus + 1.0, hu["fat"] + 10, 0)
+        canvas.paint(box, geo.ellipsoid(f, (side * 38, -21, z - 2), (7, 4, 8), turn, lean), 15.0)
 
 
 def _paint_stomach(canvas: Canvas, hu: dict[str, float], rng: np.random.Generator) -> None:
-    box = canvas.box((-90, -45, -105), (30, 70, 10))
-    f = canvas.frame[box]
     fill = rng.uniform(0.85, 1.08)
-    drop = min(0.0, canvas.body.dome_left + 2.0)
-    d = geo.ellipsoid(f, (-52, -2, -32 + drop), (29 * fill, 31 * fill, 29))
-    d = geo.smooth_min(d, geo.ellipsoid(f, (-40, 24, -58), (20 * fill, 19 * fill, 26)), 12.0)
-    d = geo.smooth_min(d, geo.ellipsoid(f, (-6, 36, -76), (27, 14 * fill, 13)), 12.0)
-    d = geo.smooth_max(d, 0.8 * (f.z - geo.diaphragm(f, canvas.body) + 3.5), 6.0)
-    canvas.paint(box, d - 2.0, hu["fat"], 0)
-    canvas.paint(box, d, hu["bowel"] + 8, LABEL["stomach"])
-    content = rng.choice([12.0, 35.0, 160.0], p=[0.45, 0.4, 0.15])
-    canvas.paint(box, d + 3.6, float(content))
+    content = float(rng.choice([12.0, 35.0, 160.0], p=[0.45, 0.4, 0.15]))
     surface = rng.uniform(12, 40)  # gas rises: the patient lies on the back
-    canvas.paint(box, np.maximum(d + 3.6, surface - f.y0), -960.0)
+    drop = min(0.0, canvas.body.dome_left + 2.0)
+    for box, f in canvas.slabs(canvas.box((-90, -45, -105), (30, 70, 10))):
+        d = geo.ellipsoid(f, (-52, -2, -32 + drop), (29 * fill, 31 * fill, 29))
+        d = geo.smooth_min(d, geo.ellipsoid(f, (-40, 24, -58), (20 * fill, 19 * fill, 26)), 12.0)
+        d = geo.smooth_min(d, geo.ellipsoid(f, (-6, 36, -76), (27, 14 * fill, 13)), 12.0)
+        d = geo.smooth_max(d, 0.8 * (f.z - geo.diaphragm(f, canvas.body) + 3.5), 6.0)
+        canvas.paint(box, d - 2.0, hu["fat"], 0)
+        canvas.paint(box, d, hu["bowel"] + 8, LABEL["stomach"])
+        canvas.paint(box, d + 3.6, content)
+        canvas.paint(box, np.maximum(d + 3.6, surface - f.y0), -960.0)
 
 
 def _paint_pancreas(canvas: Canvas, hu: dict[str, float], rng: np.random.Generator) -> None:

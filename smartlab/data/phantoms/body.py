@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
-from scipy.interpolate import PchipInterpolator
 
 REFERENCE_MM = 320.0
 WARP_TERMS = 4
@@ -26,10 +27,50 @@ FAR = np.float32(1e3)
 Array = np.ndarray
 
 
-def _profile(points: dict[float, tuple[float, ...]]) -> PchipInterpolator:
-    """Smooth curve(s) of z through the given values, without overshoot."""
+class Curve:
+    """Smooth curves through the rows of `y` (knots, columns) at the rising `x`, without overshoot.
+
+    Fritsch and Butland 1984, to the last bit what scipy's PchipInterpolator gives. Importing that one
+    takes longer than drawing a patient, and it is slow for the hundred short paths of each.
+    """
+
+    def __init__(self, x: Array, y: Array) -> None:
+        self.x = np.asarray(x, float)
+        y, step = np.asarray(y, float), np.diff(self.x)[:, None]
+        slope = np.diff(y, axis=0) / step
+        tangent = np.empty_like(y)
+        if len(y) == 2:
+            tangent[:] = slope
+        else:
+            before, after = slope[:-1], slope[1:]
+            w1, w2 = 2 * step[1:] + step[:-1], step[1:] + 2 * step[:-1]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                inner = 1.0 / ((w1 / before + w2 / after) / (w1 + w2))
+            tangent[1:-1] = np.where(np.sign(before) * np.sign(after) > 0, inner, 0.0)
+            tangent[0] = self._end(step[0], step[1], slope[0], slope[1])
+            tangent[-1] = self._end(step[-1], step[-2], slope[-1], slope[-2])
+        bend = (tangent[:-1] + tangent[1:] - 2 * slope) / step
+        self.terms = (y[:-1], tangent[:-1], (slope - tangent[:-1]) / step - bend, bend / step)
+
+    @staticmethod
+    def _end(h0: Array, h1: Array, m0: Array, m1: Array) -> Array:
+        d = ((2 * h0 + h1) * m0 - h0 * m1) / (h0 + h1)
+        steep = (np.sign(m0) != np.sign(m1)) & (np.abs(d) > 3.0 * np.abs(m0))
+        return np.where(np.sign(d) != np.sign(m0), 0.0, np.where(steep, 3.0 * m0, d))
+
+    def __call__(self, at: Array) -> Array:
+        """(…,) -> (…, columns)."""
+        at = np.asarray(at, float)
+        piece = np.clip(np.searchsorted(self.x, at, "right") - 1, 0, len(self.x) - 2)
+        s = (at - self.x[piece])[..., None]
+        a, b, c, d = (term[piece] for term in self.terms)
+        return a + b * s + c * (s * s) + d * (s * s * s)
+
+
+def _profile(points: dict[float, tuple[float, ...]]) -> Curve:
+    """Smooth curve(s) of z through the given values."""
     heights = sorted(points)
-    return PchipInterpolator(heights, [points[z] for z in heights])
+    return Curve(np.array(heights), np.array([points[z] for z in heights]))
 
 
 # z -> half width, half depth, centre y of the rib cage and abdominal cavity
@@ -80,6 +121,7 @@ _SPINE = _profile(
 )
 # z -> vertebral level: T1 = 1 … T12 = 12, L1 = 13 …
 _LEVEL = _profile({-170: (15.75,), -147: (15.0,), -100: (13.0,), -77: (12.0,), 140: (1.0,), 170: (-0.75,)})
+_LEVEL_KNOTS = np.linspace(-190, 190, 96)
 _MEDIASTINUM = _profile(
     {-170: (16,), 0: (15,), 40: (19,), 70: (23,), 95: (25,), 120: (23,), 145: (24,), 170: (28,)}
 )
@@ -124,14 +166,19 @@ def _cosines(t: Array) -> Array:
 def grid_frame(body: Body, axes: tuple[Array, Array, Array]) -> Frame:
     """Frame of a grid given its three axes in reference mm of this body."""
     bx, by, bz = (_cosines(a) for a in axes)
-    moved = []
-    for k in range(3):
-        plane = np.einsum("klm,xk,yl->xym", body.warp[k], bx, by, optimize=True)
-        plane = plane.astype(np.float32)[:, :, None]
-        # not a matrix product, whose rounding may depend on the number of threads
-        moved.append(sum(plane[..., m] * bz[:, m] for m in range(WARP_TERMS)))
     x0, y0, z0 = (a.astype(np.float32).reshape(s) for a, s in zip(axes, _SHAPES, strict=True))
-    return Frame(x0, y0, z0, moved[0] + x0, moved[1] + y0, moved[2] + z0)
+    bz, moved = np.ascontiguousarray(bz.T), []
+    for k, start in enumerate((x0, y0, z0)):
+        waves = np.einsum("klm,xk,yl->xym", body.warp[k], bx, by, optimize=True).astype(np.float32)
+        whole = np.empty([len(a) for a in axes], np.float32)
+        for i, plane in enumerate(waves):  # a plane at a time stays in the cache
+            # not a matrix product, whose rounding may depend on the number of threads
+            np.multiply(plane[:, :1], bz[0], out=whole[i])
+            for m in range(1, WARP_TERMS):
+                whole[i] += plane[:, m : m + 1] * bz[m]
+            whole[i] += start[i if k == 0 else 0]
+        moved.append(whole)
+    return Frame(x0, y0, z0, *moved)
 
 
 _SHAPES = ((-1, 1, 1), (1, -1, 1), (1, 1, -1))
@@ -146,7 +193,16 @@ def point_frame(body: Body, points: Array) -> Frame:
 
 def _displacement(body: Body, points: Array) -> Array:
     bx, by, bz = (_cosines(points[:, k]) for k in range(3))
-    return np.einsum("cklm,nk,nl,nm->nc", body.warp, bx, by, bz, optimize=True).astype(np.float32)
+    if len(points) > 12:  # numpy would look for a better order of the products, and end at this one
+        return np.einsum("nm,nl,nk,cklm->nc", bz, by, bx, body.warp)
+    order = _order(len(points))
+    return np.einsum("cklm,nk,nl,nm->nc", body.warp, bx, by, bz, optimize=order).astype(np.float32)
+
+
+@lru_cache
+def _order(n: int) -> list[Any]:
+    waves = np.empty((n, WARP_TERMS))
+    return np.einsum_path("cklm,nk,nl,nm->nc", np.empty((3, *[WARP_TERMS] * 3)), waves, waves, waves)[0]
 
 
 def undisplace(body: Body, points: Array) -> Array:
@@ -183,10 +239,12 @@ def ellipsoid(
     if turn:
         c, s = math.cos(turn), math.sin(turn)
         x, y = c * x + s * y, c * y - s * x
-    rho = np.square(x * (1.0 / radii[0]))
-    rho += np.square(y * (1.0 / radii[1]))
-    rho += np.square(z * (1.0 / radii[2]))
-    np.sqrt(rho, out=rho)
+    for part, radius in zip((x, y, z), radii, strict=True):
+        part *= 1.0 / radius
+        part *= part
+    x += y
+    x += z
+    rho = np.sqrt(x, out=x)
     rho -= 1.0
     rho *= float(np.mean(radii))
     return rho
@@ -209,8 +267,13 @@ def smooth_max(a: Array, b: Array, k: float) -> Array:
     return np.negative(d, out=d)
 
 
-def _at(profile: PchipInterpolator, z0: Array, column: int) -> Array:
-    return profile(z0)[..., column].astype(np.float32)
+def _at(profile: Curve, z0: Array, column: int) -> Array:
+    return _columns(profile, z0.tobytes(), z0.dtype)[column].reshape(z0.shape)
+
+
+@lru_cache(maxsize=64)  # every slab of a volume asks for the same heights
+def _columns(profile: Curve, z0: bytes, kind: np.dtype) -> Array:
+    return profile(np.frombuffer(z0, kind)).astype(np.float32).T
 
 
 def ramp(t: Array, low: float, high: float) -> Array:
@@ -229,8 +292,7 @@ def spine_radius(z0: Array) -> Array:
 
 def level(z: Array) -> Array:
     """Vertebral level of a height: T1 = 1 … T12 = 12, L1 = 13 …, as a real number."""
-    knots = np.linspace(-190, 190, 96)
-    return np.interp(z, knots, _LEVEL(knots)[:, 0]).astype(np.float32)
+    return np.interp(z, _LEVEL_KNOTS, _LEVEL(_LEVEL_KNOTS)[:, 0]).astype(np.float32)
 
 
 def cavity_distance(f: Frame) -> Array:
@@ -243,7 +305,11 @@ def cavity_distance(f: Frame) -> Array:
 
 def cavity_angle(f: Frame) -> Array:
     """Around the rib cage: 0 posterior midline, π/2 lateral, π anterior midline."""
-    return np.arctan2(np.abs(f.x), _at(_CAVITY, f.z0, 2) - f.y)
+    return np.arctan2(np.abs(f.x), cavity_y(f.z0) - f.y)
+
+
+def cavity_y(z0: Array) -> Array:
+    return _at(_CAVITY, z0, 2)
 
 
 def body_distance(f: Frame, body: Body) -> Array:

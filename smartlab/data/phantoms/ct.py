@@ -6,6 +6,7 @@ correlated noise by kernel and dose, a table, padding outside the circular field
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,14 +107,13 @@ def render(patient: Patient, grid: Grid = DEFAULT) -> Rendered:
     part = tuple(slice(int(np.flatnonzero(r)[0]), int(np.flatnonzero(r)[-1]) + 1) for r in reached)
     canvas = Canvas(patient.body, tuple(a[s] for a, s in zip(axes, part, strict=True)))  # type: ignore[arg-type]
     _paint_patient(canvas, patient, rng)
-    hu = np.full(shape, -1000.0, np.float32)
-    _paint_table(hu, axes)
-    hu[part] = np.maximum(hu[part], canvas.hu)
+    hu = np.empty(shape, np.float32)
+    hu[:] = _table(axes)[:, :, None]
+    np.maximum(hu[part], canvas.hu, out=hu[part])
     masks = [_paint_lump(hu, patient, lump, grid) for lump in _lumps(patient)]
-    labels = np.zeros(shape, np.uint8)
+    labels = np.zeros(shape, np.uint8, order="F")
     labels[part] = canvas.labels
-    _scan(hu, patient, axes, rng)
-    array = np.rint(np.clip(hu, -1024, 3071)).astype(np.int16)
+    array = _scan(hu, patient, axes, rng)
     if patient.padding is not None:
         x, y = np.meshgrid(np.arange(shape[0]), np.arange(shape[1]), indexing="ij")
         outside = np.hypot((x + 0.5) / shape[0] - 0.5, (y + 0.5) / shape[1] - 0.5) > 0.5
@@ -149,44 +149,55 @@ def _paint_lump(hu: Array, patient: Patient, lump: Lump, grid: Grid) -> Array:
     # ground glass veils what lies behind; it never darkens vessels or the pleura
     target = np.maximum(value, hu[box]) if lump.texture == "part-solid" else value
     hu[box] += cover * (target - hu[box])
-    mask = np.zeros(shape, np.uint8)
+    mask = np.zeros(shape, np.uint8, order="F")  # as NIfTI files are
     mask[box] = inside
     return mask
 
 
-def _paint_table(hu: Array, axes: list[Array]) -> None:
-    """A curved couch below the patient: two thin skins round light foam."""
+def _table(axes: list[Array]) -> Array:
+    """HU (X, Y) of air and a curved couch below the patient: two thin skins round light foam."""
     x, y = axes[0][:, None], axes[1][None, :]
     top = -112.0 + 0.0011 * x * x
     depth = top - y
     inside = (depth > 0) & (depth < 13) & (np.abs(x) < 132)
     skin = inside & ((depth < 2.2) | (depth > 10.8))
-    sheet = np.where(skin, -320.0, np.where(inside, -920.0, -1000.0))
-    hu += (sheet + 1000.0)[:, :, None].astype(np.float32)
+    return np.where(skin, -320.0, np.where(inside, -920.0, -1000.0)).astype(np.float32)
 
 
-def _scan(hu: Array, patient: Patient, axes: list[Array], rng: np.random.Generator) -> None:
-    """Blur by the kernel and add its noise: stronger in the middle and at the shoulders."""
+def _scan(hu: Array, patient: Patient, axes: list[Array], rng: np.random.Generator) -> Array:
+    """Blur by the kernel and add its noise, stronger in the middle and at the shoulders: int16 HU."""
     soft = patient.kernel == "soft"
-    for axis in range(3):
-        _smooth(hu, axis, 0.12 if soft else 0.04)
+    _smooth(hu, (0.12, 0.12, 0.12) if soft else (0.04, 0.04, 0.04))
     noise = rng.standard_normal(hu.shape, dtype=np.float32)
-    for axis, share in enumerate((0.24, 0.24, 0.16) if soft else (0.1, 0.1, 0.08)):
-        _smooth(noise, axis, share)
+    _smooth(noise, (0.24, 0.24, 0.16) if soft else (0.1, 0.1, 0.08))
     x, y, z = axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None, :]
     attenuation = np.exp(-((x / 120) ** 2) - (y / 90) ** 2)
-    strength = (0.35 + 0.75 * attenuation) * (1.0 + 0.35 * geo.ramp(z, 95.0, 150.0))
-    noise *= (patient.noise / float(noise[::4, ::4, ::4].std())) * strength.astype(np.float32)
-    hu += noise
+    across, along = 0.35 + 0.75 * attenuation, 1.0 + 0.35 * geo.ramp(z, 95.0, 150.0)
+    level = patient.noise / float(noise[::4, ::4, ::4].std())
+    array = np.empty(hu.shape, np.int16)
+    for i, plane in enumerate(hu):
+        plane += noise[i] * (level * (across[i] * along[0]))
+        array[i] = np.rint(np.clip(plane, -1024, 3071))
+    return array
 
 
-def _smooth(a: Array, axis: int, share: float) -> None:
-    """Three-tap filter (share, 1 − 2·share, share) along one axis, in place."""
-    view = np.moveaxis(a, axis, 0)
-    middle = view[1:-1] * (1 - 2 * share)
-    middle += share * view[:-2]
-    middle += share * view[2:]
-    view[1:-1] = middle
+def _smooth(a: Array, shares: tuple[float, float, float]) -> None:
+    """Three-tap filter (share, 1 − 2·share, share) along each axis, in place, plane by plane in the cache."""
+    before = a[0]
+    for i, plane in enumerate(a):
+        raw = plane.copy()
+        if 0 < i < len(a) - 1:
+            _taps(plane, before, a[i + 1], shares[0])
+        before = raw
+        _taps(plane[1:-1], plane[:-2], plane[2:], shares[1])
+        _taps(plane[:, 1:-1], plane[:, :-2], plane[:, 2:], shares[2])
+
+
+def _taps(middle: Array, before: Array, after: Array, share: float) -> None:
+    total = middle * (1 - 2 * share)
+    total += share * before
+    total += share * after
+    middle[:] = total
 
 
 # ---- files and cases ----
@@ -270,7 +281,9 @@ def write(root: Path, seed: int, index: int, grid: Grid) -> None:
 
 
 def _save(path: Path, array: Array, matrix: Array) -> None:
-    image = nibabel.Nifti1Image(array, matrix)
+    image = nibabel.Nifti1Image(np.asfortranarray(array), matrix)
     image.header.set_xyzt_units("mm")
+    # in noise there is nothing to find but the frequency of values, in labels and masks nothing but runs
+    pack = zlib.compressobj(1, wbits=31, strategy=zlib.Z_RLE)
     with whole(path) as temporary:
-        nibabel.save(image, temporary)
+        temporary.write_bytes(pack.compress(image.to_bytes()) + pack.flush())

@@ -10,7 +10,7 @@ import numpy as np
 
 from smartlab.data.phantoms import body as geo
 from smartlab.data.phantoms.body import Array, Body
-from smartlab.data.phantoms.canvas import Box, Canvas, grow_tree, path
+from smartlab.data.phantoms.canvas import Canvas, grow_tree, path
 
 ORGANS = {
     1: "lung_left",
@@ -33,7 +33,6 @@ ORGANS = {
 LABEL = {name: value for value, name in ORGANS.items()}
 LUNGS = np.array([LABEL["lung_left"], LABEL["lung_right"]])
 OPEN = np.array([0, *LUNGS])  # where fat round a vessel may go
-WHOLE: Box = (slice(None), slice(None), slice(None))
 
 # unenhanced, arterial, portal venous
 _PHASES = {
@@ -69,46 +68,52 @@ def tissue_hu(phase: str, rng: np.random.Generator) -> dict[str, float]:
 
 def paint_wall(canvas: Canvas, hu: dict[str, float], rng: np.random.Generator) -> Array:
     """Skin, fat, muscle and the fat-filled cavity. Returns the distance to the cavity."""
-    f, body = canvas.frame, canvas.body
-    skin, cavity = geo.body_distance(f, body), geo.cavity_distance(f)
-    canvas.paint(WHOLE, skin, hu["skin"])
-    canvas.paint(WHOLE, skin + 2.2, hu["fat"])
-    # fat is thicker on flanks and back and over the belly than over the ribs
-    layer = 1.5 + body.fat * (0.6 + 0.4 * geo.ramp(-f.z0, -40, 90)) * (0.9 - 0.25 * f.y0 / 80.0)
-    layer = layer + body.breast * np.exp(
-        -(((np.abs(f.x0) - 58) / 38) ** 2) - ((f.z0 - 34) / 38) ** 2
-    ) * geo.ramp(f.y0, 25.0, 75.0)
-    muscle = np.maximum(skin + layer, -cavity)
-    canvas.paint(WHOLE, muscle, hu["muscle"])
-    # planes of fat between the muscles: where a slow wave crosses zero
+    body = canvas.body
+    to_skin, to_cavity = np.empty(canvas.shape, np.float32), np.empty(canvas.shape, np.float32)
+    for box, f in canvas.slabs(canvas.whole):
+        to_skin[box], to_cavity[box] = geo.body_distance(f, body), geo.cavity_distance(f)
     wave = [float(w) for w in rng.uniform(0, 2 * np.pi, 3)]
-    bend = 1.6 * np.sin(f.y0 / 29.0 + wave[0]) + 1.2 * np.sin(f.x0 / 37.0 + wave[1])
-    plane = 6.5 * np.abs(np.sin(skin / 7.5 + bend + 1.5 * np.sin(f.z0 / 26.0 + wave[2]) + f.x / 21.0))
-    plane = plane + 3.0 * np.sin(f.x / 13.0 + wave[1]) * np.sin(f.y0 / 15.0 + wave[0]) + 0.6
-    canvas.paint(WHOLE, np.maximum(plane, muscle + 2.0), hu["fat"] + 50)
-    canvas.paint(WHOLE, cavity, hu["fat"] + 4)
-    return cavity
+    for box, f in canvas.slabs(canvas.whole, to_skin):
+        skin, cavity = to_skin[box], to_cavity[box]
+        canvas.paint(box, skin, hu["skin"])
+        canvas.paint(box, skin + 2.2, hu["fat"])
+        # fat is thicker on flanks and back and over the belly than over the ribs
+        layer = 1.5 + body.fat * (0.6 + 0.4 * geo.ramp(-f.z0, -40, 90)) * (0.9 - 0.25 * f.y0 / 80.0)
+        layer = layer + body.breast * np.exp(
+            -(((np.abs(f.x0) - 58) / 38) ** 2) - ((f.z0 - 34) / 38) ** 2
+        ) * geo.ramp(f.y0, 25.0, 75.0)
+        muscle = np.maximum(skin + layer, -cavity)
+        canvas.paint(box, muscle, hu["muscle"])
+        # planes of fat between the muscles: where a slow wave crosses zero
+        bend = 1.6 * np.sin(f.y0 / 29.0 + wave[0]) + 1.2 * np.sin(f.x0 / 37.0 + wave[1])
+        plane = 6.5 * np.abs(np.sin(skin / 7.5 + bend + 1.5 * np.sin(f.z0 / 26.0 + wave[2]) + f.x / 21.0))
+        plane = plane + 3.0 * np.sin(f.x / 13.0 + wave[1]) * np.sin(f.y0 / 15.0 + wave[0]) + 0.6
+        canvas.paint(box, np.maximum(plane, muscle + 2.0), hu["fat"] + 50)
+        canvas.paint(box, cavity, hu["fat"] + 4)
+    return to_cavity
 
 
 def paint_lungs(canvas: Canvas, hu: dict[str, float], cavity: Array, rng: np.random.Generator) -> None:
     """Parenchyma, denser towards the back, with fissures and faint lobular texture."""
-    box = canvas.box((-115, -85, -110), (115, 85, 158))
-    f = canvas.frame[box]
-    d = geo.lung_distance(f, canvas.body, cavity[box])
-    base = hu["lung"] - 0.55 * (f.y0 + 10.0)
-    coarse = rng.normal(0, 1, [n // 3 + 2 for n in d.shape]).astype(np.float32)
-    texture = np.repeat(np.repeat(np.repeat(coarse, 3, 0), 3, 1), 3, 2)[tuple(slice(n) for n in d.shape)]
-    canvas.paint(box, d, base + 9.0 * texture)
-    inside = d < 0
-    labels = canvas.labels[box]
-    labels[inside & (f.x < 0)] = LABEL["lung_left"]
-    labels[inside & (f.x > 0)] = LABEL["lung_right"]
-    oblique = np.abs(0.64 * (f.z - 8) + 0.77 * (f.y + 8) + 0.0015 * f.x * f.x - 6) - 0.4
-    minor = np.maximum(
-        np.abs(f.z - 42 + 0.002 * (f.y - 20) ** 2) - 0.4, np.maximum(8 - f.x, 5 - oblique - f.y)
-    )
-    fissure = np.maximum(np.minimum(oblique, minor), d + 1.0)
-    canvas.paint(box, fissure, hu["lung"] + 130)
+    whole = canvas.box((-115, -85, -110), (115, 85, 158))
+    sizes = [s.stop - s.start for s in whole]
+    coarse = rng.normal(0, 1, [n // 3 + 2 for n in sizes]).astype(np.float32)
+    for box, f in canvas.slabs(whole, cavity):
+        d = geo.lung_distance(f, canvas.body, cavity[box])
+        base = hu["lung"] - 0.55 * (f.y0 + 10.0)
+        cell = [(np.arange(a.start, a.stop) - w.start) // 3 for a, w in zip(box, whole, strict=True)]
+        texture = coarse[np.ix_(*cell)]
+        canvas.paint(box, d, base + 9.0 * texture)
+        inside = d < 0
+        labels = canvas.labels[box]
+        labels[inside & (f.x < 0)] = LABEL["lung_left"]
+        labels[inside & (f.x > 0)] = LABEL["lung_right"]
+        oblique = np.abs(0.64 * (f.z - 8) + 0.77 * (f.y + 8) + 0.0015 * f.x * f.x - 6) - 0.4
+        minor = np.maximum(
+            np.abs(f.z - 42 + 0.002 * (f.y - 20) ** 2) - 0.4, np.maximum(8 - f.x, 5 - oblique - f.y)
+        )
+        fissure = np.maximum(np.minimum(oblique, minor), d + 1.0)
+        canvas.paint(box, fissure, hu["lung"] + 130)
 
 
 def great_vessels(body: Body) -> dict[str, Array]:
@@ -208,30 +213,28 @@ def paint_lung_trees(
 
 def paint_heart(canvas: Canvas, hu: dict[str, float]) -> None:
     """Pericardial outline, muscle, and the blood of four chambers."""
-    box = canvas.box((-90, -30, -35), (60, 75, 85))
-    f, body = canvas.frame[box], canvas.body
-    d = geo.heart_distance(f, body)
-    canvas.paint(box, d - 3.0, hu["fat"] + 20)
-    canvas.paint(box, d, hu["myocardium"], LABEL["heart"])
     wall = {"left_ventricle": 9.5, "right_ventricle": 4.0, "right_atrium": 2.5, "left_atrium": 2.5}
-    for name, (centre, radii, turn, lean) in geo.heart_chambers(body).items():
-        inner = tuple(r - wall[name] for r in radii)
-        # right chambers carry venous blood
-        blood = hu["pulmonary"] if name.startswith("right") else hu["blood"]
-        canvas.paint(box, geo.ellipsoid(f, centre, inner, turn, lean), blood)
+    for box, f in canvas.slabs(canvas.box((-90, -30, -35), (60, 75, 85))):
+        d = geo.heart_distance(f, canvas.body)
+        canvas.paint(box, d - 3.0, hu["fat"] + 20)
+        canvas.paint(box, d, hu["myocardium"], LABEL["heart"])
+        for name, (centre, radii, turn, lean) in geo.heart_chambers(canvas.body).items():
+            inner = tuple(r - wall[name] for r in radii)
+            # right chambers carry venous blood
+            blood = hu["pulmonary"] if name.startswith("right") else hu["blood"]
+            canvas.paint(box, geo.ellipsoid(f, centre, inner, turn, lean), blood)
 
 
 def paint_bones(canvas: Canvas, hu: dict[str, float], cavity: Array) -> None:
     """Ribs and sternum on the shell of the cavity, shoulder blades and clavicles, the spine."""
     _paint_ribs(canvas, hu, cavity)
-    box = canvas.box((-24, 30, 5), (24, 90, 140))
-    f = canvas.frame[box]
-    half = 9.0 + 9.0 * geo.ramp(f.z0, 85, 120) - 4.0 * geo.ramp(-f.z0, -45, -15)
-    plate = np.maximum(np.abs(cavity[box] - 6.0) - 4.5, np.abs(f.x) - half)
-    plate = np.maximum(plate, np.maximum(f.z - 128, 22 - f.z) * 0.7)
-    plate = np.where(f.y0 > 0, plate, geo.FAR)
-    canvas.paint(box, plate, hu["cortical"] * 0.6)
-    canvas.paint(box, plate + 2.2, hu["bone"] * 0.7)
+    for box, f in canvas.slabs(canvas.box((-24, 30, 5), (24, 90, 140))):
+        half = 9.0 + 9.0 * geo.ramp(f.z0, 85, 120) - 4.0 * geo.ramp(-f.z0, -45, -15)
+        plate = np.maximum(np.abs(cavity[box] - 6.0) - 4.5, np.abs(f.x) - half)
+        plate = np.maximum(plate, np.maximum(f.z - 128, 22 - f.z) * 0.7)
+        plate = np.where(f.y0 > 0, plate, geo.FAR)
+        canvas.paint(box, plate, hu["cortical"] * 0.6)
+        canvas.paint(box, plate + 2.2, hu["bone"] * 0.7)
     for side in (-1, 1):
         curve = path(
             [
@@ -249,83 +252,82 @@ def paint_bones(canvas: Canvas, hu: dict[str, float], cavity: Array) -> None:
 
 def _paint_ribs(canvas: Canvas, hu: dict[str, float], cavity: Array) -> None:
     """Twelve arcs a side that leave the spine, slope down to the flank and end in cartilage."""
-    shell = np.flatnonzero((np.abs(cavity - 4.2) < 6.0) & (canvas.frame.z0 < 158) & (canvas.frame.z0 > -125))
-    f, (i, j, k) = canvas.frame, np.unravel_index(shell, canvas.shape)
-    x, y, z = (a.reshape(-1)[shell] for a in (f.x, f.y, f.z))
-    line = geo.Frame(f.x0[i, 0, 0], f.y0[0, j, 0], f.z0[0, 0, k], x, y, z)
-    angle = geo.cavity_angle(line)
-    drop = 40.0 * np.minimum(angle, 2.4) * geo.ramp(150 - z, 0, 45)
-    drop = drop - 46.0 * geo.ramp(angle, 2.25, 2.95)  # cartilage climbs to the sternum
-    at = geo.level(z + drop)
-    rib = np.rint(at)
-    ends = np.radians([0, 150, 158, 166, 170, 170, 170, 168, 150, 138, 126, 88, 58])[
-        np.clip(rib, 0, 12).astype(int)
-    ]
-    across = np.abs(at - rib) * 19.7 * 0.78
-    d = np.hypot(cavity.reshape(-1)[shell] - 4.2, across) - 3.5
-    d = np.where((rib >= 1) & (rib <= 12) & (np.abs(x) > 13), np.maximum(d, (angle - ends) * 60), geo.FAR)
-    cartilage = geo.ramp(angle, 2.15, 2.3)
-    outer = hu["cortical"] * (1 - cartilage) + 125 * cartilage
-    inner = hu["bone"] * (1 - cartilage) + 95 * cartilage
-    flat, labels = canvas.hu.reshape(-1), canvas.labels.reshape(-1)
-    values = flat[shell]
-    values += canvas.cover(d) * (outer - values)
-    values += canvas.cover(d + 1.9) * (inner - values)
-    flat[shell] = values
-    labels[shell[d < 0]] = LABEL["ribs"]
+    for box, f in canvas.slabs(canvas.whole, cavity, 10.2):
+        near = cavity[box]
+        shell = np.nonzero((np.abs(near - 4.2) < 6.0) & (f.z0 < 158) & (f.z0 > -125))
+        x, y, z, near = f.x[shell], f.y[shell], f.z[shell], near[shell]
+        angle = np.arctan2(np.abs(x), geo.cavity_y(f.z0)[0, 0, shell[2]] - y)
+        drop = 40.0 * np.minimum(angle, 2.4) * geo.ramp(150 - z, 0, 45)
+        drop = drop - 46.0 * geo.ramp(angle, 2.25, 2.95)  # cartilage climbs to the sternum
+        at = geo.level(z + drop)
+        rib = np.rint(at)
+        across = np.abs(at - rib) * 19.7 * 0.78
+        d = np.hypot(near - 4.2, across) - 3.5
+        some = np.flatnonzero((d < canvas.voxel) & (rib >= 1) & (rib <= 12) & (np.abs(x) > 13))
+        shell, d, rib, angle = tuple(a[some] for a in shell), d[some], rib[some], angle[some]
+        ends = np.radians([0, 150, 158, 166, 170, 170, 170, 168, 150, 138, 126, 88, 58])[rib.astype(int)]
+        d = np.maximum(d, (angle - ends) * 60)
+        cartilage = geo.ramp(angle, 2.15, 2.3)
+        outer = hu["cortical"] * (1 - cartilage) + 125 * cartilage
+        inner = hu["bone"] * (1 - cartilage) + 95 * cartilage
+        part, labels = canvas.hu[box], canvas.labels[box]
+        values = part[shell]
+        values += canvas.cover(d) * (outer - values)
+        values += canvas.cover(d + 1.9) * (inner - values)
+        part[shell] = values
+        labels[tuple(a[d < 0] for a in shell)] = LABEL["ribs"]
 
 
 def _paint_blades(canvas: Canvas, hu: dict[str, float], cavity: Array) -> None:
     """Shoulder blades: thin plates behind the upper ribs."""
     for side in (-1, 1):
         low, high = sorted((side * 30, side * 112))
-        box = canvas.box((low, -85, 50), (high, 10, 150))
-        f = canvas.frame[box]
-        angle = geo.cavity_angle(f)
-        upper = geo.ramp(f.z0, 58, 120)
-        edge = np.maximum(np.abs(angle - 1.15) - (0.1 + 0.36 * upper), 0) * 70 + np.maximum(
-            60 - f.z, f.z - 140
-        ) * 0.5 * ((f.z < 60) | (f.z > 140))
-        plate = np.maximum(
-            np.abs(cavity[box] - 15.5 - 4 * (1 - upper)) - 1.6 - 1.2 * geo.ramp(angle, 1.3, 1.6), edge - 1.0
-        )
-        canvas.paint(box, plate, hu["cortical"] * 0.62)
+        for box, f in canvas.slabs(canvas.box((low, -85, 50), (high, 10, 150))):
+            angle = geo.cavity_angle(f)
+            upper = geo.ramp(f.z0, 58, 120)
+            edge = np.maximum(np.abs(angle - 1.15) - (0.1 + 0.36 * upper), 0) * 70 + np.maximum(
+                60 - f.z, f.z - 140
+            ) * 0.5 * ((f.z < 60) | (f.z > 140))
+            plate = np.maximum(
+                np.abs(cavity[box] - 15.5 - 4 * (1 - upper)) - 1.6 - 1.2 * geo.ramp(angle, 1.3, 1.6),
+                edge - 1.0,
+            )
+            canvas.paint(box, plate, hu["cortical"] * 0.62)
 
 
 def _paint_spine(canvas: Canvas, hu: dict[str, float]) -> None:
     """Vertebral bodies and discs, the canal, arches, processes; muscles on both sides."""
-    box = canvas.box((-46, -95, -175), (46, 5, 175))
-    f = canvas.frame[box]
-    radius, y = geo.spine_radius(f.z0), f.y - geo.spine_y(f.z0)
-    at = geo.level(f.z)
-    offset = (at - np.rint(at)) * (20 + 4 * geo.ramp(-f.z0, 60, 120))  # mm from mid-vertebra
-    x = np.abs(f.x)
-    body_r = np.hypot(f.x * 0.9, y * (1.06 + 0.1 * (y < 0)))
-    waist = radius * (0.9 + 0.0011 * offset * offset)
-    canal_y = y + radius + 5.5
-    canal = np.hypot(f.x * 0.88, canal_y) - 6.6
-    psoas = np.hypot((x - 27 - 5 * geo.ramp(-f.z0, 90, 160)) / 1.0, (y + 3) * 0.9) - 15.0 * geo.ramp(
-        -f.z0, 68, 140
-    )
-    canvas.paint(box, psoas, hu["muscle"])
-    back = np.hypot((x - 21) * 0.72, canal_y + 14) - 14.0
-    canvas.paint(box, back, hu["muscle"])
-    label = LABEL["spine"]
-    column = body_r - waist
-    disc = np.abs(offset) - 7.6
-    canvas.paint(box, column + 0.6, 85.0, label)
-    shell = np.maximum(column, disc)
-    canvas.paint(box, shell, hu["cortical"] * 0.62, label)
-    canvas.paint(box, shell + 1.8, hu["bone"], label)
-    ring = np.maximum(
-        np.abs(np.hypot(f.x * 0.86, canal_y) - 9.2) - 2.6, np.abs(offset - 2.0) - 6.0 - 3 * (canal_y < -4)
-    )
-    transverse = np.maximum(np.hypot(canal_y + 3 + 0.12 * x, offset - 3) - 4.0, np.maximum(x - 30, 8 - x))
-    spinous = np.maximum(
-        x - 2.3, np.maximum(np.abs(canal_y + 20) - 12.5, np.abs(offset - 0.55 * (canal_y + 14)) - 5.5)
-    )
-    arch = np.minimum(np.minimum(ring, transverse), spinous)
-    canvas.paint(box, arch, hu["cortical"] * 0.72, label)
-    canvas.paint(box, arch + 1.9, hu["bone"], label)
-    canvas.paint(box, canal, 12.0, label)
-    canvas.paint(box, canal + 2.6, 38.0, label)
+    for box, f in canvas.slabs(canvas.box((-46, -95, -175), (46, 5, 175))):
+        radius, y = geo.spine_radius(f.z0), f.y - geo.spine_y(f.z0)
+        at = geo.level(f.z)
+        offset = (at - np.rint(at)) * (20 + 4 * geo.ramp(-f.z0, 60, 120))  # mm from mid-vertebra
+        x = np.abs(f.x)
+        body_r = np.hypot(f.x * 0.9, y * (1.06 + 0.1 * (y < 0)))
+        waist = radius * (0.9 + 0.0011 * offset * offset)
+        canal_y = y + radius + 5.5
+        canal = np.hypot(f.x * 0.88, canal_y) - 6.6
+        psoas = np.hypot((x - 27 - 5 * geo.ramp(-f.z0, 90, 160)) / 1.0, (y + 3) * 0.9) - 15.0 * geo.ramp(
+            -f.z0, 68, 140
+        )
+        canvas.paint(box, psoas, hu["muscle"])
+        back = np.hypot((x - 21) * 0.72, canal_y + 14) - 14.0
+        canvas.paint(box, back, hu["muscle"])
+        label = LABEL["spine"]
+        column = body_r - waist
+        disc = np.abs(offset) - 7.6
+        canvas.paint(box, column + 0.6, 85.0, label)
+        shell = np.maximum(column, disc)
+        canvas.paint(box, shell, hu["cortical"] * 0.62, label)
+        canvas.paint(box, shell + 1.8, hu["bone"], label)
+        ring = np.maximum(
+            np.abs(np.hypot(f.x * 0.86, canal_y) - 9.2) - 2.6, np.abs(offset - 2.0) - 6.0 - 3 * (canal_y < -4)
+        )
+        transverse = np.maximum(np.hypot(canal_y + 3 + 0.12 * x, offset - 3) - 4.0, np.maximum(x - 30, 8 - x))
+        spinous = np.maximum(
+            x - 2.3, np.maximum(np.abs(canal_y + 20) - 12.5, np.abs(offset - 0.55 * (canal_y + 14)) - 5.5)
+        )
+        arch = np.minimum(np.minimum(ring, transverse), spinous)
+        canvas.paint(box, arch, hu["cortical"] * 0.72, label)
+        canvas.paint(box, arch + 1.9, hu["bone"], label)
+        canvas.paint(box, canal, 12.0, label)
+        canvas.paint(box, canal + 2.6, 38.0, label)

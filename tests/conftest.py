@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
+SALT = "tests-only-no-secret"
+os.environ["SMARTLAB_SALT"] = SALT  # for what fixtures of the whole session make
 
 
 @pytest.fixture(scope="session")
@@ -22,5 +24,5 @@ def real_data() -> Path:
 @pytest.fixture(autouse=True)
 def _isolated_home(tmp_path_factory, monkeypatch):
     """Tests never read or write the user's own cache or salt."""
-    monkeypatch.setenv("SMARTLAB_SALT", "tests-only-no-secret")
+    monkeypatch.setenv("SMARTLAB_SALT", SALT)
     monkeypatch.setenv("SMARTLAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

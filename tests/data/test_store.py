@@ -346,7 +346,7 @@ def test_killed_at_random_moments_and_run_again_gives_the_same_store(larger, tmp
     def lines():
         return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
-    for attempt in range(6):
+    for attempt in range(4):
         process = start_build(path, root, out)
         goal = lines() + rng.randrange(3)
         wait_for(lambda goal=goal: lines() >= goal and (out / "volumes").exists(), process)

@@ -12,6 +12,7 @@ from smartlab.config import DataConfig
 from smartlab.data.prepare import locate_images
 from smartlab.errors import UseError
 from smartlab.evaluation.encoders import random_encoder
+from tests.shared import once, phantoms
 from tests.training.conftest import SMALL, cohort, settings  # noqa: F401 - fixtures
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -22,7 +23,8 @@ def run(cohort, tmp_path_factory):  # noqa: F811
     manifest, images, store = cohort
     more = {"data.manifest": str(manifest), "data.root": str(images), "data.store": str(store)}
     config = sl.load_config("tiny", SMALL | more | {"train.steps": 2, "train.checkpoint_every": 2})
-    return sl.pretrain(config, tmp_path_factory.mktemp("run") / "r", progress=False)
+    made = once(tmp_path_factory, "run", lambda folder: sl.pretrain(config, folder / "r", progress=False))
+    return sl.Run(made / "r")
 
 
 @pytest.fixture
@@ -91,18 +93,27 @@ def test_help_shows_an_example_of_every_task_and_bad_use_has_its_exit_code(tmp_p
 
 
 @pytest.mark.parametrize("label", ["outcome", "time_months"])
-def test_outcome_from_the_command_line_with_a_clinical_table(label, tmp_path):
+def test_outcome_from_the_command_line_with_a_clinical_table(label, tmp_path, tmp_path_factory):
     """Patients of the CSV are named as in the manifest, though tables of features know salted keys only."""
     from typer.testing import CliRunner
 
     untrained = random_encoder(sl.load_config("tiny", SMALL))
-    encoder, root = sl.export(untrained, "safetensors", tmp_path / "untrained.safetensors"), tmp_path / "ct"
-    made = sl.make_phantom("ct", root, n=24, seed=3, shape=(40, 40, 40), spacing=8.0, progress=False)
-    patients = sorted({case.patient for case in made.cases})
+    encoder = sl.export(untrained, "safetensors", tmp_path / "untrained.safetensors")
+    make = phantoms("ct", n=24, seed=3, shape=(40, 40, 40), spacing=8.0)
+    made = once(tmp_path_factory, "small-ct", make)
+    root = made / "images"
+    patients = sl.load_manifest(root / "manifest.json").patients
     rows = [f"{name},{50 + 2 * i},{'AB'[i % 2]}" for i, name in enumerate(patients)]
     (tmp_path / "clinic.csv").write_text("\n".join(["patient,age,arm", *rows]))
     words = ["evaluate", str(encoder), "--task", "outcome", "--manifest", str(root), "--root", str(root)]
-    more = ["folds=2", "repeats=2", "draws=100", f"covariates={tmp_path / 'clinic.csv'}"]
+    more = [
+        "--store",
+        str(made / "store"),
+        "folds=2",
+        "repeats=2",
+        "draws=100",
+        f"covariates={tmp_path / 'clinic.csv'}",
+    ]
     done = CliRunner().invoke(app, [*words, "--label", label, *more, "--json"], catch_exceptions=False)
     said = json.loads(done.stdout)
     metric = "auc" if label == "outcome" else "concordance"
@@ -111,11 +122,11 @@ def test_outcome_from_the_command_line_with_a_clinical_table(label, tmp_path):
 
 def test_organs_can_be_probed_by_their_own_label(run, where):
     """A row per organ and scan, told apart by patient folds, beside the random encoder on the same rows."""
-    found = sl.evaluate(run, "probe", label="organ", folds=2, **where)
+    found = sl.evaluate(run, "probe", label="organ", folds=2, draws=100, **where)
     assert {"accuracy", "random encoder/accuracy", "accuracy minus random encoder"} <= found.metrics.keys()
     organs = set(found.table.truth)
     assert {"liver", "heart"} <= organs and len(found.table) > len(organs)
-    assert sl.evaluate(run, "knn", rows="organ", folds=2, **where).facts["label"] == "organ"
+    assert sl.evaluate(run, "knn", rows="organ", folds=2, draws=100, **where).facts["label"] == "organ"
 
 
 def test_what_cannot_be_evaluated_is_said(run, where, tmp_path):
@@ -137,14 +148,14 @@ def test_what_cannot_be_evaluated_is_said(run, where, tmp_path):
         sl.evaluate(run, "heads", label="malignancy", **where)
 
 
-def test_a_manifest_that_was_changed_in_memory_is_the_one_evaluated(run, cohort):  # noqa: F811
+def test_a_manifest_that_was_changed_in_memory_is_the_one_evaluated(run, cohort, tmp_path):  # noqa: F811
     manifest, images, _ = cohort
     whole = sl.load_manifest(manifest)
     keep = sorted({case.patient for case in whole.cases})[:-1]
     fewer = whole.model_copy(
         update={"name": "fewer", "all_cases": [case for case in whole.cases if case.patient in keep]}
     )
-    root = images.parent / "linked"  # a store of its own
+    root = tmp_path / "linked"  # a store of its own
     root.symlink_to(images)
     result = sl.evaluate(run, "heads", fewer, root=root, views=1, draws=20, progress=False)
     assert result.facts["manifest"] == "fewer" and result.facts["patients"] == len(keep)

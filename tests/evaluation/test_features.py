@@ -26,6 +26,7 @@ from smartlab.evaluation.features import (
 )
 from smartlab.evaluation.pooling import pool_crops
 from smartlab.models.encoder import Encoded, Encoder
+from tests.shared import once, phantoms
 
 SMALL = {
     "data.spacing": 4.0,
@@ -42,11 +43,12 @@ QUIET = {"progress": False}
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
     """(manifest, image folder, store) of six phantom patients."""
-    os.environ["SMARTLAB_SALT"] = "tests-only-no-secret"
-    root = tmp_path_factory.mktemp("cohort")
-    man = sl.make_phantom("ct", root / "images", n=6, shape=(80, 80, 80), spacing=4.0, progress=False)
-    sl.build_store(man, root / "images", root / "store", workers=0, spacing=4.0, progress=False)
-    return man, root / "images", sl.open_store(root / "store")
+    root = once(tmp_path_factory, "ct", phantoms("ct", n=6, shape=(80, 80, 80), spacing=4.0))
+    return (
+        sl.load_manifest(root / "images" / "manifest.json"),
+        root / "images",
+        sl.open_store(root / "store"),
+    )
 
 
 @pytest.fixture(scope="module")

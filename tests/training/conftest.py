@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
+
+from tests.shared import once, phantoms
 
 SMALL = {
     "data.spacing": 4.0,
@@ -27,16 +27,16 @@ SMALL = {
 }
 
 
+def places(folder):
+    """(manifest path, image folder, store folder) of a cohort made by `phantoms`."""
+    return folder / "images" / "manifest.json", folder / "images", folder / "store"
+
+
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory):
-    """(manifest path, image folder, store folder) of six phantom patients."""
-    from smartlab import build_store, make_phantom
-
-    os.environ["SMARTLAB_SALT"] = "tests-only-no-secret"
-    root = tmp_path_factory.mktemp("cohort")
-    man = make_phantom("ct", root / "images", n=6, shape=(80, 80, 80), spacing=4.0, progress=False)
-    build_store(man, root / "images", root / "store", workers=0, spacing=4.0, progress=False)
-    return root / "images" / "manifest.json", root / "images", root / "store"
+    """The places of six phantom patients, shared by all workers: look, change nothing."""
+    make = phantoms("ct", n=6, shape=(80, 80, 80), spacing=4.0)
+    return places(once(tmp_path_factory, "ct", make))
 
 
 FLAT = {  # the same for methods that take images
@@ -60,13 +60,8 @@ FLAT = {  # the same for methods that take images
 @pytest.fixture(scope="session")
 def flat_cohort(tmp_path_factory):
     """The same of six phantom mammography patients."""
-    from smartlab import build_store, make_phantom
-
-    os.environ["SMARTLAB_SALT"] = "tests-only-no-secret"
-    root = tmp_path_factory.mktemp("flat_cohort")
-    man = make_phantom("mammo", root / "images", n=6, shape=(256, 192), spacing=1.0, progress=False)
-    build_store(man, root / "images", root / "store", workers=0, spacing=1.0, progress=False)
-    return root / "images" / "manifest.json", root / "images", root / "store"
+    make = phantoms("mammo", n=6, shape=(256, 192), spacing=1.0)
+    return places(once(tmp_path_factory, "mammo", make))
 
 
 @pytest.fixture
@@ -76,8 +71,8 @@ def settings_of(request):
     def choose(method):
         flat = method in ("mae", "miram")
         manifest, images, store = request.getfixturevalue("flat_cohort" if flat else "cohort")
-        places = {"data.manifest": str(manifest), "data.root": str(images), "data.store": str(store)}
-        return (FLAT if flat else SMALL) | places | {"method.preset": method}
+        found = {"data.manifest": str(manifest), "data.root": str(images), "data.store": str(store)}
+        return (FLAT if flat else SMALL) | found | {"method.preset": method}
 
     return choose
 

@@ -11,32 +11,20 @@ import sys
 import pandas as pd
 import pytest
 
+import smartlab as sl
 from smartlab.training import checkpoint
 from tests.conftest import REPO
-
-CODE = (
-    "import sys, json, torch; torch.set_num_threads(1)\n"
-    "import smartlab as sl\n"
-    "sl.pretrain(sl.load_config('tiny', json.loads(sys.argv[1])), sys.argv[2], progress=False)\n"
-)
+from tests.processes import Child
 
 
-def launch(settings, out, rank=0, world=1, port=0):
-    env = dict(os.environ)
-    if world > 1:
-        env |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "ACCELERATE_USE_CPU": "true",
-        }
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return subprocess.Popen(
-        [sys.executable, "-c", CODE, json.dumps(settings), str(out)],
-        cwd=REPO,
-        env=env,
-        stderr=subprocess.PIPE,
-    )
+def train(settings, out):
+    sl.pretrain(sl.load_config("tiny", settings), out, progress=False)
+
+
+def rank_of_two(rank, port):
+    """The environment in which a launcher starts one of two processes."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    return ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def free_port():
@@ -45,7 +33,9 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.mark.slow
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("method", "more"),
     [
@@ -53,11 +43,23 @@ def free_port():
             "dagman",
             {"distill.kind": "prototype", "distill.assignment": "centre", "mask.strategy": "attention_hint"},
         ),
-        ("dagman", {"distill.kind": "prototype", "distill.assignment": "sinkhorn", "mask.p_attention": 0.5}),
-        ("dagman", {"distill.kind": "regression", "teacher.noise_std": 0.05, "distill.standardise": True}),
-        ("dagman", {"train.sharding": "fsdp", "train.accumulate": 2}),
-        ("miram", {}),
-        ("miram", {"train.sharding": "fsdp", "train.accumulate": 2, "mae.attention": "performer"}),
+        pytest.param(
+            "dagman",
+            {"distill.kind": "prototype", "distill.assignment": "sinkhorn", "mask.p_attention": 0.5},
+            marks=SLOW,
+        ),
+        pytest.param(
+            "dagman",
+            {"distill.kind": "regression", "teacher.noise_std": 0.05, "distill.standardise": True},
+            marks=SLOW,
+        ),
+        pytest.param("dagman", {"train.sharding": "fsdp", "train.accumulate": 2}, marks=SLOW),
+        pytest.param("miram", {}, marks=SLOW),
+        pytest.param(
+            "miram",
+            {"train.sharding": "fsdp", "train.accumulate": 2, "mae.attention": "performer"},
+            marks=SLOW,
+        ),
     ],
     ids=["centre", "sinkhorn", "regression", "sharded", "miram", "miram-sharded"],
 )
@@ -66,11 +68,11 @@ def test_two_processes_equal_one_with_twice_the_batch(method, more, settings_of,
     # means nothing: the lr is low, so that this moves no weight by 1e-5, and gradients are compared as well.
     settings = settings_of(method) | more | {"train.steps": 5, "train.checkpoint_every": 5, "train.lr": 2e-6}
     port = free_port()
-    pair = [launch(settings | {"train.batch": 1}, tmp_path / "two", rank, 2, port) for rank in range(2)]
-    one = launch(settings | {"train.batch": 2}, tmp_path / "one")
+    halves = settings | {"train.batch": 1}
+    pair = [Child(train, halves, tmp_path / "two", env=rank_of_two(rank, port)) for rank in range(2)]
+    one = Child(train, settings | {"train.batch": 2}, tmp_path / "one")
     for process in (*pair, one):
-        _, error = process.communicate(timeout=180)
-        assert process.returncode == 0, error.decode()[-3000:]
+        assert process.wait(180) == 0, process.said[-3000:]
     a, b = (pd.read_csv(tmp_path / name / "metrics.csv") for name in ("one", "two"))
     distilled = method == "dagman"
     own = (
@@ -94,7 +96,7 @@ def test_two_processes_equal_one_with_twice_the_batch(method, more, settings_of,
         assert apart < 1e-6 + 1e-4 * moment["exp_avg"].abs().max(), key
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_command_line_runs_under_torchrun_and_in_a_notebook_launcher(settings, tmp_path):
     """The launcher commands of docs/TRAINING.md, with two processes and with one."""
     words = [f"{key}={json.dumps(value)}" for key, value in (settings | {"train.steps": 2}).items()]
@@ -108,8 +110,6 @@ def test_the_command_line_runs_under_torchrun_and_in_a_notebook_launcher(setting
     assert facts["processes"] == 2
 
     from accelerate import notebook_launcher
-
-    import smartlab as sl
 
     config = sl.load_config("tiny", settings | {"train.steps": 2})
     notebook_launcher(sl.pretrain, (config, tmp_path / "one"), num_processes=1)

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pandas as pd
@@ -20,7 +18,7 @@ import smartlab as sl
 from smartlab.errors import DataError, UseError
 from smartlab.training import checkpoint
 from smartlab.training.monitor import COLUMNS, rewind
-from tests.conftest import REPO
+from tests.processes import Child
 
 VOLATILE = ["views_per_second", "data_wait", "peak_memory_mb"]
 
@@ -39,21 +37,13 @@ def assert_same_run(a, b, step):
     assert all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
-def start(settings, out, *, slow=0.0):
-    """A training process on one thread; `slow` seconds are added to each step."""
-    code = (
-        "import sys, time, torch; torch.set_num_threads(1)\n"
-        "import smartlab as sl, smartlab.training.loop as loop, json\n"
-        "step = loop.Trainer.one_step\n"
-        f"loop.Trainer.one_step = lambda self: (time.sleep({slow}), step(self))[1]\n"
-        "sl.pretrain(sl.load_config('tiny', json.loads(sys.argv[1])), sys.argv[2], resume=True, progress=False)\n"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, json.dumps(settings), str(out)],
-        cwd=REPO,
-        stderr=subprocess.PIPE,
-        env=dict(os.environ),
-    )
+def train(settings, out, slow=0.0):
+    """What a training process does; `slow` seconds are added to each step."""
+    from smartlab.training.loop import Trainer
+
+    step = Trainer.one_step
+    Trainer.one_step = lambda self: (time.sleep(slow), step(self))[1]
+    sl.pretrain(sl.load_config("tiny", settings), out, resume=True, progress=False)
 
 
 def wait_for_step(run, step, process, seconds=90):
@@ -62,54 +52,55 @@ def wait_for_step(run, step, process, seconds=90):
         path = run / "metrics.csv"
         if path.exists() and path.read_text(encoding="utf-8").count("\n") > step:
             return
-        if process.poll() is not None:
-            raise AssertionError(process.stderr.read().decode())
+        assert process.running, process.said
         time.sleep(0.02)
     raise AssertionError("the run did not get that far")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "more"),
     [
-        ("simmim", {}),
-        ("smit", {"distill.kind": "prototype"}),
+        pytest.param("simmim", {}, marks=pytest.mark.slow),
+        pytest.param("smit", {"distill.kind": "prototype"}, marks=pytest.mark.slow),
         ("dagman", {}),
-        (
+        pytest.param(
             "dagman",
             {"train.accumulate": 2, "data.workers": 2, "teacher.noise_std": 0.05, "encoder.drop_path": 0.2},
+            marks=pytest.mark.slow,
         ),
         ("miram", {}),
-        ("miram", {"train.accumulate": 2, "data.workers": 2, "mae.attention": ["performer", "linformer"]}),
+        pytest.param(
+            "miram",
+            {"train.accumulate": 2, "data.workers": 2, "mae.attention": ["performer", "linformer"]},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["simmim", "smit", "dagman", "dagman-accumulating", "miram", "miram-accumulating"],
 )
 def test_killed_and_resumed_equals_never_stopped(method, more, settings_of, tmp_path):
     settings = settings_of(method) | more
-    whole = start(settings, tmp_path / "whole")
-    killed = start(settings, tmp_path / "killed", slow=0.15)
+    whole = Child(train, settings, tmp_path / "whole")
+    killed = Child(train, settings, tmp_path / "killed", 0.15)
     wait_for_step(tmp_path / "killed", random.Random(method + str(more)).randint(4, 7), killed)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.kill()
     assert checkpoint.steps(tmp_path / "killed"), "there is something to resume from"
-    assert whole.wait() == 0, whole.stderr.read().decode()
-    again = start(settings, tmp_path / "killed")
-    assert again.wait() == 0, again.stderr.read().decode()
+    assert whole.wait() == 0, whole.said
+    again = Child(train, settings, tmp_path / "killed")
+    assert again.wait() == 0, again.said
     assert_same_run(tmp_path / "whole", tmp_path / "killed", 8)
     assert "resume" in [e["event"] for e in sl.Run(tmp_path / "killed").events]
     assert sl.Run(tmp_path / "whole").history.guided.any() == (method == "dagman")
 
 
-@pytest.mark.slow
 def test_sigterm_saves_and_exits_well_and_sigusr1_saves_and_goes_on(settings, tmp_path):
     settings = settings | {"train.checkpoint_every": 1000, "train.steps": 40}
-    process = start(settings, tmp_path / "run", slow=0.1)
+    process = Child(train, settings, tmp_path / "run", 0.1)
     wait_for_step(tmp_path / "run", 3, process)
-    process.send_signal(signal.SIGUSR1)
+    process.send(signal.SIGUSR1)
     wait_for_step(tmp_path / "run", 8, process)
     assert checkpoint.steps(tmp_path / "run"), "SIGUSR1 saved"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    process.send(signal.SIGTERM)
+    assert process.wait(60) == 0, process.said
     run = sl.Run(tmp_path / "run")
     assert 8 <= run.step < 40 and [e["event"] for e in run.events][-2:] == ["saved", "stopped"]
     assert run.history.step.iloc[-1] == run.step

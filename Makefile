@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 2 ? 2 : n > 4 ? 4 : n)))
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help setup demo demo-all test test-fast check notebooks lab bench bench-gpu clean
+.PHONY: help setup demo demo-all test test-slow test-all check notebooks lab bench bench-gpu clean
 help:          ## list the commands
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
@@ -33,11 +33,14 @@ demo: $(READY) ## the tour: six short notebooks on phantoms, under five minutes;
 demo-all: $(READY) ## all ten notebooks as they are shipped; the page is runs/demo-all/index.html
 	@$(BIN)/smartlab demo --all --out runs/demo-all
 
-test: $(READY) ## run every test, the slow ones too
-	$(TESTS)
-
-test-fast: $(READY) ## run the tests that take seconds
+test: $(READY) ## the tests that take seconds each: under ten minutes on two quiet cores
 	$(TESTS) -m "not slow"
+
+test-slow: $(READY) ## the others: killed and resumed, several processes, learning, coverage, a real browser
+	$(TESTS) -m slow
+
+test-all: $(READY) ## every test
+	$(TESTS)
 
 check: $(READY) ## formatting, lint, types
 	$(BIN)/ruff format --check smartlab tests benchmarks notebooks

@@ -16,6 +16,9 @@ class SmartlabError(Exception):
 
     >>> raise DataError("slices are missing", path="scan/", found="gap at z = 12.5 mm",
     ...                 expected="one slice every 2.5 mm", fix="fetch the series again")
+    Traceback (most recent call last):
+        ...
+    smartlab.errors.DataError: scan/: slices are missing (found gap at z = 12.5 mm; expected one slice every 2.5 mm). Fetch the series again.
     """
 
     exit_code = 1

@@ -120,8 +120,8 @@ def export(
     """Write an encoder for others: "monai" (.pt for its SwinUNETR or ViT) or "safetensors" with a model card.
 
     >>> export("runs/a", "monai", "encoder.pt")
-    >>> net = monai.networks.nets.SwinUNETR(in_channels=1, out_channels=2, feature_size=48, …)
-    >>> net.load_state_dict(torch.load("encoder.pt", weights_only=True)["state_dict"], strict=False)
+    >>> weights = torch.load("encoder.pt", weights_only=True)["state_dict"]
+    >>> net.load_state_dict(weights, strict=False)  # net: MONAI's SwinUNETR of the same sizes
     """
     given = isinstance(source, torch.nn.Module)
     run = Run(source) if not given and Path(source).is_dir() else None  # type: ignore[arg-type]

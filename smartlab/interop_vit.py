@@ -102,8 +102,9 @@ def to_monai(encoder: ViTEncoder) -> dict[str, Tensor]:
     """The state dict of a MONAI ViT with the same function; its classification head is not in it.
 
     >>> net = monai.networks.nets.ViT(1, 224, 16, 768, 3072, 12, 12, "conv", classification=True, spatial_dims=2,
-    ...                               qkv_bias=True)                                    # doctest: +SKIP
-    >>> net.load_state_dict(torch.load("vit.pt", weights_only=True)["state_dict"], strict=False)   # doctest: +SKIP
+    ...                               qkv_bias=True)
+    >>> encoder = ViTEncoder(sl.load_config("miram"))
+    >>> net.load_state_dict(to_monai(encoder), strict=False)
     """
     found = {}
     for key, value in encoder.state_dict().items():

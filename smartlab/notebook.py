@@ -6,7 +6,7 @@ into one model before any work:
 >>> class Parameters(NotebookParameters):
 ...     patients: int = Field(ge=1)
 ...     out: str
->>> p = Parameters.read(globals())
+>>> p = Parameters.read({"patients": 8, "out": "runs/a"})  # in a notebook: Parameters.read(globals())
 
 A wrong type or value stops there, and so does a parameter nobody knows: papermill would inject a
 misspelt name without a word.
@@ -96,7 +96,7 @@ def open_cohort(
     manifest: a shipped name or a path;  root: folder of its images, "" for phantoms only.
     patients: of a phantom; a real cohort is taken whole.
 
-    >>> cohort, store, root = open_cohort("phantom-ct")           # doctest: +SKIP
+    >>> cohort, store, root = open_cohort("phantom-ct")
     """
     from smartlab.config import DataConfig
     from smartlab.data.index import read_header

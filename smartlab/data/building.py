@@ -92,9 +92,9 @@ def build_store(
 
     Run it again after any interruption, or when the manifest or the data changed.
 
-    >>> report = sl.build_store("my/manifest.json", "my/images", "my/store")   # doctest: +SKIP
-    >>> report.built, report.skipped, report.failed                           # doctest: +SKIP
-    (24, 0, 0)
+    >>> report = sl.build_store("my/manifest.json", "my/images", "my/store")
+    >>> report.failed
+    0
     """
     man, root, out = load_manifest(manifest), Path(root), Path(out)
     settings = _settings(man, spacing, crop_body, labels, tilt, grey)

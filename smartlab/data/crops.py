@@ -108,8 +108,8 @@ class ViewDataset(CropDataset):
     images:  positions in the store to draw from (a training split); all by default.
     labels:  also give the labels of the views ("view_labels", 0 where an image has none).
 
-    >>> item = ViewDataset(store)[epoch, index]                      # doctest: +SKIP
-    >>> item["views"].shape, item["offsets"].shape                   # doctest: +SKIP
+    >>> item = ViewDataset(store)[epoch, index]
+    >>> item["views"].shape, item["offsets"].shape
     ((2, 96, 96, 96), (2, 3))
     """
 
@@ -219,10 +219,10 @@ class LesionDataset(CropDataset):
               grid is cut, centred to half a voxel.
     cases:    keys of `store.cases` to take, in this order; by default every case with a lesion.
 
-    >>> test = store.cases.index[store.cases.split == "test"]       # doctest: +SKIP
-    >>> item = LesionDataset(store, size=64, cases=test)[0]         # doctest: +SKIP
-    >>> item["crop"].shape, item["labels"]                          # doctest: +SKIP
-    ((64, 64, 64), {'malignancy': 1})
+    >>> few = store.cases.index[:6]
+    >>> item = LesionDataset(store, size=64, cases=few)[0]
+    >>> item["crop"].shape  # what is known of the lesion is in item["labels"]
+    (64, 64, 64)
     """
 
     def __init__(

@@ -37,7 +37,7 @@ def read_mask(
     path:  a SEG or RTSTRUCT file, or a folder holding one (or the one named by `series`).
     roi:   segment label or ROI name, any case, `*` allowed ("GTV*"; several matches are united).
 
-    >>> tumour = read_mask("case1/rtstruct", read_volume("case1/ct"), "GTV-1")     # doctest: +SKIP
+    >>> tumour = read_mask("case1/rtstruct", read_volume("case1/ct"), "GTV-1")
     """
     path = Path(path)
     file, modality = _mask_file(path, series)

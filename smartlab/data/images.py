@@ -38,9 +38,9 @@ class ImageDataset(CropDataset):
     images:  positions in the store to draw from (a training split); all by default.
     cases:   keys of `store.cases` for "lesion", in this order; by default every case of `images` with a lesion.
 
-    >>> item = ImageDataset(store, view=128, jitter=0)[0]              # doctest: +SKIP
-    >>> item["views"].shape, item["labels"]["pathology"]               # doctest: +SKIP
-    ((1, 128, 128), 'malignant')
+    >>> item = ImageDataset(store, view=128, jitter=0)[0]
+    >>> item["views"].shape  # what is known of the image is in item["labels"]
+    (1, 128, 128)
     """
 
     def __init__(

@@ -47,9 +47,9 @@ class CropLoader:
     rank, world: this process takes its share of every global batch of batch × world items.
     drop_last:  leave out the last, smaller batch (training); evaluation wants False.
 
-    >>> loader = CropLoader(ViewDataset(store), 8, workers=2)                # doctest: +SKIP
-    >>> for batch in loader: step(batch["views"])                            # doctest: +SKIP
-    >>> torch.save(loader.state_dict(), path)                                # doctest: +SKIP
+    >>> loader = CropLoader(ViewDataset(store), 8, workers=2)
+    >>> for batch in loader: step(batch["views"])
+    >>> torch.save(loader.state_dict(), path)
     """
 
     def __init__(

@@ -32,8 +32,8 @@ _DEPTH = {"I": "16-bit", "I;16": "16-bit", "I;16B": "16-bit", "F": "32-bit", "1"
 def scan_png_stacks(root: str | Path, manifest: str | Path | Manifest = "nodules-png") -> Manifest:
     """The manifest with one case for every CLASS/EXAM/NODULE folder below `root`.
 
-    >>> man = scan_png_stacks("data/nodules")                                   # doctest: +SKIP
-    >>> [(c.id, c.excluded) for c in man.all_cases if c.excluded]               # doctest: +SKIP
+    >>> man = scan_png_stacks("data/nodules")
+    >>> [(c.id, c.excluded) for c in man.all_cases if c.excluded]
     [('benign/exam7/Nodule 002', 'slice 3 is missing (found slices 0 to 5)')]
     """
     man, root = load_manifest(manifest), Path(root)

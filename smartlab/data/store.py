@@ -45,8 +45,8 @@ OPEN_FILES = 64  # volumes kept open per process: enough for any batch, far belo
 def open_store(path: str | Path) -> Store:
     """Open a built store. Reads the index only.
 
-    >>> store = sl.open_store("my/store")                  # doctest: +SKIP
-    >>> store.array(0)[:96, :96, :96]                      # reads these blocks only  # doctest: +SKIP
+    >>> store = sl.open_store("my/store")
+    >>> store.array(0)[:96, :96, :96]                      # reads these blocks only
     """
     return Store(path)
 

@@ -87,8 +87,8 @@ def clusters(
     table: a row per feature: case, patient, image, …, the label, its k-means cluster, silhouette, purity
            and coordinates "umap_x", "umap_y", ….
 
-    >>> result = clusters(features_per_organ)            # doctest: +SKIP
-    >>> result.metrics["features/ratio"], result.metrics["ari"]  # doctest: +SKIP
+    >>> result = clusters(features_per_organ, embeddings=("pca",))
+    >>> result.metrics["features/ratio"], result.metrics["ari"]
     """
     if unknown := [name for name in embeddings if name not in EMBEDDINGS]:
         raise UseError(f"no embedding {unknown[0]!r}", expected=", ".join(EMBEDDINGS))

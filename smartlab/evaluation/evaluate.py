@@ -78,7 +78,7 @@ def evaluate(
     settings: whatever else the task takes: folds=10, draws=2000, modes=("full", "scratch"), …
 
     >>> sl.evaluate("runs/a", "probe", "phantom-ct", label="malignancy").metrics["auc"]
-    >>> sl.evaluate("runs/a", "clusters", "phantom-ct", out="runs/a/evaluation/clusters")
+    >>> sl.evaluate("runs/a", "heads", "phantom-ct", out="runs/a/evaluation/heads")
     """
     if task not in TASKS:
         raise UseError(f"no task {task!r}", expected=f"one of {', '.join(TASKS)}")

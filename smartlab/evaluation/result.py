@@ -40,7 +40,7 @@ class Estimate(NamedTuple):
 class Result:
     """The outcome of one task on one encoder.
 
-    >>> result = sl.evaluate("runs/a", "probe", "phantom-ct", label="malignant")
+    >>> result = sl.evaluate("runs/a", "probe", "phantom-ct", label="malignancy")
     >>> result.metrics["auc"], result.table, result.figure()
     """
 

@@ -22,8 +22,8 @@ def detail(
 
     guess, target, hidden: (B, 1, H, W); hidden is 1 where a patch of `patch` × `patch` pixels was hidden.
 
-    >>> parts = method.reconstruct(views, generator)[2]                        # doctest: +SKIP
-    >>> detail(parts["guess"], parts["target"], parts["hidden"], 2 * 8)        # doctest: +SKIP
+    >>> parts = method.reconstruct(views, generator)[2]
+    >>> detail(parts["guess"], parts["target"], parts["hidden"], 2 * 8)
     """
     chosen = _blocks(hidden, patch).amin(1) > 0
     fade = torch.hann_window(patch + 2, periodic=False, dtype=torch.float64)[1:-1].to(guess.device)

@@ -65,7 +65,7 @@ def make_core(
 ) -> nn.Module:
     """The attention of this kind for `heads` of `channels` each: a module (q, k, v) -> out.
 
-    >>> make_core("nystrom", 4, 16, settings=MaeConfig(landmarks=32))(q, k, v)       # doctest: +SKIP
+    >>> make_core("nystrom", 4, 16, settings=MaeConfig(landmarks=32))(q, k, v)
     """
     s = settings or MaeConfig()
     if kind == "softmax":

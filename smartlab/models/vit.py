@@ -142,8 +142,8 @@ class ViT(nn.Module):
 class ViTEncoder(ViT):
     """The encoder of MAE and MIRAM, for training and for use after it.
 
-    >>> enc = sl.load_encoder("runs/miram")                                    # doctest: +SKIP
-    >>> enc.features(image)["cls"].shape, enc.attention(image).shape           # doctest: +SKIP
+    >>> enc = sl.load_encoder("runs/miram")
+    >>> enc.features(image)["cls"].shape, enc.attention(image).shape
     """
 
     def __init__(self, config: Config) -> None:

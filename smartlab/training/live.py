@@ -85,7 +85,8 @@ class Live:
 
     def draw(self) -> None:
         self._drawn = time.monotonic()
-        self._handle.update(self._html(self.render()))
+        if self._handle is not None:  # outside a notebook there is nothing to update
+            self._handle.update(self._html(self.render()))
 
     def render(self) -> str:
         """The table as HTML."""

@@ -170,7 +170,7 @@ def embedding(
     crops:  N images as `view` takes them (volumes, arrays, 2D images), or a function point -> image,
             called only for points that are looked at.
 
-    >>> embedding(umap, organs, lambda i: store.read(cases[i]))                 # doctest: +SKIP
+    >>> embedding(umap, organs, lambda i: store.read(cases[i]))
     """
     array = as_array(points).astype(float)
     if array.ndim != 2 or array.shape[1] != 2 or not len(array) or not np.isfinite(array).all():

@@ -18,7 +18,7 @@ def compare(
     masks:     strategy -> (d, h, w) bool, true where hidden.
     attention: (heads, d, h, w) that guided the masks, the same for all panels; or one per strategy.
 
-    >>> compare(crop, {"random": a, "attention_high": b}, attention=heads)      # doctest: +SKIP
+    >>> compare(crop, {"random": a, "attention_high": b}, attention=heads)
     """
     if not masks:
         raise UseError("no masks to compare", expected="a mask (d, h, w) for each strategy")

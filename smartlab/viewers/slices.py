@@ -238,8 +238,8 @@ def view(
     mask, attention, reconstruction: as in `Panel`, or panels for several side by side.
     unit:    voxels of one mask unit along each axis; default: the image divided by the grid, where that is 1, 2, 4, …
 
-    >>> viewer = view(volume, window="lung", mask=hidden, attention=heads)      # doctest: +SKIP
-    >>> viewer.figure(40).savefig("slice.png")                                  # doctest: +SKIP
+    >>> viewer = view(volume, window="lung", mask=hidden, attention=heads)
+    >>> viewer.figure(40).savefig("slice.png")
     """
     if panels is not None and any(v is not None for v in (mask, attention, reconstruction)):
         raise UseError("give panels, or one mask, attention and reconstruction, not both")

@@ -23,13 +23,12 @@ from jupyter_client.provisioning import LocalProvisioner
 from smartlab.batch.kernel import die_with
 from smartlab.batch.notebook_run import BatchKernel
 
-_PRELOAD = [
+_PRELOAD = [  # without umap, whose first import in a new environment compiles for most of a minute
     "torch._dynamo",  # optimisers import it when they first step
     "torch.utils.tensorboard",
     "accelerate",
     "pyarrow.pandas_compat",
     "monai.networks.nets",
-    "umap",
     "matplotlib.pyplot",
     "ipykernel.ipkernel",
     "smartlab.batch.forked",

@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # some image libraries change the locale of the process: read text as UTF-8 all the same
 export PYTHONUTF8 := 1
+# keep what is compiled: without it every process compiles torch and the rest anew, for seconds
+export PYTHONDONTWRITEBYTECODE :=
 READY := $(VENV)/.ready
 # tests run in this many processes, one thread each: two to four
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 2 ? 2 : n > 4 ? 4 : n)))

@@ -18,7 +18,8 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,11 @@ def run_demo(
     server()  # imports torch while the phantoms are drawn
     if progress:
         print(f"The page is there, and fills: {result.page}", flush=True)
-    if not all("manifest" in more for more in given.values()):
-        _draw_phantoms(progress)
+    cohorts = _draw_phantoms(
+        [n for n, more in zip(notebooks, given.values(), strict=True) if "manifest" not in more]
+    )
+    if progress and cohorts:
+        print(f"  Phantom patients: the first there in {time.monotonic() - start:.0f} s", flush=True)
     todo: queue.SimpleQueue[tuple[Path, Step]] = queue.SimpleQueue()
     for pair in zip(notebooks, result.steps, strict=True):
         todo.put(pair)
@@ -126,6 +130,8 @@ def run_demo(
             except queue.Empty:
                 return
             step.state = "running"
+            if later := cohorts.get(_patients(notebook)):
+                later.join()
             _run(notebook, out, step, given[notebook.stem])
             with lock:
                 result.seconds = time.monotonic() - start
@@ -157,14 +163,34 @@ def _announced(notebook: Path) -> Step:
     return Step(notebook.stem, first.lstrip("# ").strip(), " ".join(about.replace("*", "").split()))
 
 
-def _draw_phantoms(progress: bool) -> None:
-    """The cohort that all notebooks share, drawn by all cores before any of them needs it."""
+def _draw_phantoms(notebooks: Sequence[Path]) -> dict[Any, Any]:
+    """The cohorts that notebooks share, by number of patients: the first is there, others are being drawn.
+
+    By all cores and before any notebook needs them: two that drew one at the same time would be in each other's way.
+    """
+    from smartlab.batch.forked import server
     from smartlab.notebook import open_cohort
 
-    start = time.monotonic()
-    open_cohort("phantom-ct", workers=JOBS, progress=False)
-    if progress:
-        print(f"  Phantom patients: there in {time.monotonic() - start:.0f} s", flush=True)
+    wanted = dict.fromkeys(n for path in notebooks if (n := _patients(path)))
+    drawing: dict[Any, Any] = {}
+    for number, patients in enumerate(wanted):
+        given = {"manifest": "phantom-ct", "patients": patients, "workers": JOBS, "progress": False}
+        if number == 0:
+            open_cohort(**given)
+            drawing[patients] = None
+        else:
+            drawing[patients] = server().Process(target=open_cohort, kwargs=given)
+            drawing[patients].start()
+    return drawing
+
+
+def _patients(notebook: Path) -> Any:
+    """How many phantom patients a notebook asks for; None where it does not say."""
+    from smartlab.batch.notebooks import notebook_parameters
+
+    with suppress(UseError):
+        return notebook_parameters(notebook).get("patients")
+    return None
 
 
 def _run(notebook: Path, out: Path, step: Step, parameters: dict[str, Any]) -> None:

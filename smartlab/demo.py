@@ -50,6 +50,7 @@ class DemoResult:
     steps: list[Step]
     tour: bool = False
     seconds: float = 0.0
+    patient: Path | None = None  # a picture of one phantom, before anything else is there
 
     @property
     def ok(self) -> bool:
@@ -113,6 +114,7 @@ def run_demo(
     server()  # imports torch while the phantoms are drawn
     if progress:
         print(f"The page is there, and fills: {result.page}", flush=True)
+    _show_a_patient(result)
     cohorts = _draw_phantoms(
         [n for n, more in zip(notebooks, given.values(), strict=True) if "manifest" not in more]
     )
@@ -161,6 +163,24 @@ def _announced(notebook: Path) -> Step:
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     first, _, about = "".join(cells[0]["source"]).partition("\n")
     return Step(notebook.stem, first.lstrip("# ").strip(), " ".join(about.replace("*", "").split()))
+
+
+def _show_a_patient(result: DemoResult) -> None:
+    """The first picture: one phantom, which needs neither torch nor a store."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.pyplot import close
+
+    from smartlab.data.phantoms.ct import render
+    from smartlab.data.phantoms.patient import draw_patient
+    from smartlab.viewers import plots
+
+    made = render(draw_patient(0, 0))
+    figure = plots.planes(made.array, spacing=(2, 2, 2), at=(85, 76, 70), labels=made.labels)
+    result.patient = plots.save(figure, result.out / "patient.png", dpi=130)
+    close(figure)
+    _write_page(result)
 
 
 def _draw_phantoms(notebooks: Sequence[Path]) -> dict[Any, Any]:
@@ -264,7 +284,7 @@ figcaption {{ color: #44515d; font-size: .95rem; margin-top: .5rem }}
 </style></head><body>
 <h1>{title}</h1>
 <p>{about}</p>
-<table><tr><th></th><th>time</th><th>what was seen</th></tr>
+{patient}<table><tr><th></th><th>time</th><th>what was seen</th></tr>
 {rows}</table>
 {sections}</body></html>
 """
@@ -295,11 +315,18 @@ def _write_page(result: DemoResult) -> None:
             f'<section id="{step.name}"><h2>{title}</h2><p>{html.escape(step.about)}</p>'
             f'<p class="{style}">{said}</p>{pictures}{more}</section>\n'
         )
+    patient = (
+        '<figure><img alt="patient" src="patient.png"><figcaption>One of the synthetic patients that everything below works '
+        "on, with the organs that come labelled (colours). Scan and labels are drawn by a procedure.</figcaption></figure>\n"
+        if result.patient
+        else ""
+    )
     unfinished = any(step.state != "done" for step in result.steps)
     page = _PAGE.format(
         title="A tour of smartlab" if result.tour else "The notebooks of smartlab",
         about=_SYNTHETIC + (" This page fills as the notebooks end." if unfinished else ""),
         refresh='<meta http-equiv="refresh" content="5">' if unfinished else "",
+        patient=patient,
         rows="".join(rows),
         sections="".join(sections),
     )

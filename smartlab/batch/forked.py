@@ -35,6 +35,7 @@ _PRELOAD = [  # without umap, whose first import in a new environment compiles f
     "scipy.ndimage",
     "scipy.stats",
     "sklearn.linear_model",
+    "sklearn.manifold",
     "smartlab.notebook",
     "smartlab.data.building",
     "smartlab.data.crops",

@@ -85,9 +85,11 @@ def test_conda_and_pip_users_get_the_same_versions():
 
 
 def test_ci_and_make_agree_on_the_test_command():
-    assert "make test" in (REPO / ".ci" / "run").read_text(encoding="utf-8")
+    lines = (REPO / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert {"make check", "make test", "make test-slow"} <= set(lines), "together, every test and each once"
     makefile = (REPO / "Makefile").read_text(encoding="utf-8")
-    for target in ("setup", "demo", "test", "lab", "bench"):
+    assert '-m "not slow"' in makefile and "-m slow" in makefile
+    for target in ("setup", "demo", "test", "test-slow", "test-all", "lab", "bench"):
         assert re.search(rf"^{target}:", makefile, re.M)
 
 

@@ -9,7 +9,6 @@ from benchmarks.viewer import PROMISED, measure, mount
 from smartlab.viewers import masks, render, view
 from tests.browser.looking import index, pixels, readout, same, stage, windowed
 
-pytestmark = pytest.mark.slow
 SHAPE, GRID = (48, 40, 32), (6, 5, 4)
 
 
@@ -146,6 +145,7 @@ def test_every_tool_has_a_name_and_states_what_it_does(page, full):
     assert axial.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
 
 
+@pytest.mark.slow
 def test_a_slice_change_is_drawn_within_what_we_promise(page):
     """From the event to the drawn image, median of 50; the best of three rounds, as others use the machine too.
 

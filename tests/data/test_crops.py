@@ -387,6 +387,7 @@ print(sum(batch["views"].shape[0] for batch in loader))
 """
 
 
+@pytest.mark.slow
 def test_workers_need_no_space_in_dev_shm(store):
     """In a mount namespace of its own, with a /dev/shm of 1 MB."""
     python = f"{sys.executable} -c '{TINY_SHM}' {store.path}"

@@ -5,11 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -29,8 +25,8 @@ from smartlab.data.prepare import prepare_store
 from smartlab.errors import DataError, UseError
 from tests.data import mammograms as mg
 from tests.data.store_cohort import snapshot
+from tests.processes import Child
 
-REPO = Path(__file__).resolve().parents[2]
 FLAT = {"shape": (256, 192), "spacing": 1.0}
 
 
@@ -130,27 +126,23 @@ def test_no_name_or_path_is_in_the_store(cohort):
         assert word.encode() not in text
 
 
-SCRIPT = """
-import sys, smartlab as sl
-sl.build_store(sys.argv[1], sys.argv[2], sys.argv[3], spacing=1.0, workers=0, progress=False)
-"""
+def build(manifest_path, root, out):
+    sl.build_store(manifest_path, root, out, spacing=1.0, workers=0, progress=False)
 
 
 def test_killed_while_building_and_run_again_gives_the_same_store(cohort, tmp_path):
     _, root, store = cohort
     out = tmp_path / "store"
-    command = [sys.executable, "-c", SCRIPT, str(root / "manifest.json"), str(root), str(out)]
     killed = 0
     for lines in (1, 4):
-        process = subprocess.Popen(command, cwd=REPO, start_new_session=True)
+        child = Child(build, root / "manifest.json", root, out)
         journal, until = out / "journal.jsonl", time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < until:
+        while child.running and time.monotonic() < until:
             if journal.exists() and journal.read_bytes().count(b"\n") >= lines:
                 break
             time.sleep(0.002)
-        killed += process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        killed += child.running
+        child.kill()
     assert killed == 2 and not (out / "store.json").exists()
     report = sl.build_store(root / "manifest.json", root, out, spacing=1.0, workers=0, progress=False)
     assert report.skipped >= 4

@@ -365,7 +365,7 @@ def test_killed_at_random_moments_and_run_again_gives_the_same_store(larger, tmp
     assert snapshot(out) == snapshot(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_polite_stop_keeps_what_is_done_and_exits_in_order(larger, tmp_path, number):
     man, root, out, path = larger
     process = start_build(path, root, out)
@@ -401,6 +401,7 @@ def _die_on_two(job):
     return job
 
 
+@pytest.mark.slow
 def test_a_running_dask_cluster_does_the_work(cohort, tmp_path):
     build(cohort)
     man, root, _ = cohort

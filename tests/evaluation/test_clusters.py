@@ -149,6 +149,7 @@ def test_umap_leaves_the_number_of_threads_alone_and_keeps_what_it_compiled():
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.slow  # numba compiles UMAP where it has not before
 def test_umap_beside_the_others():
     result = clusters(blobs(12), draws=50, umap_seeds=2)
     assert {"umap_x", "pca_x", "tsne_x"} <= set(result.table)

@@ -381,7 +381,7 @@ def test_ctrl_c_ends_the_demo_and_its_kernels(tmp_path):
     nbformat.write(book, tmp_path / "00_long.ipynb")
     code = (
         "import pathlib, sys, smartlab.demo as demo; from smartlab.cli import main\n"
-        f"demo.notebook_folder = lambda: pathlib.Path({str(tmp_path)!r}); demo._draw_phantoms = lambda *a: {}\n"
+        f"demo.notebook_folder = lambda: pathlib.Path({str(tmp_path)!r}); demo._draw_phantoms = lambda *a: {{}}\n"
         "sys.argv = ['smartlab', 'demo', '--all', '--out', sys.argv[1]]; main()"
     )
     process = subprocess.Popen(

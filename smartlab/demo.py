@@ -194,7 +194,13 @@ def _draw_phantoms(notebooks: Sequence[Path]) -> dict[Any, Any]:
     wanted = dict.fromkeys(n for path in notebooks if (n := _patients(path)))
     drawing: dict[Any, Any] = {}
     for number, patients in enumerate(wanted):
-        given = {"manifest": "phantom-ct", "patients": patients, "workers": JOBS, "progress": False}
+        few = patients <= 8  # sooner drawn here than workers are started
+        given = {
+            "manifest": "phantom-ct",
+            "patients": patients,
+            "workers": 0 if few else JOBS,
+            "progress": False,
+        }
         if number == 0:
             open_cohort(**given)
             drawing[patients] = None

@@ -27,6 +27,7 @@ from typing import Any
 from smartlab.errors import DataError, UseError
 
 JOBS = 2  # notebooks at a time: what two cores can do
+FIRST = ("1_masks", "3_segment")  # started before others: what one waits to see, and what takes longest
 
 
 @dataclass
@@ -121,7 +122,7 @@ def run_demo(
     if progress and cohorts:
         print(f"  Phantom patients: the first there in {time.monotonic() - start:.0f} s", flush=True)
     todo: queue.SimpleQueue[tuple[Path, Step]] = queue.SimpleQueue()
-    for pair in zip(notebooks, result.steps, strict=True):
+    for pair in sorted(zip(notebooks, result.steps, strict=True), key=lambda pair: pair[0].stem not in FIRST):
         todo.put(pair)
     lock = threading.Lock()
 

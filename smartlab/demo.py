@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import queue
+import sys
 import threading
 import time
 import warnings
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from smartlab.errors import DataError, UseError
+from smartlab.notebook import notebook_folder
 
 JOBS = 2  # notebooks at a time: what two cores can do
 FIRST = ("1_masks", "3_segment")  # started before others: what one waits to see, and what takes longest
@@ -79,13 +81,6 @@ class DemoResult:
 
 
 _SYNTHETIC = "All of it is synthetic data: it shows what the tools do, and nothing about patients."
-
-
-def notebook_folder() -> Path:
-    """The shipped notebooks: inside the wheel, or beside the package in a checkout."""
-    package = Path(__file__).resolve().parent
-    inside = package / "notebooks"
-    return inside if inside.is_dir() else package.parent / "notebooks"
 
 
 def run_demo(
@@ -153,7 +148,8 @@ def run_demo(
     except KeyboardInterrupt:  # kernels have a session of their own, which Ctrl-C does not reach
         for kernel in multiprocessing.active_children():
             kernel.kill()
-        raise
+        print("smartlab: stopped; run the same command again to go on", file=sys.stderr, flush=True)
+        os._exit(130)  # threads that talk to dead kernels would be waited for
     result.seconds = time.monotonic() - start
     _write_page(result)
     return result

@@ -169,6 +169,13 @@ def train(config: Config, out: str | Path, *, resume: bool = True, processes: in
     return launch(config, Path(out), resume, processes)
 
 
+def notebook_folder() -> Path:
+    """The shipped notebooks: inside the wheel, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "notebooks"
+    return inside if inside.is_dir() else package.parent / "notebooks"
+
+
 def keep_copy(picture: Path, to: Path) -> Path:
     """Copy a picture beside the notebook's own, whole or not at all."""
     to.parent.mkdir(parents=True, exist_ok=True)

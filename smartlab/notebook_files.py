@@ -62,7 +62,7 @@ def problems(path: Path) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Clean the files, or with --check only say what is not clean; the exit code."""
-    from smartlab.demo import notebook_folder
+    from smartlab.notebook import notebook_folder
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -12,6 +12,7 @@ import os
 import signal
 import tempfile
 import traceback
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Child:
         handle, name = tempfile.mkstemp(suffix=".log")
         os.close(handle)
         self._log = Path(name)
+        weakref.finalize(self, self._log.unlink, missing_ok=True)
         given = {**os.environ, **(env or {})}
         self._process = _CONTEXT.Process(target=_run, args=(name, given, function, args))
         path = os.environ.get("PYTHONPATH")

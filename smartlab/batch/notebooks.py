@@ -18,7 +18,7 @@ Scalar = bool | int | float | str | None
 
 def locate(notebook: str, plan: Path) -> Path:
     """A shipped notebook by name, or a path relative to the plan."""
-    from smartlab.demo import notebook_folder
+    from smartlab.notebook import notebook_folder
 
     candidates = [plan.parent / notebook, notebook_folder() / f"{notebook}.ipynb"]
     for path in candidates:

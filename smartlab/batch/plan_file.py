@@ -72,7 +72,7 @@ class PlanFile(_Strict):
 
 
 def plan_folder() -> Path:
-    from smartlab.demo import notebook_folder
+    from smartlab.notebook import notebook_folder
 
     return notebook_folder() / "plans"
 

@@ -212,7 +212,8 @@ def _patients(notebook: Path) -> Any:
     from smartlab.batch.notebooks import notebook_parameters
 
     with suppress(UseError):
-        return notebook_parameters(notebook).get("patients")
+        known = notebook_parameters(notebook)
+        return known.get("patients") if known.get("manifest", "phantom-ct") == "phantom-ct" else None
     return None
 
 

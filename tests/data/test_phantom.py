@@ -342,7 +342,7 @@ def test_a_patient_is_drawn_and_written_in_half_a_second(tmp_path):
 
 
 def test_drawing_imports_nothing_heavy():
-    """A drawing worker that has to start anew is at work in a second."""
+    """So that a drawing worker that has to start anew is at work soon."""
     heavy = ("torch", "scipy.interpolate", "pandas", "sklearn", "matplotlib", "distributed")
     code = "import sys, smartlab.data.phantom, smartlab.data.phantoms.ct, smartlab.data.phantoms.mammo\n"
     code += f"print([m for m in {heavy} if m in sys.modules])"
@@ -376,7 +376,7 @@ def test_thin_slabs_paint_what_the_whole_volume_does_at_once(monkeypatch):
     assert all((a == b).all() for a, b in zip(thin, whole, strict=True))
 
 
-def test_the_small_preset_says_how_many_it_draws_and_has_has_every_split(tmp_path, capsys):
+def test_the_small_preset_says_how_many_it_draws_and_has_every_split(tmp_path, capsys):
     data = load_config("tiny").data
     manifest = phantom_manifest("ct", data.phantom_cases)
     assert {case.split for case in manifest.cases} == {"train", "val", "test"}

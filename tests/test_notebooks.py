@@ -218,7 +218,7 @@ def test_the_notebooks_run_as_shipped(tmp_path, monkeypatch, capfd):
         assert pictures and all(p.stat().st_size > 5000 for p in pictures)
         check_outputs(folder / "notebook.ipynb")
         page = (folder / "notebook.html").read_text(encoding="utf-8")
-        assert "application/vnd.jupyter.stderr" not in page
+        assert 'data-mime-type="application/vnd.jupyter.stderr"' not in page
 
 
 @pytest.mark.slow

@@ -38,9 +38,9 @@ FLAT_CHUNKS, FLAT_BLOCKS = (1024, 1024, 1), (128, 128, 1)  # of mammograms: 2 MB
 # CT after resampling is smooth plus noise, so codecs that only find repeats fail. Share of the raw
 # size and ms per 128³ region on one core, sarcoma CTs at 2 mm: LZ4 + bit shuffle 0.52 and 2.0,
 # LZ4HC-9 + bit shuffle 0.48 and 1.9, Zstandard-1 + bit shuffle 0.45 and 3.6, Zstandard-1 + byte
-# shuffle + byte delta 0.39 and 3.5 (Huffman codes the differences). Level 5 writes a phantom of 160³ in
-# 0.07 s; level 8 takes eight times as long for 1% less, level 1 half as long for 2% more.
-CT_CODEC: dict[str, Any] = {"filters": [blosc2.Filter.SHUFFLE, blosc2.Filter.BYTEDELTA], "clevel": 5}
+# shuffle + byte delta 0.39 and 3.5 (Huffman codes the differences). Phantoms are written at level 5, one of
+# 160³ in 0.07 s; level 8 takes eight times as long for 1% less.
+CT_CODEC: dict[str, Any] = {"filters": [blosc2.Filter.SHUFFLE, blosc2.Filter.BYTEDELTA], "clevel": 8}
 LABEL_CODEC: dict[str, Any] = {"filters": [blosc2.Filter.NOFILTER], "clevel": 5}
 
 
@@ -93,7 +93,7 @@ def _build(job: Job, content: str) -> dict[str, Any]:
 
     # a changed source or setting gives a new name: a store in use is never written over
     name = f"{job.key}-{hashed(job.salt, 'file', job.request + content)[:12]}"
-    file, size = write_array(job.out, f"volumes/{name}.b2nd", array, CT_CODEC)
+    file, size = write_array(job.out, f"volumes/{name}.b2nd", array, CT_CODEC | ({"clevel": 5} if job.phantom else {}))
     row = {
         "key": job.key,
         "file": file,

@@ -28,7 +28,7 @@ class Cohort:
         self.groups = man.images()
         self.keys = [hashed(salt, "image", group.key) for group in self.groups]
         self.case_keys = {case.id: hashed(salt, "case", case.id) for case in man.cases}
-        self.flat = man.modality == "MG"
+        self.flat, self.phantom = man.modality == "MG", man.source.kind == "phantom"
         self.organs = tuple(sorted(man.organs))
         self.values = label_values(man) if settings.labels else {}
         self.rois: dict[str, str] = man.source.parameters.get("segments", {})
@@ -61,6 +61,7 @@ class Cohort:
                 self.organs,
                 words,
                 outlines,
+                self.phantom,
             )
         except SmartlabError as error:
             return Failure(key, None, scrub(str(error), words, instead="<image>"))

@@ -89,6 +89,7 @@ class Job:
     organs: tuple[int, ...] = ()  # values a label map may hold
     words: tuple[str, ...] = ()  # what identifies this case, for scrubbing
     outlines: tuple[Outline, ...] = ()  # mammograms only
+    phantom: bool = False  # drawn here: written fast rather than small
 
     @property
     def sources(self) -> dict[Path, list[Path]]:

@@ -250,9 +250,9 @@ def test_holm_keeps_order_and_lies_between_no_correction_and_bonferroni(p):
     assert (np.diff(found[np.argsort(p, kind="stable")]) >= 0).all()
 
 
-# --- coverage: 500 studies of a known population each
+# --- coverage: 300 studies of a known population each
 
-STUDIES = range(500)
+STUDIES = range(300)
 
 
 def coverage(hits) -> None:
@@ -273,7 +273,7 @@ def test_coverage_of_means_and_proportions():
     def one(seed):
         r = np.random.default_rng(seed)
         dice, few = r.beta(4, 1, 100), r.normal(size=8)
-        drawn = stats.bootstrap(np.mean, np.arange(100), dice, draws=500, seed=seed)["value"]
+        drawn = stats.bootstrap(np.mean, np.arange(100), dice, draws=250, seed=seed)["value"]
         seeds, cases = stats.t_interval(few), stats.t_interval(dice)
         rare = stats.wilson(int(r.binomial(120, 0.1)), 120)
         return within(drawn, 0.8), within(cases, 0.8), within(seeds, 0), within(rare, 0.1)
@@ -287,7 +287,7 @@ def test_coverage_for_patients_with_several_cases():
         r = np.random.default_rng(seed)
         who = np.repeat(np.arange(80), r.integers(1, 6, 80))
         x = r.normal(size=80)[who] + r.normal(size=len(who))
-        drawn = stats.bootstrap(np.mean, who, x, draws=400, seed=seed)["value"]
+        drawn = stats.bootstrap(np.mean, who, x, draws=250, seed=seed)["value"]
         naive.append(within(stats.t_interval(x), 0))
         return within(stats.t_interval(x, who), 0), within(drawn, 0)
 
@@ -303,7 +303,7 @@ def test_coverage_of_auc(n, shift):
         r = np.random.default_rng(seed)
         truth = (r.random(n) < 0.4).astype(int)
         score = r.normal(size=n) + shift * truth
-        drawn = stats.bootstrap(metrics.auc, np.arange(n), truth, score, draws=400, seed=seed)["value"]
+        drawn = stats.bootstrap(metrics.auc, np.arange(n), truth, score, draws=250, seed=seed)["value"]
         return within(drawn, true_auc(shift)), within(stats.auc_interval(truth, score), true_auc(shift))
 
     coverage(map(one, STUDIES))
@@ -313,7 +313,7 @@ def test_coverage_of_auc(n, shift):
 def test_coverage_of_auc_for_patients_with_several_rows():
     def one(seed):
         who, truth, score = clustered(seed)
-        drawn = stats.bootstrap(metrics.auc, who, truth, score, draws=400, seed=seed)["value"]
+        drawn = stats.bootstrap(metrics.auc, who, truth, score, draws=250, seed=seed)["value"]
         return within(drawn, true_auc(1)), within(stats.auc_interval(truth, score, who), true_auc(1))
 
     coverage(map(one, STUDIES))

@@ -89,13 +89,13 @@ def judge(run: sl.Run, store: Store, images: list[int]) -> list[dict[str, Any]]:
     for image in images:
         hu = tiles(torch.from_numpy(store.array(image)[:].astype(np.float32)), config.data.view)
         labels = tiles(torch.from_numpy(store.labels(image)[:]), config.data.view)  # type: ignore[index]
-        shares = unit_shares(hu, labels, names, config.semantic.stride)
+        shares = unit_shares(hu, labels, names, config.unit)
         views = window(hu, *config.data.window)[:, None]
         maps = {}
         for noise in NOISE:
             generator = torch.Generator().manual_seed(image)
             dropped = dropped_patches(teacher, views, noise, generator) if noise else None
-            maps[noise] = teacher(views, dropped=dropped, units_only=True).attention.mean(1)
+            maps[noise] = teacher(views, dropped=dropped, deep=0).attention.mean(1)
             for name, value in measured(
                 maps[noise], maps[NOISE[0]], shares, config.mask.ratio, image
             ).items():

@@ -36,12 +36,12 @@ class PublishedSwin(SwinTransformer):
         return self.patch_embed(x).permute(0, 2, 3, 4, 1)
 
     def stages(
-        self, tokens: Tensor, repeats: object = None, upto: int = 4, apart: bool = False
+        self, tokens: Tensor, repeats: object = None, upto: int = 4, apart: bool = False, done: int = 0
     ) -> list[Tensor]:
-        """All stages on all tokens, whatever is asked for."""
+        """On all tokens."""
         x = self.pos_drop(tokens.permute(0, 4, 1, 2, 3))
         maps = [x]
-        for layers in (self.layers1, self.layers2, self.layers3, self.layers4):
+        for layers in (self.layers1, self.layers2, self.layers3, self.layers4)[done:upto]:
             maps.append(layers[0](maps[-1].contiguous()))
         return [m.permute(0, 2, 3, 4, 1) for m in maps]
 
@@ -87,28 +87,29 @@ class Reference(MaskedDistillation):
         where = upsample(hidden, student.grid, self.student.encoder.stride)[:, None]
         return (F.l1_loss(made, x, reduction="none") * where).sum() / where.sum()
 
-    def match_tokens(self, student: Encoded, teacher: Encoded, hidden: Tensor, clock: Clock) -> Tensor:
+    def match_tokens(
+        self, student: Encoded, teacher: Encoded, hidden: Tensor, clock: Clock
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Heads see all tokens; the loss of the shown ones is thrown away."""
         assert self.teacher is not None and self.student.patch_head is not None
         d = self.config.distill
-        said, where = self.student.patch_head(student.tokens), hidden.float()
+        said, where = self.student.patch_head(student.units), hidden.float()
         if d.kind == "regression":
-            target = F.layer_norm(teacher.tokens, teacher.tokens.shape[-1:])
+            target = teacher.units
             each = F.smooth_l1_loss(said, target, reduction="none").mean(-1)
         else:
             with torch.no_grad():
-                logits = self.teacher.patch_head(teacher.tokens)  # type: ignore[misc]
-                target = self.assign(logits, self.patch_centre, clock)
+                logits = self.teacher.patch_head(teacher.units)  # type: ignore[misc]
+                target = self.assign(logits, self.centres["patch"], clock)
                 # ours gathers before the heads and centres what it gathered
-                self.patch_centre.update(logits[hidden])
+                self.centres["patch"].update(logits[hidden])
             each = -(target * F.log_softmax(said / d.student_temperature, -1)).sum(-1)
-        return (each * where).sum() / where.sum()
+        return (each * where).sum() / where.sum(), {}
 
     def match_images(
-        self, image_token: Tensor, teacher: Encoded, clock: Clock
+        self, which: str, said: Tensor, taught: Tensor, clock: Clock
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, _ = super().match_images(image_token, teacher, clock)
-        return loss, {}
+        return super().match_images(which, said, taught, clock)[0], {}
 
     def watch(self, *_: object) -> dict[str, Tensor]:  # type: ignore[override]
         return {}

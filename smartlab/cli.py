@@ -139,6 +139,7 @@ smartlab evaluate runs/x --task fewshot --label malignancy shots=[1,5,20] draws=
 smartlab evaluate runs/x --task outcome --label outcome covariates=clinic.csv
 smartlab evaluate runs/x --task outcome --label time_months event=event
 smartlab evaluate runs/x --task clusters embeddings=[umap,pca]
+smartlab evaluate runs/x --task units labelled=4 "levels=[stage 2,tokens]"
 smartlab evaluate runs/x --task unsupervised stage=2
 smartlab evaluate runs/x --task heads sample=scans --json
 smartlab evaluate runs/x --task localize regions=lesion
@@ -161,7 +162,7 @@ Stopped, it goes on with --resume and gives what it would have given.
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
     task: Annotated[
-        str, typer.Option(help="probe, knn, fewshot, outcome, clusters, unsupervised, heads or localize.")
+        str, typer.Option(help="probe, knn, fewshot, outcome, clusters, units, unsupervised, heads or localize.")
     ],
     manifest: Annotated[str, typer.Option(help="Manifest name or path.")] = "phantom-ct",
     settings: Annotated[list[str] | None, typer.Argument(help="Settings of the task as key=value.")] = None,

@@ -67,6 +67,7 @@ _MAE: dict[str, Any] = {  # He et al., "Masked autoencoders are scalable vision 
     "mask.ratio": 0.75,
     "loss.patch": 0.0,
     "loss.image": 0.0,
+    "loss.global_image": 0.0,
     "loss.coarse": 0.0,
     "data.window": (0.0, 4095.0),  # the grey values of mammograms
 }
@@ -82,14 +83,14 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "encoder.window_size": 4,
         "encoder.qkv_bias": False,
     },
-    "smart": {  # [mhub]
+    "smart": {  # [paper]; bias of q, k and v [mhub]
         **_SWIN,
         "encoder.embed_dim": 48,
         "encoder.depths": (2, 2, 8, 2),
         "encoder.num_heads": (4, 4, 8, 16),
         "encoder.window_size": 4,
         "encoder.qkv_bias": True,
-        "encoder.drop_path": 0.3,
+        "encoder.drop_path": 0.1,
     },
     "swinunetr": {  # MONAI's SwinUNETR default, so that weights drop straight in
         **_SWIN,
@@ -112,33 +113,58 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "custom": {},
 }
 
+_DAGMAN: dict[str, Any] = {  # [paper]
+    **_DISTILLATION,
+    "mask.strategy": "attention_hint",  # guided by the clean teacher's semantic attention
+    "teacher.patch_dropout": 0.7,  # of patch tokens, for the targets
+}
+_IBOT: dict[str, Any] = {  # Zhou et al., "iBOT" (2022): masked and image tokens distilled, no voxels
+    **_DISTILLATION,
+    "mask.strategy": "block",
+    "mask.ratio": 0.5,
+    "mask.ratio_min": 0.1,
+    "mask.fill": "token",
+    "mask.p_attention": 0.5,
+    "mask.otherwise": "unmasked",
+    "loss.amip": 0.0,
+    "loss.patch": 1.0,
+    "loss.image": 1.0,
+    "loss.global_image": 0.0,
+    "loss.coarse": 0.0,
+}
+
 METHODS: dict[str, dict[str, Any]] = {
     "simmim": {  # masked prediction alone
         **_DISTILLATION,
         "semantic.enabled": False,
         "teacher.enabled": False,
         "mask.strategy": "random",
+        "mask.fill": "token",
         "loss.patch": 0.0,
         "loss.image": 0.0,
+        "loss.global_image": 0.0,
         "loss.coarse": 0.0,
     },
     "smit": {  # clean teacher, average-pooled image token
         **_DISTILLATION,
         "semantic.enabled": False,
         "mask.strategy": "random",
+        "loss.global_image": 0.0,
         "loss.coarse": 0.0,
     },
-    "smart": {  # semantic class attention [abs], attention masks from a noisy teacher [abs]
+    "smart": _DAGMAN,  # two write-ups of one method
+    "dagman": _DAGMAN,
+    # the paper's other rows
+    "ibot": _IBOT,
+    "attmask": {**_IBOT, "mask.strategy": "attention_high"},  # Kakogeorgiou et al. (2022); or attention_hint
+    "mst": {  # Li et al., "MST" (2021): the least attended are hidden and restored, image tokens distilled
         **_DISTILLATION,
-        "semantic.kind": "class",
-        "mask.strategy": "attention_high",
-        "teacher.patch_dropout": 0.3,  # [ours]
-    },
-    "dagman": {  # full self-attention in the semantic block [ours]
-        **_DISTILLATION,
-        "semantic.kind": "full",
-        "mask.strategy": "attention_high",
-        "teacher.patch_dropout": 0.3,  # [ours]
+        "mask.strategy": "attention_low",
+        "mask.fill": "token",
+        "loss.patch": 0.0,
+        "loss.image": 1.0,
+        "loss.global_image": 0.0,
+        "loss.coarse": 0.0,
     },
     "mae": {**_MAE, "mae.scales": (1,), "mae.attention": ("softmax",), "mae.weights": (1.0,)},
     "miram": {  # the image at its own and at a higher resolution, that one by linear attention [abs]
@@ -164,7 +190,7 @@ def load_config(
     >>> cfg = load_config("tiny", {"mask.strategy": "random", "train.steps": 200})
     """
     name, content = _read(preset)
-    written, asked = dict(flatten(content)), dict(flatten(overrides or {}))
+    written, asked = _since_0_1(dict(flatten(content))), dict(flatten(overrides or {}))
     for key in written | asked:
         _check_key(key, name)
     below: dict[str, Any] = {}
@@ -179,6 +205,25 @@ def load_config(
         return Config.model_validate(_nest(below | written | above | asked))
     except ValidationError as error:
         raise UseError("the configuration is not valid", path=name, found=_explain(error)) from None
+
+
+def _since_0_1(written: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run of version 0.1, which had other defaults and named a stage by its stride."""
+    if "semantic.stride" not in written:
+        return written
+    stride, patch = written.pop("semantic.stride"), written.get("encoder.patch", 2)
+    written.pop("mask.unit", None)
+    threshold = written.pop("mask.informativeness", 0.0)  # was absolute
+    return {
+        "semantic.stage": (stride // patch).bit_length() - 1,
+        "mask.informativeness": 1.0 if threshold else 0.0,
+        "mask.fill": "token",
+        "mask.hint_from": "any",
+        "teacher.guide": "noisy",
+        "teacher.dropout_unit": "mask_unit",
+        "distill.patch_from": "semantic",
+        "loss.global_image": 0.0,
+    } | written
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
@@ -221,6 +266,9 @@ def _read(preset: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any
         raise UseError("cannot be read as YAML", path=path, found=" ".join(str(error).split())) from None
     if not isinstance(content, Mapping):
         raise UseError("is not a mapping of settings", path=path, found=type(content).__name__)
+    if "extends" in content:  # the settings of another preset, with these on top
+        own = {key: value for key, value in content.items() if key != "extends"}
+        content = _nest(dict(flatten(_read(content["extends"])[1])) | dict(flatten(own)))
     return str(preset), content
 
 

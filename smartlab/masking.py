@@ -1,12 +1,13 @@
 """Which mask units to hide from the student.
 
-Every strategy turns an importance per unit into exactly k = ⌈r·N⌉ hidden units per sample, as
-batched tensor code on the device, with randomness from a passed `torch.Generator` only.
+Every strategy turns an importance per unit into exactly k = ⌈r·N⌉ hidden units per sample (fewer only where
+`otherwise`, `ratio_min` or `hint_refill` say so), as batched tensor code on the device, with randomness from
+a passed `torch.Generator` only.
 
 - `random`: k units uniformly.
 - `block`: boxes of 2×2×2 to 4×4×4 units until k are covered.
 - `attention_high`: the k most important.
-- `attention_hint`: the k most important, then a share of them revealed and replaced by others.
+- `attention_hint`: the k most important but for hints, some of the very top, and the next ones instead.
 - `attention_low`: the k least important.
 - `attention_sample`: k without replacement, with probability ∝ a^(1/temperature).
 
@@ -36,15 +37,24 @@ def make_mask(
     batch: int | None = None,
     device: torch.device | str = "cpu",
     hint: float = 0.1,
+    hint_from: str = "top",
+    hint_refill: bool = True,
     temperature: float = 1.0,
     p_attention: float = 1.0,
+    otherwise: str = "random",
+    ratio_min: float | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """(B, N) bool, True = hidden, exactly ⌈ratio·N⌉ per row.
 
     attention:   (B, N) importance, or (B, heads, N) whose mean over heads is the importance;
                  None for `random` and `block`, which then need `batch` (and `device`).
-    p_attention: share of the samples (in expectation) that follow the strategy; others are random.
+    hint:        share of the hidden units that `attention_hint` reveals, drawn from the ⌈hint·N⌉ most
+                 important (`hint_from="any"`: from all hidden); the next most important are hidden instead,
+                 unless `hint_refill` is off.
+    p_attention: share of the samples (in expectation) that follow the strategy; the others are random, or
+                 by `otherwise="unmasked"` whole.
+    ratio_min:   draw every sample's ratio evenly from here to `ratio`.
     shard:       (rank, world): draw for the batches of all ranks and keep this rank's rows, so that
                  several processes hide what one process with the whole batch would.
 
@@ -57,6 +67,9 @@ def make_mask(
         raise UseError(f"mask ratio {ratio} hides nothing or everything", expected="a number between 0 and 1")
     k = hidden_count(ratio, n)
     noise = uniform((rows, n), device, generator, shard)
+    if ratio_min is not None:
+        share = uniform((rows, 1), device, generator, shard)
+        counts = ((ratio_min + share * (ratio - ratio_min)) * n - 1e-4).ceil()
     if strategy == "random":
         score = noise
     elif strategy == "block":
@@ -68,13 +81,19 @@ def make_mask(
         logits = importance.clamp_min(1e-12).log() / temperature
         score = logits - (-noise.clamp_min(1e-12).log()).clamp_min(1e-12).log()
     else:
-        score = _rank(importance, noise)
-    mask = _top(score, k)
+        score = _rank(importance, noise).float()
     if strategy == "attention_hint":
-        mask = _reveal(mask, k, round(hint * k), device, generator, shard)
-    if strategy.startswith("attention") and p_attention < 1:
-        guided = uniform((rows, 1), device, generator, shard) < p_attention
-        mask = torch.where(guided, mask, _top(noise, k))
+        hints = min(round(hint * k), n - k)
+        among = min(k, max(hints, hidden_count(hint, n))) if hint_from == "top" else k
+        shown = _top(uniform((rows, n), device, generator, shard).where(_top(score, among), -1.0), hints)
+        score = score.masked_fill(shown, -1.0)  # below every rank
+        k = k if hint_refill else k - hints
+    mask = _top(score, k)
+    if ratio_min is not None:
+        mask &= score.argsort(-1, descending=True).argsort(-1) < counts
+    if strategy != "random" and p_attention < 1:
+        follows = uniform((rows, 1), device, generator, shard) < p_attention
+        mask = torch.where(follows, mask, _top(noise, k) if otherwise == "random" else False)
     return mask
 
 
@@ -137,24 +156,6 @@ def _top(score: Tensor, k: int) -> Tensor:
     """The k highest per row, as a bool mask."""
     mask = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
     return mask.scatter_(-1, score.topk(k, -1).indices, True)
-
-
-def _reveal(
-    mask: Tensor,
-    k: int,
-    swaps: int,
-    device: torch.device,
-    generator: torch.Generator | None,
-    shard: tuple[int, int],
-) -> Tensor:
-    """Show `swaps` of the hidden units and hide as many of the visible ones instead."""
-    swaps = min(swaps, mask.shape[1] - k)
-    if swaps == 0:
-        return mask
-    noise = uniform(tuple(mask.shape), device, generator, shard)
-    shown = _top(noise.masked_fill(~mask, -1), swaps)
-    hidden = _top(noise.masked_fill(mask, -1), swaps)
-    return (mask & ~shown) | hidden
 
 
 def _blocks(

@@ -1,6 +1,6 @@
 """Every knob of smartlab: the models of the configuration, their defaults and what must hold between them.
 
-Where a number comes from is marked as in the papers' notes: [abs] abstracts, [smit] published SMIT
+Where a number comes from is marked: [paper] the DAGMaN paper, [abs] abstracts, [smit] published SMIT
 code, [attmask] published AttMask code, [mhub] the group's published lung-tumour model, [ours]
 chosen here. An [ours] value is never the papers'. How a configuration is put together from presets,
 files and overrides is in `config.py`.
@@ -18,7 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 EncoderPreset = Literal[
     "tiny", "smit", "smart", "swinunetr", "vit-tiny", "vit-small", "vit-base", "vit-large", "custom"
 ]
-MethodPreset = Literal["simmim", "smit", "smart", "dagman", "mae", "miram", "custom"]
+MethodPreset = Literal[
+    "simmim", "smit", "smart", "dagman", "ibot", "mst", "attmask", "mae", "miram", "custom"
+]
 AttentionKind = Literal["softmax", "nystrom", "linformer", "performer"]
 Strategy = Literal["random", "block", "attention_high", "attention_hint", "attention_low", "attention_sample"]
 
@@ -95,12 +97,12 @@ class EncoderConfig(_Section):
 
 
 class SemanticConfig(_Section):
-    """[CLS] attention over the tokens of one stage, one token per mask unit."""
+    """[CLS] attention over the tokens of one stage, a side branch; one token per mask unit."""
 
     enabled: bool = True
-    kind: Literal["full", "class"] = "full"  # all tokens attend, or only [CLS] does (CaiT)
-    stride: Literal[8, 16] = 16  # voxels per semantic token
-    blocks: int = Field(2, ge=1)  # [ours]
+    stage: int = Field(3, ge=1, le=4)  # behind which it looks; its stride is the mask unit [paper]
+    kind: Literal["full", "class"] = "full"  # all tokens attend [paper], or only [CLS] does (CaiT)
+    blocks: int = Field(2, ge=1)  # [paper]
     heads: int = Field(4, ge=1)  # [ours]
     similarity: Literal["dot", "cosine"] = (
         "dot"  # cosine: learned scale per head, selective from the start [ours]
@@ -113,18 +115,33 @@ class MaskConfig(_Section):
     """Which units are hidden from the student."""
 
     strategy: Strategy = "random"
-    unit: Literal[8, 16] = 16  # voxels; always the semantic stride
-    ratio: float = Field(0.7, gt=0, lt=1)  # [smit]
-    p_attention: float = Field(1.0, ge=0, le=1)  # share of samples masked by attention [ours]; AttMask 0.5
+    ratio: float = Field(0.7, gt=0, lt=1)  # [paper]
+    ratio_min: float | None = Field(None, gt=0, lt=1)  # the ratio is drawn from here to `ratio` [attmask]
+    fill: Literal["zero", "token"] = "zero"  # of hidden tokens: nothing [paper], or a learned one (SimMIM)
+    hint: float = Field(0.1, ge=0, le=1)  # share of what is hidden that attention_hint reveals [paper]
+    hint_from: Literal["top", "any"] = "top"  # among the ⌈hint·N⌉ most attended [paper], or anywhere
+    hint_refill: bool = True  # hide others in place of hints, so that ⌈ratio·N⌉ stay hidden [ours]
+    p_attention: float = Field(1.0, ge=0, le=1)  # share of samples masked by the strategy; AttMask 0.5
+    otherwise: Literal["random", "unmasked"] = "random"  # the other samples; AttMask leaves them whole
     warmup_epochs: float = Field(0.0, ge=0)  # random masks first: a new teacher's attention means nothing
-    informativeness: float = Field(
-        0.01, ge=0, le=1
-    )  # random masks until attention is this informative [ours]
+    # random masks until the running informativeness of attention, fast and slow, is this many times an
+    # untrained network's; 0: never wait [ours]
+    informativeness: float = Field(0.0, ge=0)
     importance: Literal["cls", "received"] = (
-        "cls"  # the [CLS] row, or attention received from all tokens [ours]
+        "cls"  # the [CLS] row [paper], or attention received from all tokens [ours]
     )
-    hint: float = Field(0.1, ge=0, le=1)  # share of the top units revealed by attention_hint [attmask]
     temperature: float = Field(1.0, gt=0)  # of attention_sample [ours]
+
+    def drawing(self) -> dict[str, Any]:
+        """What `make_mask` takes by keyword."""
+        names = "hint hint_from hint_refill p_attention otherwise ratio_min temperature"
+        return {name: getattr(self, name) for name in names.split()}
+
+    @property
+    def exact(self) -> bool:
+        """Whether every sample hides ⌈ratio·N⌉ units."""
+        whole = self.p_attention == 1 or self.otherwise == "random"
+        return whole and self.ratio_min is None and (self.hint_refill or self.strategy != "attention_hint")
 
 
 class StudentConfig(_Section):
@@ -138,13 +155,12 @@ class StudentConfig(_Section):
 
 
 class TeacherConfig(_Section):
-    """The exponential moving average of the student that looks at the whole, noisy view."""
+    """The exponential moving average of the student: it says what to hide, and, noisy, what to predict."""
 
     enabled: bool = True
-    patch_dropout: float = Field(
-        0.0, ge=0, lt=1
-    )  # share of the teacher's input patches dropped [abs: that it is]
-    dropout_unit: Literal["token", "mask_unit"] = "mask_unit"
+    guide: Literal["clean", "noisy"] = "clean"  # whose attention guides masks: undamaged views' [paper]
+    patch_dropout: float = Field(0.0, ge=0, lt=1)  # share of the input dropped for the targets; 0.7 [paper]
+    dropout_unit: Literal["token", "mask_unit"] = "token"  # of patch tokens [paper], or of whole units
     noise_std: float = Field(0.0, ge=0)  # extra Gaussian noise on the windowed input [ours]
     momentum: float = Field(
         0.996, ge=0, le=1
@@ -168,17 +184,19 @@ class DistillConfig(_Section):
     centre_momentum: float = Field(0.9, ge=0, lt=1)  # [smit], averaged over all ranks
     freeze_last_epochs: float = Field(1.0, ge=0)  # [smit]
     cross_view: bool = True  # [CLS] of one view against the other view's
-    standardise: bool = (
-        False  # image tokens by running mean and spread before the heads: small batches [ours]
-    )
+    patch_from: Literal["stage", "semantic"] = "stage"  # AMPD's tokens: before SA [paper], or behind it
+    # by running mean and spread: image tokens before the heads, patch tokens as targets of regression. For
+    # small batches [ours]
+    standardise: bool = False
 
 
 class LossConfig(_Section):
-    """Weights of the terms: L = amip + patch·AMPD + image·ITD + coarse·(coarse view from [CLS] alone)."""
+    """L = amip·AMIP + patch·AMPD + image·AITD + global_image·GITD + coarse·(coarse view from [CLS] alone)."""
 
-    amip: float = Field(1.0, ge=0)
-    patch: float = Field(0.1, ge=0)  # λ1 [smit]
-    image: float = Field(0.1, ge=0)  # λ2 [smit]
+    amip: float = Field(1.0, ge=0)  # [paper]
+    patch: float = Field(0.1, ge=0)  # [paper]
+    image: float = Field(0.1, ge=0)  # [paper]
+    global_image: float = Field(0.1, ge=0)  # [paper]
     coarse: float = Field(0.0, ge=0)  # auxiliary [ours]
 
 
@@ -263,9 +281,10 @@ class TrainConfig(_Section):
     batch: int = Field(2, ge=1)  # scans per process and step; each gives two views
     accumulate: int = Field(1, ge=1)
     steps_per_epoch: int | None = Field(None, ge=1)  # None: one pass over the store
-    lr: float = Field(1e-4, gt=0)  # times the global batch [smit]
+    lr: float = Field(1e-4, gt=0)  # [smit]
+    lr_times: Literal["batch", "one"] = "batch"  # times the global batch [smit], or as it stands
     lr_end: float = Field(1e-6, ge=0)
-    warmup: float = Field(0.1, ge=0, lt=1)  # share of the steps [ours]
+    warmup: float = Field(0.1, ge=0, lt=1)  # share of the steps [paper]
     weight_decay: float = Field(0.04, ge=0)  # cosine to weight_decay_end [attmask]
     weight_decay_end: float = Field(0.4, ge=0)
     clip: float = Field(3.0, gt=0)  # gradient norm [attmask]
@@ -310,17 +329,7 @@ class Config(_Section):
             return self
         if self.data.view > self.data.region:
             raise ValueError(f"data.view={self.data.view} does not fit into data.region={self.data.region}")
-        stage_strides = [self.encoder.stride(stage) for stage in range(5)]
-        if self.mask.unit != self.semantic.stride:
-            raise ValueError(
-                f"mask.unit={self.mask.unit} but semantic.stride={self.semantic.stride}: there must be exactly one "
-                f"semantic token per mask unit, so both must be {self.semantic.stride} or both {self.mask.unit}"
-            )
-        if self.semantic.stride not in stage_strides:
-            raise ValueError(
-                f"semantic.stride={self.semantic.stride} is none of the encoder's strides {stage_strides}"
-            )
-        total = stage_strides[-1]
+        total = self.encoder.stride(4)
         if self.data.view % total:
             below = self.data.view // total * total
             raise ValueError(
@@ -363,10 +372,11 @@ class Config(_Section):
             )
 
     def _check_method(self) -> None:
-        channels = self.encoder.embed_dim * self.semantic.stride // self.encoder.patch
+        times = 2**self.semantic.stage
+        channels = self.encoder.embed_dim * times
         if self.semantic.enabled and channels % self.semantic.heads:
             raise ValueError(
-                f"semantic tokens have encoder.embed_dim × {self.semantic.stride // self.encoder.patch} = {channels} "
+                f"semantic tokens have encoder.embed_dim × {times} = {channels} "
                 f"channels, which semantic.heads={self.semantic.heads} does not divide"
             )
         if self.mask.strategy.startswith("attention") and not (
@@ -380,21 +390,32 @@ class Config(_Section):
             raise ValueError(
                 "mask.importance=received needs semantic.kind=full: with class attention only [CLS] attends"
             )
-        if self.semantic.enabled and not (self.loss.patch or self.loss.image or self.loss.coarse):
+        behind = self.loss.patch and self.distill.patch_from == "semantic"
+        if self.semantic.enabled and not (self.loss.image or self.loss.coarse or behind):
             raise ValueError(
-                "nothing would train the semantic attention: set loss.patch, loss.image or loss.coarse, "
-                "or semantic.enabled=false"
+                "nothing would train the semantic attention: set loss.image or loss.coarse, or loss.patch with "
+                "distill.patch_from=semantic, or semantic.enabled=false"
             )
-        if not self.teacher.enabled and (self.loss.patch or self.loss.image):
+        distilled = self.loss.patch or self.loss.image or self.loss.global_image
+        if not self.teacher.enabled and distilled:
             raise ValueError(
-                "loss.patch and loss.image need a teacher; set both to 0 or teacher.enabled=true"
+                "loss.patch, loss.image and loss.global_image need a teacher; set all to 0 or teacher.enabled=true"
             )
-        if not (self.loss.amip or self.loss.patch or self.loss.image):
+        if not (self.loss.amip or distilled):
             raise ValueError("every loss weight is 0: there is nothing to train on")
+        if self.mask.ratio_min is not None and self.mask.ratio_min > self.mask.ratio:
+            raise ValueError(
+                f"mask.ratio_min={self.mask.ratio_min} must not exceed mask.ratio={self.mask.ratio}"
+            )
         if self.teacher.momentum > self.teacher.momentum_end:
             raise ValueError(
                 f"teacher.momentum={self.teacher.momentum} must not exceed teacher.momentum_end={self.teacher.momentum_end}"
             )
+
+    @property
+    def unit(self) -> int:
+        """Voxels per side of a mask unit: the stride of the stage that semantic attention looks at."""
+        return self.encoder.stride(self.semantic.stage)
 
     def save(self, path: str | Path) -> Path:
         """Write the resolved configuration (every value) as YAML."""

@@ -26,7 +26,7 @@ def test_presets_have_the_published_sizes():
         (4, 4, 4, 4),
         4,
     )
-    assert not smit.qkv_bias and smart.qkv_bias and smart.drop_path == 0.3
+    assert not smit.qkv_bias and smart.qkv_bias and smart.drop_path == 0.1
     assert (smart.depths, smart.num_heads) == ((2, 2, 8, 2), (4, 4, 8, 16))
     assert (unetr.depths, unetr.num_heads, unetr.window_size) == ((2, 2, 2, 2), (3, 6, 12, 24), 7)
     assert load_config("smit").data.view == 96 and load_config("smart").data.view == 128
@@ -35,6 +35,8 @@ def test_presets_have_the_published_sizes():
 @pytest.mark.parametrize("name", presets())
 def test_preset_files_say_where_their_numbers_come_from(name):
     text = (PRESET_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    if "extends:" in text:
+        text += (PRESET_FOLDER / f"{yaml.safe_load(text)['extends']}.yaml").read_text(encoding="utf-8")
     assert "[ours]" in text and (name == "tiny" or "[smit]" in text or "[mae]" in text)
 
 
@@ -43,8 +45,35 @@ def test_methods_are_settings_and_single_factors_can_be_switched_alone():
     assert not simmim.teacher.enabled and simmim.loss.patch == simmim.loss.image == 0
     clean = load_config("tiny", {"teacher.patch_dropout": 0.0})
     noisy = load_config("tiny")
-    assert clean.teacher.patch_dropout == 0.0 and noisy.teacher.patch_dropout == 0.3
+    assert clean.teacher.patch_dropout == 0.0 and noisy.teacher.patch_dropout == 0.7
     assert clean.model_copy(update={"teacher": noisy.teacher}) == noisy
+
+
+def test_a_run_of_an_earlier_version_keeps_its_method():
+    """It named the stage by its stride, and had other defaults where the paper was not at hand."""
+    old = {
+        "semantic": {"stride": 8},
+        "mask": {"unit": 8, "informativeness": 0.04},
+        "encoder": {"embed_dim": 12},
+    }
+    config = load_config(old)
+    assert (config.semantic.stage, config.unit, config.mask.fill, config.teacher.guide) == (
+        2,
+        8,
+        "token",
+        "noisy",
+    )
+    assert (config.distill.patch_from, config.loss.global_image, config.mask.hint_from) == (
+        "semantic",
+        0,
+        "any",
+    )
+    assert load_config({"encoder": {"embed_dim": 12}}).mask.fill == "zero"
+
+
+def test_a_preset_can_extend_another():
+    dagman, smart = load_config("dagman"), load_config("smart")
+    assert smart.model_copy(update={"method": dagman.method}) == dagman and smart.method.preset == "smart"
 
 
 def test_later_layers_win():
@@ -70,7 +99,8 @@ def test_an_unknown_key_names_the_nearest_valid_one(wrong, hint):
 @pytest.mark.parametrize(
     ("overrides", "arithmetic"),
     [
-        ({"mask.unit": 16}, "mask.unit=16 but semantic.stride=8"),
+        ({"semantic.stage": 5}, "semantic.stage=5"),
+        ({"mask.ratio_min": 0.8}, "mask.ratio_min=0.8"),
         ({"data.view": 70}, "70 = 2 × 32 + 6"),
         ({"encoder.embed_dim": 10, "encoder.num_heads": [3, 3, 3, 3]}, "10 × 1 = 10"),
         ({"data.view": 96}, "data.view=96 does not fit into data.region=80"),
@@ -83,7 +113,7 @@ def test_an_unknown_key_names_the_nearest_valid_one(wrong, hint):
         ({"train.steps": "many"}, "train.steps='many'"),
         ({"encoder.preset": "huge"}, "huge"),
         ({"encoder": 3}, "section"),
-        ({"encoder.patch": 4, "semantic.stride": 8, "mask.unit": 8, "data.view": 65}, "65"),
+        ({"encoder.patch": 4, "data.view": 65}, "65"),
     ],
 )
 def test_impossible_settings_are_refused_with_the_arithmetic(overrides, arithmetic):

@@ -62,6 +62,35 @@ def test_hint_differs_from_high_in_exactly_the_stated_number(grid, ratio, seed, 
     high, hinted = draw("attention_high", a, ratio, grid), draw("attention_hint", a, ratio, grid, hint=hint)
     expected = min(round(hint * k), n - k)
     assert ((high & ~hinted).sum(1) == expected).all() and ((hinted & ~high).sum(1) == expected).all()
+    fewer = draw("attention_hint", a, ratio, grid, hint=hint, hint_refill=False)
+    assert (fewer.sum(1) == k - expected).all() and not (fewer & ~high).any()
+
+
+@given(grids, st.floats(0.5, 0.9), seeds, st.floats(0.05, 0.3))
+def test_hints_are_among_the_most_attended_and_the_next_ones_are_hidden_instead(grid, ratio, seed, hint):
+    """DAGMaN, section 3.1; before, any hidden unit could be the hint."""
+    a, n = attention_for(grid, seed), math.prod(grid)
+    k, hinted = math.ceil(ratio * n - 1e-9), draw("attention_hint", a, ratio, grid, hint=hint)
+    rank = a.mean(1).argsort(-1, descending=True).argsort(-1)
+    hints = min(round(hint * k), n - k)
+    assert (rank[~hinted & (rank < k)] < max(hints, math.ceil(hint * n - 1e-9))).all()
+    assert (hinted == (hinted & (rank < k + hints))).all()
+
+
+def test_hints_from_anywhere_are_the_old_behaviour():
+    a = attention_for((6, 6, 6), 0, batch=200)
+    rank = a.mean(1).argsort(-1, descending=True).argsort(-1)
+    for where, top_tenth in (("top", 1.0), ("any", 0.1 / 0.7)):
+        hinted = draw("attention_hint", a, 0.7, (6, 6, 6), hint=0.1, hint_from=where)
+        shown = rank[~hinted & (rank < math.ceil(0.7 * 216))]
+        assert (shown < 22).float().mean() == pytest.approx(top_tenth, abs=0.03)
+
+
+def test_the_ratio_can_be_drawn_per_sample():
+    mask = draw("attention_high", attention_for((4, 4, 4), 0, 4000), 0.5, (4, 4, 4), ratio_min=0.1)
+    shares = mask.float().mean(1)
+    assert shares.min() == pytest.approx(0.1, abs=0.02) and shares.max() == pytest.approx(0.5, abs=0.02)
+    assert shares.mean() == pytest.approx(0.3, abs=0.02)
 
 
 @given(st.sampled_from(STRATEGIES), grids, seeds)
@@ -107,6 +136,10 @@ def test_p_attention_mixes_guided_and_random_samples():
         draw("attention_high", a, 0.5, (4, 4, 4), p_attention=0.3),
     )
     assert abs((mixed == high).all(1).float().mean() - 0.3) < 0.03
+    assert (mixed.sum(1) == 32).all(), "the others are masked at random"
+    whole = draw("attention_high", a, 0.5, (4, 4, 4), p_attention=0.3, otherwise="unmasked")
+    assert abs((whole.sum(1) == 32).float().mean() - 0.3) < 0.03
+    assert (whole.sum(1) == 0).sum() + (whole.sum(1) == 32).sum() == 4000
 
 
 def test_equal_attention_gives_random_masks_not_corner_masks():

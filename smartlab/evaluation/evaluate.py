@@ -5,7 +5,8 @@ architecture and trivial baselines beside) and calls the task; every setting of 
 
     probe, knn, fewshot   a label of the lesions (or scans), from frozen features
     outcome               an outcome of the patients
-    clusters              organs in feature space; unsupervised: organs from clustered tokens
+    clusters              organs in feature space
+    units, unsupervised   organs from single tokens: by a linear readout, by clustering
     heads, localize       the attention itself
     classify, segment     fine-tuning
 """
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
 
 LABELLED = ("probe", "knn", "fewshot", "outcome")
 FINE_TUNING = ("classify", "segment")
-AS_STORED = ("heads", "localize", "unsupervised")  # look at voxels as the store holds them
+AS_STORED = ("heads", "localize", "units", "unsupervised")  # look at voxels as the store holds them
 Rows = Literal["lesion", "image", "patient", "organ"]
-TASKS = (*LABELLED, "clusters", "unsupervised", "heads", "localize", *FINE_TUNING)
+TASKS = (*LABELLED, "clusters", "units", "unsupervised", "heads", "localize", *FINE_TUNING)
 _PREPARED = {"beside", "label", "resume"}  # settings of tasks that are arguments here
 
 
@@ -71,8 +72,8 @@ def evaluate(
     rows:     "lesion", "image", "patient", or "organ" (a row per organ and scan, from its labels); by default
               lesions where the cases have them, and organs for label="organ".
     pooling:  features as in `features.py`; by default "cls+tokens" ("tokens" for clusters).
-    beside:   also a random-initialised encoder and trivial baselines, on the same folds. heads, localize
-              and unsupervised always look at the random encoder; clusters puts it beside as "random
+    beside:   also a random-initialised encoder and trivial baselines, on the same folds. heads, localize,
+              units and unsupervised always look at the random encoder; clusters puts it beside as "random
               features/ratio", …; fine-tuning compares with it by modes=("full", "scratch").
     out:      folder for result.json, table.csv and figure.png.
     settings: whatever else the task takes: folds=10, draws=2000, modes=("full", "scratch"), …

@@ -1,6 +1,13 @@
-"""How differently the heads of semantic attention look, over a cohort and over training.
+"""How differently attention heads look, over a cohort and over training.
 
-Per sample, from its [CLS] attention A (heads × N units, each row summing to 1):
+As the DAGMaN paper measures it (fig. 4a), for each Swin stage (or ViT block), from `models.reach`, per view:
+
+- reach entropy   entropy, in nats, of the distribution of a head's attention over distance, mean over heads
+- reach variance  its variance over heads: how differently far they look
+- reach distance  the mean distance, in voxels
+
+And of the heads of semantic attention, per sample, from its [CLS] attention A (heads × N units, each row
+summing to 1):
 
 - cosine          mean over pairs of heads of 1 − cos of their maps; 0: all heads alike
 - jensen_shannon  Jensen–Shannon divergence over the heads, divided by ln(heads); 0: all alike, 1: disjoint
@@ -43,6 +50,7 @@ from smartlab.evaluation.means import patient_means
 from smartlab.evaluation.result import Estimate, Result
 from smartlab.masking import head_diversity, informativeness, uniform, upsample
 from smartlab.models.encoder import Encoder
+from smartlab.models.reach import reach
 from smartlab.training import checkpoint
 from smartlab.training.run import Run
 
@@ -53,7 +61,6 @@ if TYPE_CHECKING:
 
     from smartlab.evaluation.encoders import EncoderSource
 
-MEASURES = ("cosine", "jensen_shannon", "cka", "entropy", "informativeness")
 COMMON = 6  # units per side of the grid on which maps of whole scans are aligned
 
 
@@ -88,21 +95,24 @@ def heads(
     looks = [(step, "clean", encoder, 0.0) for step, encoder in encoders.items()]
     if dropout and sample == "views":
         looks += [(step, "noisy", encoder, dropout) for step, encoder in encoders.items()]
-    looks.append((last_step, "random", random_encoder(newest.config, seed).to(newest.mask_token.device), 0.0))
+    looks.append((last_step, "random", random_encoder(newest.config, seed).to(newest.device), 0.0))
     rows: list[dict[str, Any]] = []
     metrics: dict[str, Estimate] = {}
     similarity = np.zeros((0, 0))
     for step, teacher, encoder, share in tqdm(looks, desc="heads", disable=not progress):
+        found: dict[str, Estimate] = {}
         if sample == "views":
-            attention, patients = _view_attention(encoder, store, about, views, share, seed)
+            attention, patients, reaches = _view_attention(encoder, store, about, views, share, seed)
+            found |= measure_reach(reaches, patients, draws, seed)
         else:
             attention, patients = _scan_attention(encoder, store, about)
-        found = measure(attention, patients, draws, seed)
+        if attention:
+            found |= measure(attention, patients, draws, seed)
         rows += [{"step": step, "teacher": teacher, "measure": k, **v._asdict()} for k, v in found.items()]
         if step == last_step:
             prefix = "" if teacher == "clean" else f"{teacher} "
             metrics |= {prefix + name: value for name, value in found.items()}
-            similarity = _similarity(attention) if teacher == "clean" else similarity
+            similarity = _similarity(attention) if teacher == "clean" and attention else similarity
     import pandas as pd
 
     table = pd.DataFrame(rows)
@@ -113,9 +123,16 @@ def heads(
 
 
 def _check(encoder: Encoder, sample: str, views: int) -> None:
-    if getattr(encoder, "semantic", None) is None:  # also that of images
-        raise UseError("this encoder has no semantic attention", fix="train with semantic.enabled=true")
-    if encoder.config.semantic.heads < 2:
+    if not isinstance(encoder, Encoder):
+        raise UseError(
+            "not an encoder of scans", found=type(encoder).__name__, expected="a Swin of smartlab's"
+        )
+    if encoder.semantic is None and sample == "scans":
+        raise UseError(
+            "this encoder has no semantic attention to look over whole scans with",
+            fix='use sample="views", which measures its stages, or train with semantic.enabled=true',
+        )
+    if encoder.semantic is not None and encoder.config.semantic.heads < 2:
         raise UseError("one head cannot differ from others", found="semantic.heads=1", expected="two or more")
     if sample not in ("views", "scans") or views < 1:
         raise UseError(f"sample={sample!r}, views={views}", expected="views or scans, at least one view")
@@ -140,20 +157,37 @@ def _encoders(
 @torch.no_grad()
 def _view_attention(
     encoder: Encoder, store: Store, about: pd.DataFrame, views: int, dropout: float, seed: int
-) -> tuple[list[Tensor], np.ndarray]:
-    """Attention (heads, D, H, W) of every view, and whose it is. Views and noise follow from the seed."""
+) -> tuple[list[Tensor], np.ndarray, list[dict[str, list[float]]]]:
+    """Attention (heads, D, H, W) of every view (none without semantic attention), whose it is, and the reach
+    of every stage's heads. Views and noise follow from the seed."""
     data, device = encoder.config.data, next(encoder.parameters()).device
     dataset = ViewDataset(
         store, region=data.view, view=data.view, views=1, seed=seed, images=about.image, draws=views
     )
     generator = torch.Generator().manual_seed(seed)
-    maps = []
+    maps, reaches = [], []
     for index in range(len(dataset)):
         x = window(torch.from_numpy(dataset[index]["views"])[None].to(device), *data.window)
         dropped = dropped_patches(encoder, x, dropout, generator) if dropout else None
-        out = encoder(x, dropped=dropped)
-        maps.append(out.attention[0].float().cpu().unflatten(-1, out.grid))
-    return maps, np.tile(about.patient.to_numpy(str), views)
+        found, out = reach(encoder, x, dropped)
+        reaches.append(
+            {
+                name: [float(r.entropy.mean()), float(r.entropy.var(correction=0)), float(r.distance.mean())]
+                for name, r in found.items()
+            }
+        )
+        if out.attention is not None:
+            maps.append(out.attention[0].float().cpu().unflatten(-1, out.grid))
+    return maps, np.tile(about.patient.to_numpy(str), views), reaches
+
+
+def measure_reach(
+    reaches: list[dict[str, list[float]]], patients: np.ndarray, draws: int = 1000, seed: int = 0
+) -> dict[str, Estimate]:
+    """By measure and stage, mean over patients: "reach entropy:stage 1", …"""
+    names = [f"reach {what}:{stage}" for stage in reaches[0] for what in ("entropy", "variance", "distance")]
+    values = np.array([[v for three in sample.values() for v in three] for sample in reaches])
+    return dict(zip(names, patient_means(values, patients, draws, seed), strict=True))
 
 
 def dropped_patches(encoder: Encoder, x: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -243,8 +277,23 @@ def _draw(table: pd.DataFrame, similarity: np.ndarray, history: pd.DataFrame | N
     """A panel per measure, over steps where there are several, and how similar the heads are in pairs."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6.2), layout="constrained")
-    for ax, name in zip(axes.flat, MEASURES, strict=False):
+    semantic = len(similarity) > 0
+    figure, axes = plt.subplots(
+        1 + semantic, 4, figsize=(14, 3.3 + 3 * semantic), layout="constrained", squeeze=False
+    )
+    reached = table.measure.str.startswith("reach")
+    if reached.any():
+        for ax, what in zip(axes[-1], ("entropy", "variance", "distance"), strict=False):
+            _by_stage(ax, table[reached & table.measure.str.contains(what)])
+            ax.set_title(f"{REACH[what]}", fontsize=10)
+        axes[-1, 0].legend(frameon=False, fontsize=8)
+    axes[-1, 3].axis("off")
+    if not semantic:
+        return figure
+    if not reached.any():
+        for ax in axes[-1]:
+            ax.axis("off")
+    for ax, name in zip(axes[0], ("cosine", "jensen_shannon", "informativeness"), strict=False):
         rows = table[table.measure == name]
         if rows.step.nunique() > 1:
             _curve(ax, rows)
@@ -252,13 +301,13 @@ def _draw(table: pd.DataFrame, similarity: np.ndarray, history: pd.DataFrame | N
                 ax.plot(history.step, history.head_diversity, color="#CCCCCC", lw=1, zorder=0, label="logged")
         else:
             _bars(ax, rows)
-        ax.set_title({"cka": "CKA", "jensen_shannon": "Jensen–Shannon"}.get(name, name), fontsize=10)
+        ax.set_title({"jensen_shannon": "Jensen–Shannon"}.get(name, name), fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
     _, names = axes.flat[0].get_legend_handles_labels()
     if names:
         axes.flat[0].legend(frameon=False, fontsize=8)
-    ax, ticks = axes.flat[-1], range(len(similarity))
+    ax, ticks = axes[0, 3], range(len(similarity))
     picture = ax.imshow(similarity, cmap="viridis", vmin=min(0.0, similarity.min()), vmax=1)
     ax.set_xticks(ticks, [str(i + 1) for i in ticks])
     ax.set_yticks(ticks, [str(i + 1) for i in ticks])
@@ -270,6 +319,28 @@ def _draw(table: pd.DataFrame, similarity: np.ndarray, history: pd.DataFrame | N
                 ax.text(j, i, f"{similarity[i, j]:.2f}", ha="center", va="center", fontsize=8, color=shade)
     figure.colorbar(picture, ax=ax, shrink=0.8)
     return figure
+
+
+REACH = {
+    "entropy": "entropy of attention distances",
+    "variance": "its variance over heads",
+    "distance": "mean distance, voxels",
+}
+
+
+def _by_stage(ax: Axes, rows: pd.DataFrame) -> None:
+    """Stages from left to right, newest checkpoint."""
+    for shift, (teacher, part) in enumerate(
+        rows[rows.step == rows.step.iloc[-1]].groupby("teacher", sort=False)
+    ):
+        colour, line, marker = _STYLE[str(teacher)]
+        x = np.arange(len(part)) + 0.06 * (shift - 1)
+        error = np.abs(part[["low", "high"]].to_numpy().T - part.value.to_numpy())
+        label = {"random": "random weights"}.get(str(teacher), f"{teacher} teacher")
+        ax.errorbar(x, part.value, error, color=colour, ls=line, marker=marker, ms=4, label=label)
+    ax.set_xticks(range(len(part)), [name.split(":")[1] for name in part.measure])
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
 
 
 _STYLE = {"clean": ("#0072B2", "-", "o"), "noisy": ("#D55E00", "--", "s"), "random": ("#999999", ":", "^")}

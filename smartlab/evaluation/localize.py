@@ -83,7 +83,7 @@ def localize(
         raise UseError(f"quantile={quantile}", expected="a number between 0 and 1")
     wanted = _regions(store, regions)
     about = grids.scans(store, images, held_out=True)
-    untrained = random_encoder(encoder.config, seed).to(encoder.mask_token.device)
+    untrained = random_encoder(encoder.config, seed).to(encoder.device)
     table, maps, unlabelled = _collect(encoder, untrained, store, about, wanted, 1 - quantile, progress)
     metrics = _summarise(table, draws, seed)
     counts = {name: int((table[table.score == "mean"].region == name).sum()) for name in wanted}

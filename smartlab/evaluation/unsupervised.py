@@ -13,7 +13,7 @@ unit; `position`, the unit's place in the scan, which alone finds much of an ana
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -68,7 +68,7 @@ def organ_tokens(
     """
     import pandas as pd
 
-    names, (encoder, origin) = _organs(store), as_encoder(source)
+    names, (encoder, origin) = organs_of(store), as_encoder(source)
     rng, rows, parts = np.random.default_rng(seed), [], []
     for _, scan in scans(store, images).iterrows():
         units = _units(encoder, None, store, int(scan.image), names, stage)
@@ -123,7 +123,7 @@ def unsupervised(
     number = len(names) + 1 if number is None else number
     if number < 2:
         raise UseError(f"{number} clusters tell nothing apart", expected="two or more")
-    pairs, notes = _folds(about.patient.to_numpy(str), folds, seed)
+    pairs, notes = fold_pairs(about.patient.to_numpy(str), folds, seed)
     table = _score(about, units, names, pairs, number, seed, progress)
     metrics = _summarise(table, draws, seed)
     facts = origin | {"number": number, "stride_voxels": _stride(encoder, stage), "folds": len(pairs)}
@@ -136,9 +136,9 @@ def _collect(
     encoder: Encoder, store: Store, images: Iterable[int] | None, stage: int | None, seed: int, progress: bool
 ) -> tuple[pd.DataFrame, list[Units], list[str]]:
     """The scans that have organ labels, their units, and the names of the organs that occur."""
-    names = _organs(store)
+    names = organs_of(store)
     about = scans(store, images)
-    untrained = random_encoder(encoder.config, seed).to(encoder.mask_token.device)
+    untrained = random_encoder(encoder.config, seed).to(encoder.device)
     found: dict[int, Units] = {}
     for image in tqdm(about.image, desc="tokens", disable=not progress):
         units = _units(encoder, untrained, store, int(image), names, stage)
@@ -180,7 +180,7 @@ def _score(
     return pd.DataFrame(rows).dropna(subset="dice").reset_index(drop=True)
 
 
-def _organs(store: Store) -> dict[int, str]:
+def organs_of(store: Store) -> dict[int, str]:
     names = {value: name for value, name in store.label_names.items() if not is_lesion(name)}
     if not names:
         raise DataError(
@@ -217,14 +217,21 @@ def _units(
     inside = counts.sum(1) > 0
     features = {"encoder": tokens}
     if untrained is not None:
-        pad = [(0, g * stride - n) for g, n in zip(grid, hu.shape, strict=True)]
-        padded = torch.from_numpy(np.pad(hu.astype(np.float32), pad, mode="edge"))[None, None]
-        mean, square = (F.avg_pool3d(v, stride).numpy().ravel() for v in (padded, padded**2))
-        ends = [np.arange(g) * stride / n for g, n in zip(grid, hu.shape, strict=True)]
         features["random"] = _tokens(untrained, hu, stage)[0]
-        features["intensity"] = np.stack([mean, np.sqrt(np.maximum(square - mean**2, 0))], 1)
-        features["position"] = np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, 3)
+        features |= plain(hu, stride, grid)
     return Units({k: v[inside].astype(np.float32) for k, v in features.items()}, counts[inside])
+
+
+def plain(hu: np.ndarray, stride: int, grid: Sequence[int]) -> dict[str, np.ndarray]:
+    """What needs no network: mean and spread of HU per unit, and its place as a share of the scan."""
+    pad = [(0, g * stride - n) for g, n in zip(grid, hu.shape, strict=True)]
+    padded = torch.from_numpy(np.pad(hu.astype(np.float32), pad, mode="edge"))[None, None]
+    mean, square = (F.avg_pool3d(v, stride).numpy().ravel() for v in (padded, padded**2))
+    ends = [np.arange(g) * stride / n for g, n in zip(grid, hu.shape, strict=True)]
+    return {
+        "intensity": np.stack([mean, np.sqrt(np.maximum(square - mean**2, 0))], 1),
+        "position": np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, 3),
+    }
 
 
 def _tokens(encoder: Encoder, hu: np.ndarray, stage: int | None) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -235,7 +242,7 @@ def _tokens(encoder: Encoder, hu: np.ndarray, stage: int | None) -> tuple[np.nda
     return maps.flatten(1).T.numpy(), tuple(maps.shape[1:])
 
 
-def _folds(
+def fold_pairs(
     patients: np.ndarray, folds: int, seed: int
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[str]]:
     """(scans to fit on, scans to score) with no patient in both, every scan scored once."""

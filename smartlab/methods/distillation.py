@@ -4,7 +4,8 @@
   kept from collapsing by `centre` (subtract a running mean, sharpen) or by `sinkhorn` (equal use of
   the prototypes within the batch). The published form; wants large batches.
 - `regression`: a predictor on the student's side meets the teacher's tokens directly, cosine to the
-  centred image token and smooth L1 to the layer-normed patch tokens. For small batches.
+  centred image token and smooth L1 to the layer-normed (or, channel by channel, standardised) patch tokens.
+  For small batches.
 
 Centres and Sinkhorn sums are taken over all ranks. Softmax, centres and losses are in fp32.
 
@@ -86,7 +87,11 @@ class Standardise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            self._update(x.detach().float())
+            self._update(x.detach().float().flatten(0, -2))
+        return self.apply_as_is(x)
+
+    def apply_as_is(self, x: Tensor) -> Tensor:
+        """Without moving the statistics: the teacher's tokens on the student's scale."""
         return (x.float() - self.mean) / (self.variance.sqrt() + 1e-3)
 
     @torch.no_grad()
@@ -99,9 +104,16 @@ class Standardise(nn.Module):
         self.batches += 1
 
 
-def prototype_loss(student: Tensor, target: Tensor, temperature: float) -> Tensor:
+def average(each: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The mean over tokens, or over those of weight 1 (0 where there is none)."""
+    return each.mean() if weight is None else (each * weight).sum() / weight.sum().clamp_min(1)
+
+
+def prototype_loss(
+    student: Tensor, target: Tensor, temperature: float, weight: Tensor | None = None
+) -> Tensor:
     """Cross-entropy H(target, softmax(student / temperature)), averaged over tokens; (…, K) each."""
-    return -(target * F.log_softmax(student.float() / temperature, -1)).sum(-1).mean()
+    return average(-(target * F.log_softmax(student.float() / temperature, -1)).sum(-1), weight)
 
 
 @torch.no_grad()
@@ -128,10 +140,16 @@ def regress_image(student: Tensor, teacher: Tensor, centre: Tensor) -> Tensor:
     return (2 - 2 * (F.normalize(student.float(), dim=-1) * target).sum(-1)).mean()
 
 
-def regress_patches(student: Tensor, teacher: Tensor) -> Tensor:
-    """Smooth L1 to the layer-normed teacher tokens, averaged; (…, C) each."""
-    teacher = teacher.float()
-    return F.smooth_l1_loss(student.float(), F.layer_norm(teacher, teacher.shape[-1:]))
+def regress_patches(student: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Smooth L1 to normalised teacher tokens, averaged; (…, C) each."""
+    return average(F.smooth_l1_loss(student.float(), target, reduction="none").mean(-1), weight)
+
+
+@torch.no_grad()
+def constant_share(target: Tensor) -> Tensor:
+    """The part of the power of tokens (…, C) that is the same in all of them: 1 leaves nothing to learn."""
+    x = target.float().flatten(0, -2)
+    return x.mean(0).square().sum() / x.square().sum(-1).mean().clamp_min(1e-12)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ scans of any size in HU, through sliding windows where the scan is larger than t
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,10 +33,19 @@ class Encoded(NamedTuple):
 
     stages: list[Tensor]  # five (B, D_i, H_i, W_i, C_i), channels last, not normalised
     cls: Tensor  # (B, C) image token: [CLS], or the mean token without semantic attention
-    tokens: Tensor  # (B, N, C) one per mask unit
+    tokens: Tensor  # (B, N, C) one per mask unit, behind semantic attention where there is one
     attention: Tensor | None  # (B, heads, N) [CLS] row over the units; None without semantic attention
     received: Tensor | None  # (B, N) attention received; None unless asked for
     grid: tuple[int, ...]  # of the N units
+    units: Tensor | None = None  # (B, N, C) normalised tokens of the stage, before semantic attention
+    pooled: Tensor | None = None  # (B, C_4) mean of the last stage's normalised tokens, if it was asked for
+    strength: Tensor | None = None  # (B, heads) log of the mean weight of a unit, see `Semantic`
+
+    def rows(self, which: slice) -> Encoded:
+        """What concerns these rows of the batch; what is behind the units is there for all, or not, as it was."""
+        names = ("cls", "tokens", "attention", "received", "units", "strength")
+        kept = {name: getattr(self, name) for name in names}
+        return self._replace(**{name: x[which] for name, x in kept.items() if x is not None})
 
 
 class Encoder(nn.Module):
@@ -48,7 +58,7 @@ class Encoder(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         e, s = config.encoder, config.semantic
-        self.config = config
+        self.config, self.stage, self.stride = config, s.stage, config.unit
         self.swin = Swin(
             e.in_channels,
             e.embed_dim,
@@ -61,14 +71,14 @@ class Encoder(nn.Module):
             e.drop_path,
             e.checkpointing,
         )
-        self.stride = s.stride
-        self.stage = [e.stride(i) for i in range(5)].index(s.stride)
-        self.unit_patches = s.stride // e.patch  # patch tokens per side of a mask unit
+        self.unit_patches = self.stride // e.patch  # patch tokens per side of a mask unit
         self.channels = self.swin.channels[self.stage]
         self.stage_channels = list(self.swin.channels)
-        self.mask_token = nn.Parameter(torch.zeros(e.embed_dim))
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
-        base = (config.data.view // s.stride,) * 3
+        learned = config.mask.fill == "token"
+        self.mask_token = nn.Parameter(torch.zeros(e.embed_dim)) if learned else None
+        if self.mask_token is not None:
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
+        base = (config.data.view // self.stride,) * 3
         self.semantic = (
             SemanticAttention(
                 self.channels, base, s.blocks, s.heads, s.kind, s.similarity, s.position, s.registers
@@ -79,12 +89,16 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.mask_token.device
+        return self.swin.patch_embed.proj.weight.device
 
     def grid(self, size: tuple[int, ...] | torch.Size) -> Grid:
         """Mask units of an image of this size."""
         d, h, w = (length // self.stride for length in size[-3:])
         return d, h, w
+
+    def units(self, size: tuple[int, ...] | torch.Size) -> int:
+        """How many mask units such an image has."""
+        return math.prod(self.grid(size))
 
     def forward(
         self,
@@ -93,15 +107,15 @@ class Encoder(nn.Module):
         dropped: Tensor | None = None,
         received: bool = False,
         visible: int | None = None,
-        units_only: bool = False,
+        deep: int | None = None,
     ) -> Encoded:
         """Windowed images (B, 1, D, H, W) -> `Encoded`.
 
-        hidden:  (B, N) bool, mask units whose patch embeddings become the mask token (the student).
+        hidden:  (B, N) bool, mask units whose patch embeddings become zero, or the mask token (the student).
         dropped: (B, D/2, H/2, W/2) bool, patch embeddings set to zero (the noisy teacher).
         visible: units that `hidden` or `dropped` leave, in all rows together, where that is known (and
                  whole units are dropped): saves time.
-        units_only: stop at the stage of the mask units, which is all that a teacher is asked for.
+        deep: only for so many of the last rows go on behind the stage of the mask units.
         """
         tokens = self.swin.embed(x)
         grid = self.grid(x.shape)
@@ -109,7 +123,8 @@ class Encoder(nn.Module):
         if hidden is not None:
             visible = int((~hidden).sum()) if sparse and visible is None else visible
             where = upsample(hidden, grid, self.unit_patches)[..., None]
-            tokens = torch.where(where, self.mask_token.to(tokens.dtype), tokens)
+            fill = 0.0 if self.mask_token is None else self.mask_token.to(tokens.dtype)
+            tokens = torch.where(where, fill, tokens)
         if dropped is not None:
             tokens = tokens.masked_fill(dropped[..., None], 0.0)
         repeats, same = None, hidden
@@ -117,13 +132,16 @@ class Encoder(nn.Module):
             same = dropped[:, :: self.unit_patches, :: self.unit_patches, :: self.unit_patches].flatten(1)
         if same is not None and visible is not None and (sparse or visible < same.numel()):
             repeats = Repeats.of(same, visible, self.unit_patches)
-        stages = self.swin.stages(tokens, repeats, self.stage if units_only else 4, sparse)
-        units = stages[self.stage]
+        stages = self.swin.stages(tokens, repeats, self.stage, sparse)
+        rows, pooled = len(x) if deep is None else deep, None
+        if rows:
+            stages += self.swin.stages(stages[-1][-rows:], done=self.stage)[1:]
+            pooled = normed(stages[-1]).mean((1, 2, 3))
+        units = normed(stages[self.stage]).flatten(1, 3)
         if self.semantic is None:
-            normed = F.layer_norm(units, units.shape[-1:]).flatten(1, 3)
-            return Encoded(stages, normed.mean(1), normed, None, None, grid)
-        seen = self.semantic(units, received)
-        return Encoded(stages, seen.cls, seen.tokens, seen.attention, seen.received, grid)
+            return Encoded(stages, units.mean(1), units, None, None, grid, units, pooled)
+        cls, outputs, attention, strength, incoming = self.semantic(stages[self.stage], received)
+        return Encoded(stages, cls, outputs, attention, incoming, grid, units, pooled, strength)
 
     # ---- use after training: whole scans in HU ----
 
@@ -135,8 +153,7 @@ class Encoder(nn.Module):
 
         volume: a `Volume` in HU, resampled to the training spacing if it has another, or an array (D, H, W)
                 or tensor (B, 1, D, H, W) of HU at that spacing. Padded with air to whole strides.
-        window: side of the sliding windows in voxels; None: the training view where the scan is larger
-                than twice that, else the scan at once.
+        window: side of the sliding windows in voxels; None: the training view, whatever the scan's size.
         """
         x, device = self._prepare(volume)
         total, side = self.config.encoder.stride(4), self._window(x, window)
@@ -159,7 +176,7 @@ class Encoder(nn.Module):
                     sums.append(torch.zeros(x.shape[0], *shape, stage.shape[-1], device=device))
                     counts.append(torch.zeros(*shape, 1, device=device))
                 place = tuple(slice(b.start // stride, b.stop // stride) for b in box)
-                sums[level][(slice(None), *place)] += F.layer_norm(stage.float(), stage.shape[-1:])
+                sums[level][(slice(None), *place)] += normed(stage.float())
                 counts[level][place] += 1
         stages = [(s / c).permute(0, 4, 1, 2, 3) for s, c in zip(sums, counts, strict=True)]
         tokens = (token_sum / token_count).flatten(1, 3)
@@ -169,31 +186,34 @@ class Encoder(nn.Module):
     def attention(
         self, volume: Volume | np.ndarray | Tensor, *, window: int | None = None, overlap: float = 0.25
     ) -> Tensor:
-        """[CLS] attention of a scan, (B, heads, D, H, W) on the unit grid; each head sums to 1."""
+        """[CLS] attention of a scan, (B, heads, D, H, W) on the unit grid; each head sums to 1.
+
+        Windows are joined by the weights of their units before each window's own softmax, as if one softmax
+        ran over the scan: a window of air, where nothing is looked for, gets less than one with a tumour.
+        """
         if self.semantic is None:
             raise UseError("this encoder has no semantic attention", fix="train with semantic.enabled=true")
         x, device = self._prepare(volume)
         side, grid = self._window(x, window), self.grid(x.shape)
         total = self.config.encoder.stride(4)
         heads = self.config.semantic.heads
-        summed = torch.zeros(x.shape[0], heads, *grid, device=device)
+        summed = torch.zeros(x.shape[0], heads, *grid, device=device, dtype=torch.float64)
         count = torch.zeros(*grid, device=device)
         for box in boxes(x.shape[2:], side, overlap, total):
-            out = self(x[(slice(None), slice(None), *box)])
+            out = self(x[(slice(None), slice(None), *box)], deep=0)
             part = tuple(slice(b.start // self.stride, b.stop // self.stride) for b in box)
-            assert out.attention is not None
-            # a window of n units gives each 1/n on average: weigh by n, so that windows are comparable
-            units = out.attention.shape[-1]
-            summed[(slice(None), slice(None), *part)] += (
-                out.attention.view(x.shape[0], heads, *out.grid) * units
+            assert out.attention is not None and out.strength is not None
+            weights = (
+                out.attention.double() * (out.strength.double().exp() * out.attention.shape[-1])[..., None]
             )
+            summed[(slice(None), slice(None), *part)] += weights.view(x.shape[0], heads, *out.grid)
             count[part] += 1
         mean = summed / count
-        return mean / mean.sum((2, 3, 4), keepdim=True)
+        return (mean / mean.sum((2, 3, 4), keepdim=True)).float()
 
     def _prepare(self, volume: Volume | np.ndarray | Tensor) -> tuple[Tensor, torch.device]:
         """HU in any accepted form -> windowed (B, 1, D, H, W) padded with air to whole strides."""
-        device = self.mask_token.device
+        device = self.device
         array = volume if isinstance(volume, (np.ndarray, Tensor)) else self._on_grid(volume)
         x = torch.as_tensor(array).to(device, torch.float32)
         if x.dim() == 3:
@@ -228,8 +248,12 @@ class Encoder(nn.Module):
                     f"window={window} is not a multiple of the stride {self.config.encoder.stride(4)}"
                 )
             return window
-        view = self.config.data.view
-        return view if max(x.shape[2:]) > 2 * view else max(x.shape[2:])
+        return self.config.data.view
+
+
+def normed(x: Tensor) -> Tensor:
+    """Tokens of any stage on one scale, as SwinUNETR's decoder takes them."""
+    return F.layer_norm(x, x.shape[-1:])
 
 
 def boxes(

@@ -36,6 +36,7 @@ class Semantic(NamedTuple):
     cls: Tensor  # (B, C) image token
     tokens: Tensor  # (B, N, C) patch tokens
     attention: Tensor  # (B, heads, N) [CLS] row, sums to 1 over N
+    strength: Tensor  # (B, heads) log of the mean weight a token had before that: comparable between windows
     received: Tensor | None  # (B, N) attention each token receives, averaged over queries and heads
 
 
@@ -79,9 +80,9 @@ class SemanticAttention(nn.Module):
         x = torch.cat([self.cls.expand(batch, -1, -1).to(x.dtype), x], 1)
         for block in self.blocks[:-1]:
             x = block(x)
-        x, attention, incoming = cast(SemanticBlock, self.blocks[-1]).look(x, self.first, received)
+        x, rows, strength, incoming = cast(SemanticBlock, self.blocks[-1]).look(x, self.first, received)
         x = self.norm(x)
-        return Semantic(x[:, 0], x[:, self.first :], attention, incoming)
+        return Semantic(x[:, 0], x[:, self.first :], rows, strength, incoming)
 
 
 class SemanticBlock(nn.Module):
@@ -118,15 +119,17 @@ class SemanticBlock(nn.Module):
         changed = changed + self.mlp(self.norm2(changed))
         return torch.cat([changed, x[:, 1:]], 1) if self.kind == "class" else changed
 
-    def look(self, x: Tensor, first: int, received: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """forward(x), and the attention paid to the patches x[:, first:] in fp32: [CLS] row per head, received."""
+    def look(self, x: Tensor, first: int, received: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """forward(x), and the attention paid to the patches x[:, first:] in fp32: [CLS] row per head, strength,
+        received."""
         q, k, v = self._split(x)
         out = self._attend(x, q, k, v)
         with torch.autocast(q.device.type, enabled=False):  # in bf16 nearly uniform attention has many ties
             q, k = q.detach().float(), k.detach().float()  # attention is looked at, never trained through
             scale = q.shape[-1] ** -0.5
-            rows = (q[:, :, :1] @ k.transpose(-2, -1) * scale)[..., 0, first:].softmax(-1)
+            logits = (q[:, :, :1] @ k.transpose(-2, -1) * scale)[..., 0, first:]
+            rows, strength = logits.softmax(-1), logits.logsumexp(-1) - math.log(logits.shape[-1])
             if not received:
-                return out, rows, None
+                return out, rows, strength, None
             every = (q @ k.transpose(-2, -1) * scale).softmax(-1)[..., first:].mean((1, 2))
-            return out, rows, every / every.sum(-1, keepdim=True)
+            return out, rows, strength, every / every.sum(-1, keepdim=True)

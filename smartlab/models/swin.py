@@ -81,18 +81,24 @@ class Swin(nn.Module):
         return self.patch_embed(x)
 
     def stages(
-        self, tokens: Tensor, repeats: Repeats | None = None, upto: int = 4, apart: bool = False
+        self,
+        tokens: Tensor,
+        repeats: Repeats | None = None,
+        upto: int = 4,
+        apart: bool = False,
+        done: int = 0,
     ) -> list[Tensor]:
         """Tokens (B, D, H, W, C) -> the five token grids, channels last, not normalised.
 
         repeats: which cells of the tokens are equal (masked units): computed once, until windows shift.
         upto:    the last stage wanted.
+        done:    the stage that `tokens` come from; the grids are those from there on.
         apart:   keep every cell of `repeats` to itself until it is one token: windows end, and shift, within
                  a cell. Then all masked cells are one, in all those stages. Another function than without, and
                  without stochastic depth.
         """
         outputs = [tokens]
-        for layer in self._layers()[:upto]:
+        for layer in self.layers()[done:upto]:
             x = outputs[-1]
             if apart and repeats is not None and repeats.side > 1:
                 outputs.append(repeats.apply(cast(Stage, layer).apart, x))
@@ -101,7 +107,7 @@ class Swin(nn.Module):
                 outputs.append(layer(x, repeats if len(outputs) == 1 else None))
         return outputs
 
-    def _layers(self) -> list[nn.Module]:
+    def layers(self) -> list[nn.Module]:
         return [cast(nn.ModuleList, getattr(self, f"layers{stage}"))[0] for stage in range(1, 5)]
 
     def forward(self, x: Tensor, normalize: bool = True) -> list[Tensor]:

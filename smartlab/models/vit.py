@@ -189,8 +189,7 @@ class ViTEncoder(ViT):
 
         image:  grey values as in training, (H, W) or (B, 1, H, W), any size, at the spacing of training;
                 padded with black to whole strides.
-        window: side of the sliding windows in pixels; None: the training view where the image is larger than
-                twice that, else the image at once.
+        window: side of the sliding windows in pixels; None: the training view, whatever the image's size.
         """
         x = self._prepare(image)
         sums: list[Tensor] = []
@@ -260,8 +259,7 @@ class ViTEncoder(ViT):
             if window % self.stride:
                 raise UseError(f"window={window} is not a multiple of the stride {self.stride}")
             return window
-        view = self.config.data.view
-        return view if max(x.shape[2:]) > 2 * view else max(x.shape[2:])
+        return self.config.data.view
 
 
 def sine_positions(grid: Plane, dim: int, span: Plane | None = None) -> Tensor:

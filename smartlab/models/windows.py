@@ -35,13 +35,8 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, window: Grid, mask: Tensor | None, corner: bool = False) -> Tensor:
         """x (B, D, H, W, C), whole windows; mask (windows, n, n) or None."""
         batch, d, h, w, c = x.shape
-        (nd, nh, nw), n = (d // window[0], h // window[1], w // window[2]), window[0] * window[1] * window[2]
-        windows, heads = nd * nh * nw, self.heads
-        # 3 × (B, windows, heads, n, head channels): the one copy that partitioning needs
-        qkv = keyless(self.qkv, x).view(
-            batch, nd, window[0], nh, window[1], nw, window[2], 3, heads, c // heads
-        )
-        qkv = qkv.permute(7, 0, 1, 3, 5, 8, 2, 4, 6, 9).reshape(3, batch, windows, heads, n, c // heads)
+        (nd, nh, nw), heads = (d // window[0], h // window[1], w // window[2]), self.heads
+        qkv = self._split(x, window)
         bias = self.bias(window, corner)  # (heads, n, n)
         if mask is None:
             q, k, v = qkv.flatten(1, 2)  # (B·windows, heads, n, c)
@@ -52,6 +47,25 @@ class WindowAttention(nn.Module):
             out = attend(q, k, v, folded.to(q.dtype)[None])
         out = out.reshape(batch, nd, nh, nw, heads, *window, c // heads)
         return self.proj(out.permute(0, 1, 5, 2, 6, 3, 7, 4, 8).reshape(batch, d, h, w, c))
+
+    def _split(self, x: Tensor, window: Grid) -> Tensor:
+        """3 × (B, windows, heads, n, head channels): the one copy that partitioning needs."""
+        (batch, *size, c), (wd, wh, ww) = x.shape, window
+        nd, nh, nw = size[0] // wd, size[1] // wh, size[2] // ww
+        qkv = keyless(self.qkv, x).view(batch, nd, wd, nh, wh, nw, ww, 3, self.heads, c // self.heads)
+        qkv = qkv.permute(7, 0, 1, 3, 5, 8, 2, 4, 6, 9)
+        return qkv.reshape(3, batch, nd * nh * nw, self.heads, wd * wh * ww, c // self.heads)
+
+    def looks(self, x: Tensor, window: Grid, mask: Tensor | None, corner: bool = False) -> Tensor:
+        """What `forward` attends to: the mean over samples and windows, (heads, n, n) in float32."""
+        q, k, _ = self._split(x, window).float()
+        bias = self.bias(window, corner)[None].float()
+        folded = bias if mask is None else bias + mask[:, None]  # (1 or windows, heads, n, n)
+        rows = [
+            (a @ b.transpose(-2, -1) * a.shape[-1] ** -0.5 + folded).softmax(-1).mean(0)
+            for a, b in zip(q, k, strict=True)
+        ]
+        return torch.stack(rows).mean(0)
 
     def bias(self, window: Grid, corner: bool = False) -> Tensor:
         """Position bias (heads, n, n) for the n tokens of a window.

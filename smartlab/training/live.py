@@ -18,7 +18,8 @@ ROWS = {  # column of metrics.csv -> what to call it
     "loss": "loss",
     "loss_amip": "hidden voxels (AMIP)",
     "loss_ampd": "hidden tokens (AMPD)",
-    "loss_itd": "image tokens (ITD)",
+    "loss_itd": "image tokens (AITD)",
+    "loss_gitd": "global image tokens (GITD)",
     "loss_scale_1": "hidden patches, as large as the input",
     "loss_scale_2": "hidden patches, twice as fine",
     "loss_scale_4": "hidden patches, four times as fine",
@@ -27,7 +28,7 @@ ROWS = {  # column of metrics.csv -> what to call it
     "hidden_lesion": "lesions hidden",
     "views_per_second": "views per second",
 }
-LOSSES = {"loss_amip": "#0072B2", "loss_ampd": "#D55E00", "loss_itd": "#009E73"} | {
+LOSSES = {"loss_amip": "#0072B2", "loss_ampd": "#D55E00", "loss_itd": "#009E73", "loss_gitd": "#CC79A7"} | {
     "loss_scale_1": "#0072B2",
     "loss_scale_2": "#D55E00",
     "loss_scale_4": "#009E73",

@@ -30,6 +30,7 @@ from smartlab.data.prepare import prepare_store
 from smartlab.errors import DataError, UseError
 from smartlab.methods.clock import Clock
 from smartlab.methods.distillation import mean_over_ranks
+from smartlab.models.reach import reach
 from smartlab.training import checkpoint, schedules
 from smartlab.training.families import family_of
 from smartlab.training.monitor import Monitor
@@ -207,6 +208,8 @@ class Trainer:
             drawn.append(([int(i) for i in batch["image"]], loss.detach()))
             for name, value in (metrics | {"loss": loss.detach()}).items():
                 totals[name] = totals.get(name, 0.0) + value / train.accumulate
+        if self._logs(step + 1) and not self.sharded:
+            totals |= self._reach(views)
         self._freeze(clock)
         norm = gathered(self.device_run.clip_grad_norm_(self._trained(), train.clip))
         # one infinite gradient would make every weight NaN through clipping, whatever the loss
@@ -315,6 +318,16 @@ class Trainer:
             else:
                 out[name] = float(mean_over_ranks(value))
         return out
+
+    def _reach(self, views: Tensor) -> dict[str, Tensor]:
+        """How far the heads of every stage look, in two clean views: see `models.reach`."""
+        encoder = (self.method.teacher or self.method.student).encoder
+        found, _ = reach(encoder, views[0] if self.family.views == 2 else views[:2])
+        return {
+            f"reach_{what}_{number}": value
+            for number, r in enumerate(found.values(), 1)
+            for what, value in (("entropy", r.entropy.mean()), ("variance", r.entropy.var(correction=0)))
+        }
 
     def _picture(self) -> None:
         item = self.loader.dataset[0]

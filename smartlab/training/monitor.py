@@ -26,6 +26,7 @@ COLUMNS = [
     "loss_amip",
     "loss_ampd",
     "loss_itd",
+    "loss_gitd",
     "loss_coarse",
     "lr",
     "weight_decay",
@@ -36,6 +37,7 @@ COLUMNS = [
     "head_divergence",
     "attention_entropy",
     "attention_informativeness",
+    "attention_gain",
     "attention_hidden",
     "lift_body",
     "lift_organ",
@@ -46,6 +48,7 @@ COLUMNS = [
     "guided",
     "teacher_entropy",
     "teacher_kl_uniform",
+    "token_constant",
     "feature_std",
     "effective_rank",
     "views_per_second",
@@ -56,9 +59,11 @@ COLUMNS = [
 
 
 def columns(config: Config) -> list[str]:
-    """Columns of metrics.csv: the same for every method, and for several scales the loss of each."""
-    scales = config.mae.scales if config.method.family == "multiscale_mae" else ()
-    return [*COLUMNS, *(f"loss_scale_{scale}" for scale in scales)]
+    """Columns of metrics.csv: the same for every method, then the loss of each scale, the reach of each stage."""
+    images = config.method.family == "multiscale_mae"
+    scales, stages = (config.mae.scales, config.encoder.blocks) if images else ((), 4)
+    reach = [f"reach_{what}_{stage + 1}" for stage in range(stages) for what in ("entropy", "variance")]
+    return [*COLUMNS, *(f"loss_scale_{scale}" for scale in scales), *reach]
 
 
 class Monitor:
@@ -146,8 +151,8 @@ class Monitor:
             self.warn(
                 "never_guided",
                 step,
-                f"masks ended random: attention informativeness was below mask.informativeness="
-                f"{self.config.mask.informativeness}, or mask.warmup_epochs not over; train longer",
+                f"masks ended random: attention was not mask.informativeness={self.config.mask.informativeness} "
+                "times as informative as an untrained network's, or mask.warmup_epochs not over; train longer",
             )
         self.event("finished", step=step)
 
@@ -159,7 +164,7 @@ class Monitor:
 
     def _alarm(self, row: dict[str, float]) -> None:
         """Collapse and near-uniform attention, in words."""
-        step, d = int(row["step"]), self.config.distill
+        step, d, loss = int(row["step"]), self.config.distill, self.config.loss
         found = {}
         if self._guided is not None and row.get("guided") != self._guided:
             self.event("masks", step=step, now="guided" if row["guided"] else "random")
@@ -175,7 +180,7 @@ class Monitor:
             found["one_dimension"] = "image tokens vary along one direction only (effective rank < 1.05)"
         if d.kind == "prototype" and self.config.teacher.enabled and step > 50:
             ceiling = math.log(d.prototypes)
-            for term, weight in (("ampd", self.config.loss.patch), ("itd", self.config.loss.image)):
+            for term, weight in (("ampd", loss.patch), ("itd", loss.image), ("gitd", loss.global_image)):
                 if weight and row.get(f"loss_{term}", 0.0) > 0.99 * ceiling:
                     found[f"{term}_flat"] = (
                         f"loss_{term} sits at ln K = {ceiling:.2f}: nothing is learned from it; "
@@ -186,9 +191,15 @@ class Monitor:
             found["collapse"] = (
                 "image tokens of different views are nearly equal (feature_std < 0.01, five times in a row): collapse"
             )
-        if row.get("guided", 0.0) and row.get("attention_informativeness", 1.0) < 0.005:
+        if step > 50 and row.get("token_constant", 0.0) > 0.9 and d.kind == "regression":
+            found["constant_tokens"] = (
+                f"{row['token_constant']:.0%} of the patch tokens to be predicted is the same everywhere: there is "
+                "little to learn from them; try distill.standardise=true"
+            )
+        if step > 50 and row.get("guided", 0.0) and row.get("attention_gain", 2.0) < 1.05:
             found["uniform_attention"] = (
-                "masks are guided by nearly uniform attention (informativeness < 0.005): they are as good as random"
+                "masks are guided by attention no more informative than an untrained network's (attention_gain "
+                f"{row['attention_gain']:.2f}): they may be as good as random"
             )
         for kind in [kind for kind in self.alarms if kind not in found]:
             del self.alarms[kind]

@@ -52,8 +52,7 @@ def reconstruction_picture(
         generator=generator,
         batch=1,
         device=x.device,
-        hint=settings.hint,
-        temperature=settings.temperature,
+        **settings.drawing() | {"p_attention": 1.0, "ratio_min": None},
     )
     seen = encoder(x, hidden=mask)
     guess = method.reconstruct(seen.stages[-1]).float()

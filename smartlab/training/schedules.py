@@ -18,8 +18,8 @@ def cosine(step: int, total: int, start: float, end: float) -> float:
 
 
 def learning_rate(step: int, train: TrainConfig, global_batch: int) -> float:
-    """Linear warm-up, then cosine; scaled by the global batch."""
-    peak = train.lr * global_batch
+    """Linear warm-up, then cosine; by setting times the global batch."""
+    peak = train.lr * (global_batch if train.lr_times == "batch" else 1)
     warm = round(train.warmup * train.steps)
     if step < warm:
         return peak * (step + 1) / warm

@@ -36,7 +36,7 @@ def prepare(
         hu = mirror(hu, mirrors)
         labels = labels if labels is None else mirror(labels, mirrors)
     flat = None if labels is None else labels.flatten(0, 1)
-    return x[:, :, None], unit_shares(hu.flatten(0, 1), flat, label_names, config.mask.unit)
+    return x[:, :, None], unit_shares(hu.flatten(0, 1), flat, label_names, config.unit)
 
 
 def prepare_images(

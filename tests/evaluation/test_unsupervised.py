@@ -11,7 +11,7 @@ from smartlab.evaluation.clusters import clusters
 from smartlab.evaluation.unsupervised import (
     Units,
     _dice,
-    _folds,
+    fold_pairs,
     ceiling,
     match,
     organ_tokens,
@@ -62,7 +62,7 @@ def test_no_choice_of_units_exceeds_the_ceiling():
 
 def test_no_patient_is_on_both_sides():
     patients = np.array(["a", "b", "a", "c", "d", "d", "e"])
-    pairs, _ = _folds(patients, 3, seed=1)
+    pairs, _ = fold_pairs(patients, 3, seed=1)
     for fit, score in pairs:
         assert not set(patients[fit]) & set(patients[score])
     assert sorted(np.concatenate([score for _, score in pairs])) == list(range(7))

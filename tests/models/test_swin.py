@@ -146,8 +146,7 @@ def test_a_sparse_student_sees_each_unit_apart_until_units_are_tokens(checkpoint
         "encoder.preset": "custom",
         "encoder.depths": [2, 2, 2, 1],
         "encoder.checkpointing": checkpointing,
-        "semantic.stride": 16,
-        "mask.unit": 16,
+        "semantic.stage": 3,
         "student.encode": "sparse",
     }
     encoder = Encoder(load_config("tiny", more)).double()

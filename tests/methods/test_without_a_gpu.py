@@ -1,0 +1,98 @@
+"""GPU code, tested without a GPU: torch's meta device refuses tensors of other devices and every wait for a value."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import smartlab as sl
+from smartlab.methods.clock import Clock
+from smartlab.models.reach import reach
+from smartlab.training.families import family_of
+from smartlab.training.setup import parameter_groups
+
+SCANS = {
+    "encoder.preset": "custom",
+    "encoder.embed_dim": 8,
+    "encoder.num_heads": [1, 2, 2, 2],
+    "semantic.heads": 2,
+    "semantic.stage": 2,
+    "data.view": 64,
+    "data.region": 64,
+    "distill.hidden": 16,
+    "distill.bottleneck": 8,
+    "distill.prototypes": 16,
+}
+CHANGES = [
+    *({"method.preset": name} for name in ("simmim", "smit", "smart", "ibot", "attmask", "mst")),
+    *(
+        {"mask.strategy": name}
+        for name in ("random", "block", "attention_high", "attention_low", "attention_sample")
+    ),
+    {"mask.fill": "token"},
+    {"mask.hint_from": "any", "mask.hint_refill": False},
+    {"mask.importance": "received"},
+    {"mask.informativeness": 1.5},
+    {"teacher.guide": "noisy"},
+    {"teacher.dropout_unit": "mask_unit", "teacher.noise_std": 0.1},
+    {"semantic.stage": 3},
+    {"semantic.kind": "class", "semantic.similarity": "cosine", "semantic.registers": 2},
+    {"distill.kind": "regression", "distill.standardise": True, "loss.coarse": 1.0},
+    {"distill.assignment": "sinkhorn", "distill.share_heads": True},
+    {"distill.patch_from": "semantic"},
+    {"encoder.checkpointing": True, "encoder.drop_path": 0.2},
+    {"encoder.window_size": 7, "encoder.depths": [2, 2, 2, 2]},
+    {"student.encode": "sparse"},
+]
+IMAGES = [
+    {"method.preset": "mae"},
+    *({"mae.attention": kind} for kind in ("nystrom", "linformer", "performer")),
+]
+
+
+@pytest.fixture
+def meta(monkeypatch):
+    """`torch.autocast("meta")` does not exist; that of the CPU stands in."""
+    real = torch.autocast
+    monkeypatch.setattr(
+        torch, "autocast", lambda kind, *a, **k: real("cpu" if kind == "meta" else kind, *a, **k)
+    )
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "precision"),
+    [({}, torch.bfloat16), ({"method.preset": "smit"}, torch.bfloat16), *((c, None) for c in ({}, *CHANGES))],
+    ids=str,
+)
+def test_a_whole_step_on_scans(change, precision, meta):
+    whole_step(sl.load_config("dagman", SCANS | change), (2, 2, 1, 64, 64, 64), meta, precision)
+
+
+@pytest.mark.parametrize("change", [{}, *IMAGES], ids=str)
+def test_a_whole_step_on_images(change, meta):
+    config = sl.load_config("miram-tiny", change)
+    whole_step(config, (2, 1, config.data.view, config.data.view), meta)
+
+
+def whole_step(config, shape, device, precision=None):
+    method = family_of(config).method(config).to(device)
+    optimiser = torch.optim.AdamW(parameter_groups(method), lr=1e-4)
+    x, generator = torch.rand(shape, device=device), torch.Generator().manual_seed(0)
+    with torch.autocast("meta", precision or torch.bfloat16, enabled=precision is not None):
+        loss, metrics = method.train()(x, Clock(1, 10, 10), generator)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(method.parameters(), 3.0)
+    optimiser.step()
+    method.update_teacher(0.9)
+    told = method.told(Clock(1, 10, 10), 0.9)
+    reach((method.teacher or method.student).encoder, x[0] if x.dim() == 6 else x)
+    values = [v for v in (metrics | told).values() if isinstance(v, torch.Tensor)]
+    assert all(v.device == device for v in (loss, *values))
+
+
+def test_a_wait_for_the_device_is_noticed(meta):
+    with pytest.raises(RuntimeError):
+        float(torch.zeros((), device=meta) + 1)
+    with pytest.raises(RuntimeError):
+        torch.zeros(3, device=meta) + torch.zeros(3)

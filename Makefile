@@ -63,9 +63,8 @@ bench: $(READY) ## time what we promise, under ten minutes on two quiet cores; r
 	$(BIN)/python -m benchmarks.loader --quick --out runs/bench/loader.json
 	$(BIN)/python -m benchmarks.viewer --out runs/bench/viewer.json
 
-bench-gpu: $(READY) ## the same step on an NVIDIA GPU: fp32, bf16, compiled, beside the published one
-	$(BIN)/python -m benchmarks.step --device cuda --only step,encoder,parts,memory,scaling,bf16 --turns 10 --out benchmarks/results/step-gpu-smit.json
-	$(BIN)/python -m benchmarks.step --device cuda --preset smart --only step,parts,memory,bf16 --turns 10 --out benchmarks/results/step-gpu-smart.json
+bench-gpu: $(READY) ## what only an NVIDIA GPU can tell, in eight minutes: equality, speed, memory
+	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu.json
 
 .PHONY: docs
 docs: $(READY) ## build the documentation site into site/; `make demo-all` before it gives notebooks with pictures

@@ -56,6 +56,7 @@ def main() -> None:
             "train.steps": args.steps,
             "train.checkpoint_every": args.steps // 6,
             "train.keep_last": 6,
+            "teacher.momentum": 0.98,
             **parse_overrides(args.settings),
         },
     )

@@ -49,7 +49,8 @@ class PublishedSwin(SwinTransformer):
         return self.stages(self.embed(x))
 
 
-def published_swin(config: Config) -> PublishedSwin:
+def published_swin(config: Config, flash: bool = False) -> PublishedSwin:
+    """flash: by MONAI's option, which works without gradient only: for a teacher."""
     e = config.encoder
     return PublishedSwin(
         e.in_channels,
@@ -61,18 +62,20 @@ def published_swin(config: Config) -> PublishedSwin:
         e.mlp_ratio,
         e.qkv_bias,
         drop_path_rate=e.drop_path,
+        use_flash_attention=flash,
     )
 
 
 class Reference(MaskedDistillation):
     """One step as published; takes the weights of a `MaskedDistillation` by `load_state_dict`."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, flash: bool = False) -> None:
         super().__init__(config)
         sides = [self.student] if self.teacher is None else [self.student, self.teacher]
         for side in sides:
             trained = side is self.student
-            side.encoder.swin = published_swin(config).requires_grad_(trained)  # type: ignore[assignment]
+            swin = published_swin(config, flash and not trained)
+            side.encoder.swin = swin.requires_grad_(trained)  # type: ignore[assignment]
 
     def predict_voxels(self, student: Encoded, x: Tensor, hidden: Tensor) -> Tensor:
         """Every voxel is predicted; those of hidden units count."""

@@ -37,6 +37,7 @@ RECIPE = {
     "train.batch": 8,
     "train.lr": 2e-4,
     "train.steps": 1500,
+    "teacher.momentum": 0.98,
     "train.checkpoint_every": 500,
     "train.picture_every": 100_000,  # none
 }

@@ -53,7 +53,7 @@ class Side:
             config = changed(config, "student", encode="sparse")
         if "again" in kind:
             config = changed(config, "encoder", checkpointing=True)
-        method: MaskedDistillation = (MaskedDistillation if ours else Reference)(config)
+        method = MaskedDistillation(config) if ours else Reference(config, flash="flash" in kind)
         if weights is not None:
             method.load_state_dict(weights)
         self.method, self.device, self.step = method.to(device).train(), device, 0
@@ -118,7 +118,7 @@ def pair(config: Config, device: torch.device) -> dict[str, Side]:
     sides = {"reference": Side(config, device, "reference", state), "ours": ours}
     more = ["ours again", "ours sparse"]
     if device.type == "cuda":
-        more += ["ours bf16", "ours bf16 compile", "ours bf16 sparse"]
+        more += ["reference flash", "ours bf16", "ours bf16 compile", "ours bf16 sparse"]
     return sides | {kind: Side(config, device, kind, state) for kind in more}
 
 

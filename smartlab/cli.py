@@ -162,7 +162,8 @@ Stopped, it goes on with --resume and gives what it would have given.
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
     task: Annotated[
-        str, typer.Option(help="probe, knn, fewshot, outcome, clusters, units, unsupervised, heads or localize.")
+        str,
+        typer.Option(help="probe, knn, fewshot, outcome, clusters, units, unsupervised, heads or localize."),
     ],
     manifest: Annotated[str, typer.Option(help="Manifest name or path.")] = "phantom-ct",
     settings: Annotated[list[str] | None, typer.Argument(help="Settings of the task as key=value.")] = None,

@@ -109,7 +109,8 @@ def names_of(place, module, used):
         return segmenter.build(sl.load_encoder(runs / "a"), 2, pretrained=False, seed=0)
 
     def views():
-        return torch.rand(2, 1, 32, 32, generator=generator)
+        scans = module == "smartlab.models.reach"
+        return torch.rand(2, 1, *[32] * (3 if scans else 2), generator=generator)
 
     def table():
         from smartlab.evaluation.features import lesion_features
@@ -161,6 +162,7 @@ def names_of(place, module, used):
         "hidden": mask,
         "heads": heads,
         "net": net,
+        "encoder": lambda: sl.load_encoder(runs / "a"),
         "read_volume": lambda: only_bound(sl.read_volume),
         "ViewDataset": lambda: sl.ViewDataset,
         "MaeConfig": lambda: settings.MaeConfig,

@@ -382,6 +382,7 @@ def test_ctrl_c_ends_the_demo_and_its_kernels(tmp_path):
     code = (
         "import pathlib, sys, smartlab.demo as demo; from smartlab.cli import main\n"
         f"demo.notebook_folder = lambda: pathlib.Path({str(tmp_path)!r}); demo._draw_phantoms = lambda *a: {{}}\n"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background\n"
         "sys.argv = ['smartlab', 'demo', '--all', '--out', sys.argv[1]]; main()"
     )
     process = subprocess.Popen(

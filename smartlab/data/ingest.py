@@ -93,7 +93,9 @@ def _build(job: Job, content: str) -> dict[str, Any]:
 
     # a changed source or setting gives a new name: a store in use is never written over
     name = f"{job.key}-{hashed(job.salt, 'file', job.request + content)[:12]}"
-    file, size = write_array(job.out, f"volumes/{name}.b2nd", array, CT_CODEC | ({"clevel": 5} if job.phantom else {}))
+    file, size = write_array(
+        job.out, f"volumes/{name}.b2nd", array, CT_CODEC | ({"clevel": 5} if job.phantom else {})
+    )
     row = {
         "key": job.key,
         "file": file,

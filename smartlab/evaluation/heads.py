@@ -330,15 +330,15 @@ REACH = {
 
 def _by_stage(ax: Axes, rows: pd.DataFrame) -> None:
     """Stages from left to right, newest checkpoint."""
-    for shift, (teacher, part) in enumerate(
-        rows[rows.step == rows.step.iloc[-1]].groupby("teacher", sort=False)
-    ):
+    newest = rows[rows.step.isna() | (rows.step == rows.step.iloc[-1])]
+    for shift, (teacher, part) in enumerate(newest.groupby("teacher", sort=False)):
         colour, line, marker = _STYLE[str(teacher)]
         x = np.arange(len(part)) + 0.06 * (shift - 1)
         error = np.abs(part[["low", "high"]].to_numpy().T - part.value.to_numpy())
         label = {"random": "random weights"}.get(str(teacher), f"{teacher} teacher")
         ax.errorbar(x, part.value, error, color=colour, ls=line, marker=marker, ms=4, label=label)
-    ax.set_xticks(range(len(part)), [name.split(":")[1] for name in part.measure])
+    names = newest.measure.unique()
+    ax.set_xticks(range(len(names)), [name.split(":")[1] for name in names])
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25)
 

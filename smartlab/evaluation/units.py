@@ -212,7 +212,8 @@ def _confusions(
             scan = every[i]
             drawn = [rng.permutation(np.flatnonzero(scan.organ == c))[:per_class] for c in range(classes)]
             rows = np.concatenate(drawn)
-            x.append(scan.features[feature][rows]), y.append(scan.organ[rows])
+            x.append(scan.features[feature][rows])
+            y.append(scan.organ[rows])
             who.append(np.full(len(rows), patients[i]))
         labels = np.concatenate(y)
         known, code = np.unique(

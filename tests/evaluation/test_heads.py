@@ -12,6 +12,8 @@ from smartlab.data.crops import ViewDataset
 from smartlab.errors import UseError
 from smartlab.evaluation.heads import alignment, dropped_patches, heads, measure
 from smartlab.methods.masked_distillation import Clock, MaskedDistillation
+from smartlab.models.reach import reach, spread
+from smartlab.models.windows import WindowAttention
 from tests.evaluation.attention_store import made_store, small_encoder
 
 
@@ -90,6 +92,43 @@ def test_over_a_cohort(store):
     plt.close(result.figure())
 
 
+def test_stages_are_measured_as_the_paper_does_also_without_semantic_attention(store):
+    """Entropy of attention distances for each of the four Swin stages, its variance over heads, the mean distance."""
+    bare = small_encoder(semantic__enabled=False, mask__strategy="random")
+    for encoder, semantic in ((small_encoder(), True), (bare, False)):
+        result = heads(encoder, store, views=1, draws=50, progress=False)
+        for stage in range(1, 5):
+            entropy = result.metrics[f"reach entropy:stage {stage}"]
+            assert 0 < entropy.value < np.log(30) and entropy.n == 5
+            assert result.metrics[f"reach variance:stage {stage}"].value >= 0
+        assert ("cosine" in result.metrics) == semantic
+        plt.close(result.figure())
+
+
+def test_a_heads_reach_by_hand():
+    """Uniform attention over a line of three: distances 0, 1, 2 in 3, 4 and 2 of 9 cases; a head that looks at itself."""
+    rows = torch.stack([torch.full((3, 3), 1 / 3), torch.eye(3)])
+    entropy, distance = spread(rows, (3,), stride=4.0)
+    p = np.array([3, 4, 2]) / 9
+    assert entropy.numpy() == pytest.approx([-(p * np.log(p)).sum(), 0], abs=1e-6)
+    assert distance.numpy() == pytest.approx([4 * 8 / 9, 0])
+
+
+def test_reach_sees_what_the_encoder_attends_to(store):
+    """Relative position biases that favour a token itself leave one distance."""
+    encoder, x = small_encoder(), torch.rand(1, 1, 32, 32, 32)
+    free, seen = reach(encoder, x)
+    assert torch.equal(seen.cls, encoder(x).cls), "looking changes nothing"
+    with torch.no_grad():
+        for part in encoder.modules():
+            if isinstance(part, WindowAttention):
+                part.relative_position_bias_table[len(part.relative_position_bias_table) // 2] = 100.0
+    held, _ = reach(encoder, x)
+    for stage in free:
+        assert held[stage].entropy.max() < 1e-3 < free[stage].entropy.min()
+        assert held[stage].distance.max() < 1e-2
+
+
 def test_whole_scans_of_different_sizes(store):
     result = heads(small_encoder(), store, sample="scans", draws=50, progress=False)
     assert "noisy cosine" not in result.metrics and np.isfinite(result.metrics["cka"].value)
@@ -105,7 +144,7 @@ def test_the_noisy_teacher_is_that_of_training(store):
     dropped = dropped_patches(encoder, x, 0.4, torch.Generator().manual_seed(7))
     assert dropped.float().mean() == pytest.approx(0.4, abs=0.15)
     with torch.no_grad():
-        assert torch.equal(encoder(x, dropped=dropped).attention, seen.attention)
+        torch.testing.assert_close(encoder(x, dropped=dropped).attention, seen.attention)
 
 
 def test_a_run_gives_a_curve_over_its_checkpoints(store, tmp_path):
@@ -128,7 +167,7 @@ def test_a_run_gives_a_curve_over_its_checkpoints(store, tmp_path):
 
 def test_bad_requests_say_what_is_wrong(store):
     with pytest.raises(UseError, match="no semantic attention"):
-        heads(small_encoder(semantic__enabled=False, mask__strategy="random"), store)
+        heads(small_encoder(semantic__enabled=False, mask__strategy="random"), store, sample="scans")
     with pytest.raises(UseError, match="one head"):
         heads(small_encoder(semantic__heads=1), store)
     with pytest.raises(UseError, match="views or scans"):

@@ -34,7 +34,9 @@ def test_organs_that_differ_in_density_are_read_from_it_and_shuffled_ones_are_no
     rng = np.random.default_rng(1)
     shuffled = made_store(tmp_path, {f"p{i}": scan(rng, shuffled=True) for i in range(6)})
     chance = units(small_encoder(), shuffled, levels=["tokens"], folds=3, **QUIET)
-    assert all(chance.metrics[f"tokens/balanced accuracy{x}"].value < 0.5 for x in ("", ": intensity", ": random"))
+    assert all(
+        chance.metrics[f"tokens/balanced accuracy{x}"].value < 0.5 for x in ("", ": intensity", ": random")
+    )
 
 
 def test_few_labelled_patients_can_be_asked_for_and_none_is_on_both_sides(store):

@@ -11,8 +11,8 @@ from smartlab.evaluation.clusters import clusters
 from smartlab.evaluation.unsupervised import (
     Units,
     _dice,
-    fold_pairs,
     ceiling,
+    fold_pairs,
     match,
     organ_tokens,
     unsupervised,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import smartlab as sl
+from benchmarks import gpu
 from benchmarks import step as bench
 from benchmarks.step import Side
 
@@ -31,7 +32,7 @@ SMALL = {
 @pytest.mark.parametrize("method", ["smit", "dagman"])
 def test_losses_equal_the_published_step_in_every_step(method, checkpointing):
     """fp32, 1e-4; a later step's losses depend on the gradients, the optimiser and the teacher before it."""
-    more = {"method.preset": method, "encoder.checkpointing": checkpointing, "teacher.patch_dropout": 0.0}
+    more = {"method.preset": method, "encoder.checkpointing": checkpointing}
     config = sl.load_config("smit", SMALL | more | {"semantic.heads": 2, "mask.warmup_epochs": 0})
     ours = Side(config, torch.device("cpu"))
     state = {name: value.clone() for name, value in ours.method.state_dict().items()}
@@ -49,7 +50,7 @@ def test_losses_equal_the_published_step_in_every_step(method, checkpointing):
 
 
 def test_losses_in_bf16_are_those_of_the_published_step_within_the_stated_tolerance():
-    config = sl.load_config("smit", SMALL | {"method.preset": "smit"})
+    config = sl.load_config("smit", SMALL | {"method.preset": "smit", "mask.fill": "token"})
     found = bench.bf16(config, torch.device("cpu"), 3)
     assert found["apart"].keys() >= {"loss_amip", "loss_ampd", "loss_itd"}
     assert 1e-5 < max(found["apart"].values()) < bench.BF16  # bf16 indeed, and close
@@ -67,6 +68,18 @@ def test_a_loss_that_is_no_number_is_not_within_the_tolerance(monkeypatch):
 
     monkeypatch.setattr(Side, "__call__", spoiled)
     assert not bench.bf16(config, torch.device("cpu"), 2)["within"]
+
+
+def test_the_gpu_script_compares_losses_and_says_where_it_cannot_run(monkeypatch):
+    small = SMALL | {"data.view": 32, "data.region": 32, "semantic.heads": 2}
+    monkeypatch.setattr(gpu, "SMALL", small)
+    found = gpu.equal(torch.device("cpu"))
+    assert set(found) == {"smit", "dagman"} and "loss_gitd" in found["dagman"]
+    assert all(value < 1e-6 for losses in found.values() for value in losses.values())
+    if not torch.cuda.is_available():
+        monkeypatch.setattr("sys.argv", ["gpu"])
+        with pytest.raises(SystemExit, match="no CUDA device"):
+            gpu.main()
 
 
 def test_the_floor_counts_what_a_step_multiplies():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import smartlab as sl
 from smartlab.errors import DataError, UseError
 from smartlab.training import checkpoint
-from smartlab.training.monitor import columns, rewind
+from smartlab.training.monitor import COLUMNS, columns, rewind
 from tests.processes import Child
 
 VOLATILE = ["views_per_second", "data_wait", "peak_memory_mb"]

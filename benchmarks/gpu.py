@@ -94,7 +94,9 @@ def main() -> None:
     torch.set_float32_matmul_precision("highest")
 
     def whole(preset: str) -> Callable[[], Any]:
-        return lambda: steps(load_config(preset, {"train.batch": 2}), device, asked.turns)
+        return lambda: steps(
+            load_config(preset, {"train.batch": 2, "encoder.drop_path": 0.0}), device, asked.turns
+        )
 
     parts: dict[str, Callable[[], Any]] = {
         "equal to the CPU": lambda: equal(device),

@@ -38,12 +38,16 @@ class PublishedSwin(SwinTransformer):
     def stages(
         self, tokens: Tensor, repeats: object = None, upto: int = 4, apart: bool = False, done: int = 0
     ) -> list[Tensor]:
-        """On all tokens."""
+        """All stages on all tokens, whatever is asked for; those behind `upto` are kept for when they are."""
+        if done:
+            return [m[-len(tokens) :] for m in self._behind]
         x = self.pos_drop(tokens.permute(0, 4, 1, 2, 3))
         maps = [x]
-        for layers in (self.layers1, self.layers2, self.layers3, self.layers4)[done:upto]:
+        for layers in (self.layers1, self.layers2, self.layers3, self.layers4):
             maps.append(layers[0](maps[-1].contiguous()))
-        return [m.permute(0, 2, 3, 4, 1) for m in maps]
+        maps = [m.permute(0, 2, 3, 4, 1) for m in maps]
+        self._behind = maps[upto:]
+        return maps[: upto + 1]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return self.stages(self.embed(x))

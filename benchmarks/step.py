@@ -101,7 +101,8 @@ class Side:
             ("heads", m.reconstruct),
         ]
         for branch in (m.student, m.teacher):
-            modules += [("heads", branch.patch_head), ("heads", branch.image_head)] if branch else []
+            heads = (branch.patch_head, branch.image_head, branch.global_head) if branch else ()
+            modules += [("heads", head) for head in heads]
         for name, module in modules:
             if module is not None:
                 module.forward = self.parts.wrap(name, module.forward)  # type: ignore[method-assign]

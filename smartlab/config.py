@@ -149,6 +149,7 @@ METHODS: dict[str, dict[str, Any]] = {
         **_DISTILLATION,
         "semantic.enabled": False,
         "mask.strategy": "random",
+        "mask.fill": "token",  # [smit]
         "loss.global_image": 0.0,
         "loss.coarse": 0.0,
     },
@@ -215,7 +216,7 @@ def _since_0_1(written: dict[str, Any]) -> dict[str, Any]:
     written.pop("mask.unit", None)
     threshold = written.pop("mask.informativeness", 0.0)  # was absolute
     return {
-        "semantic.stage": (stride // patch).bit_length() - 1,
+        "semantic.stage": max(1, (stride // patch).bit_length() - 1),  # of an image's ViT it means nothing
         "mask.informativeness": 1.0 if threshold else 0.0,
         "mask.fill": "token",
         "mask.hint_from": "any",

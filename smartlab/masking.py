@@ -65,15 +65,15 @@ def make_mask(
     device = torch.device(device) if attention is None else importance.device
     if not 0 < ratio < 1:
         raise UseError(f"mask ratio {ratio} hides nothing or everything", expected="a number between 0 and 1")
-    k = hidden_count(ratio, n)
     noise = uniform((rows, n), device, generator, shard)
+    counts: Tensor | int = hidden_count(ratio, n)
     if ratio_min is not None:
         share = uniform((rows, 1), device, generator, shard)
-        counts = ((ratio_min + share * (ratio - ratio_min)) * n - 1e-4).ceil()
+        counts = ((ratio_min + share * (ratio - ratio_min)) * n - 1e-4).ceil().long()
     if strategy == "random":
         score = noise
     elif strategy == "block":
-        score = _blocks(rows, grid, k, device, generator, shard) + noise
+        score = _blocks(rows, grid, hidden_count(ratio, n), device, generator, shard) + noise
     elif strategy == "attention_low":
         score = _rank(-importance, noise)
     elif strategy == "attention_sample":
@@ -82,18 +82,18 @@ def make_mask(
         score = logits - (-noise.clamp_min(1e-12).log()).clamp_min(1e-12).log()
     else:
         score = _rank(importance, noise).float()
+    k = counts
     if strategy == "attention_hint":
-        hints = min(round(hint * k), n - k)
-        among = min(k, max(hints, hidden_count(hint, n))) if hint_from == "top" else k
+        most = torch.as_tensor(counts, device=device)
+        hints = (hint * most).round().long().minimum(n - most)
+        among = most if hint_from == "any" else hints.clamp_min(hidden_count(hint, n)).minimum(most)
         shown = _top(uniform((rows, n), device, generator, shard).where(_top(score, among), -1.0), hints)
         score = score.masked_fill(shown, -1.0)  # below every rank
-        k = k if hint_refill else k - hints
+        k = counts if hint_refill else most - hints
     mask = _top(score, k)
-    if ratio_min is not None:
-        mask &= score.argsort(-1, descending=True).argsort(-1) < counts
-    if strategy != "random" and p_attention < 1:
+    if p_attention < 1 and (strategy != "random" or otherwise == "unmasked"):
         follows = uniform((rows, 1), device, generator, shard) < p_attention
-        mask = torch.where(follows, mask, _top(noise, k) if otherwise == "random" else False)
+        mask = torch.where(follows, mask, _top(noise, counts) if otherwise == "random" else False)
     return mask
 
 
@@ -152,10 +152,9 @@ def _rank(score: Tensor, noise: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, ranks)
 
 
-def _top(score: Tensor, k: int) -> Tensor:
-    """The k highest per row, as a bool mask."""
-    mask = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
-    return mask.scatter_(-1, score.topk(k, -1).indices, True)
+def _top(score: Tensor, k: int | Tensor) -> Tensor:
+    """The k highest per row, as a bool mask; k may differ from row to row, (B, 1)."""
+    return score.argsort(-1, descending=True).argsort(-1) < k
 
 
 def _blocks(

@@ -100,7 +100,8 @@ class SemanticConfig(_Section):
     """[CLS] attention over the tokens of one stage, a side branch; one token per mask unit."""
 
     enabled: bool = True
-    stage: int = Field(3, ge=1, le=4)  # behind which it looks; its stride is the mask unit [paper]
+    # behind which it looks [paper]; the mask unit, and the tokens that AMPD matches, go with it [ours]
+    stage: int = Field(3, ge=1, le=4)
     kind: Literal["full", "class"] = "full"  # all tokens attend [paper], or only [CLS] does (CaiT)
     blocks: int = Field(2, ge=1)  # [paper]
     heads: int = Field(4, ge=1)  # [ours]

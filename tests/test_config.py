@@ -69,6 +69,9 @@ def test_a_run_of_an_earlier_version_keeps_its_method():
         "any",
     )
     assert load_config({"encoder": {"embed_dim": 12}}).mask.fill == "zero"
+    images = load_config("miram").model_dump(mode="json")
+    images["semantic"] = {"enabled": False, "stride": 16}
+    assert load_config(images).semantic.stage == 1
 
 
 def test_a_preset_can_extend_another():

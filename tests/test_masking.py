@@ -91,6 +91,26 @@ def test_the_ratio_can_be_drawn_per_sample():
     shares = mask.float().mean(1)
     assert shares.min() == pytest.approx(0.1, abs=0.02) and shares.max() == pytest.approx(0.5, abs=0.02)
     assert shares.mean() == pytest.approx(0.3, abs=0.02)
+    low = draw(
+        "attention_high", attention_for((4, 4, 4), 0, 4000), 0.5, (4, 4, 4), ratio_min=0.1, p_attention=0.0
+    )
+    assert low.float().mean() == pytest.approx(0.3, abs=0.02), "of random samples too"
+
+
+def test_hints_are_a_share_of_what_that_very_sample_hides():
+    a = attention_for((8, 8, 8), 0, batch=300)
+    rank = a.mean(1).argsort(-1, descending=True).argsort(-1)
+    mask = draw("attention_hint", a, 0.5, (8, 8, 8), hint=0.1, ratio_min=0.1)
+    counts = mask.sum(1, keepdim=True)
+    hints = (~mask & (rank < counts)).sum(1)
+    assert ((hints - 0.1 * counts[:, 0]).abs() <= 0.51).all()
+
+
+def test_samples_can_stay_whole_under_random_masks_too():
+    """While a guard holds attention back, AttMask still masks half of the samples."""
+    mask = draw("random", None, 0.5, (4, 4, 4), batch=2000, p_attention=0.5, otherwise="unmasked")
+    assert ((mask.sum(1) == 0) | (mask.sum(1) == 32)).all()
+    assert abs((mask.sum(1) == 0).float().mean() - 0.5) < 0.05
 
 
 @given(st.sampled_from(STRATEGIES), grids, seeds)

@@ -190,9 +190,11 @@ def measure_reach(
     return dict(zip(names, patient_means(values, patients, draws, seed), strict=True))
 
 
-def dropped_patches(encoder: Encoder, x: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """What the noisy teacher does not see: (B, D/2, H/2, W/2) bool, as in `MaskedDistillation.look`."""
-    cell = encoder.unit_patches if encoder.config.teacher.dropout_unit == "mask_unit" else 1
+def dropped_patches(
+    encoder: Encoder, x: Tensor, share: float, generator: torch.Generator, unit: str | None = None
+) -> Tensor:
+    """What the noisy teacher does not see: (B, D/2, H/2, W/2) bool, as in training, or by another unit."""
+    cell = encoder.unit_patches if (unit or encoder.config.teacher.dropout_unit) == "mask_unit" else 1
     d, h, w = (length // encoder.config.encoder.patch // cell for length in x.shape[2:])
     units = uniform((x.shape[0], d * h * w), x.device, generator) < share
     return upsample(units, (d, h, w), cell)

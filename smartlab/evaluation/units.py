@@ -173,7 +173,8 @@ def _pairs(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(scans to learn from, scans to judge), no patient in both."""
     patients = about.patient.to_numpy(str)
-    train = (about.split == "train").to_numpy()
+    split = about.split.where(about.split.notna() & (about.split != ""), "train")  # as in pretraining
+    train = (split == "train").to_numpy()
     pairs = [(np.flatnonzero(train), np.flatnonzero(~train))] if train.any() and not train.all() else None
     if pairs is None:
         pairs, notes = fold_pairs(patients, folds, seed)

@@ -336,7 +336,7 @@ class MaskedDistillation(nn.Module):
             "momentum": momentum,
             "teacher_temperature": self.teacher_temperature(clock),
             "guided": self.guides(clock).float() if guided else 0.0,
-            "attention_gain": self.informed[0] / self.untrained.clamp_min(1e-12),
+            "attention_gain": self.informed[0] / self.untrained,  # of no attention it is not-a-number
         }
 
     @torch.no_grad()

@@ -136,7 +136,7 @@ class Encoder(nn.Module):
         rows, pooled = len(x) if deep is None else deep, None
         if rows:
             stages += self.swin.stages(stages[-1][-rows:], done=self.stage)[1:]
-            pooled = normed(stages[-1]).mean((1, 2, 3))
+            pooled = normed(stages[-1][-rows:]).mean((1, 2, 3))
         units = normed(stages[self.stage]).flatten(1, 3)
         if self.semantic is None:
             return Encoded(stages, units.mean(1), units, None, None, grid, units, pooled)

@@ -14,6 +14,7 @@ vision learners" (2022).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -56,14 +57,16 @@ class ViTBlock(nn.Module):
         self.mlp = Mlp(dim, round(dim * mlp_ratio))
 
     def forward(self, x: Tensor, looks: bool = False) -> Any:
-        """With `looks` also the [CLS] row of the attention over the other tokens, (B, heads, N − 1), float32."""
+        """With `looks` also the [CLS] row of the attention over the other tokens, (B, heads, N − 1), float32, and
+        its strength (B, heads), see `Encoded`."""
         q, k, v = self.attn.split(self.norm1(x))
         x = x + self.attn.proj(self.attn.core(q, k, v).transpose(1, 2).flatten(2))
         x = x + self.mlp(self.norm2(x))
         if not looks:
             return x
         rows = q[:, :, :1].detach().float() @ k.detach().float().transpose(-2, -1) * q.shape[-1] ** -0.5
-        return x, rows[:, :, 0, 1:].softmax(-1)
+        rows = rows[:, :, 0, 1:]
+        return x, rows.softmax(-1), rows.logsumexp(-1) - math.log(rows.shape[-1])
 
 
 class PatchEmbed(nn.Module):
@@ -125,8 +128,9 @@ class ViT(nn.Module):
         cls = self.cls_token + self.pos_embed[:, :1]
         return torch.cat([cls.expand(len(x), -1, -1).to(tokens.dtype), tokens], 1)
 
-    def encode(self, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
-        """-> normalised tokens (B, 1 + n, C), outputs of four evenly spaced blocks, attention (B, heads, n)."""
+    def encode(self, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        """-> normalised tokens (B, 1 + n, C), outputs of four evenly spaced blocks, attention (B, heads, n) and its
+        strength (B, heads)."""
         x, levels = self.tokens(x, keep), []
         depth = len(self.blocks)
         wanted = [-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)]
@@ -134,9 +138,9 @@ class ViT(nn.Module):
             if number < depth - 1:
                 x = block(x)
             else:
-                x, attention = block(x, looks=True)
+                x, attention, strength = block(x, looks=True)
             levels += [x] * wanted.count(number)
-        return self.norm(x), levels, attention
+        return self.norm(x), levels, attention, strength
 
 
 class ViTEncoder(ViT):
@@ -169,15 +173,15 @@ class ViTEncoder(ViT):
     def visible(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 1, H, W) as the ViT sees them -> normalised tokens (B, 1 + n, C) of [CLS] and the
         patches `keep` (B, n), and the last block's [CLS] attention over these (B, heads, n)."""
-        tokens, _, attention = self.encode(x, keep)
+        tokens, _, attention, _ = self.encode(x, keep)
         return tokens, attention
 
     def forward(self, x: Tensor) -> Encoded:
         """Windowed images (B, 1, H, W) in [0, 1], stored pixels -> `Encoded`; stages are (B, h, w, C)."""
         grid = self.grid(x.shape)
-        tokens, levels, attention = self.encode(self.shrink(x))
+        tokens, levels, attention, strength = self.encode(self.shrink(x))
         stages = [level[:, 1:].unflatten(1, grid) for level in levels]
-        return Encoded(stages, tokens[:, 0], tokens[:, 1:], attention, None, grid)
+        return Encoded(stages, tokens[:, 0], tokens[:, 1:], attention, None, grid, strength=strength)
 
     # ---- use after training: images as stored ----
 
@@ -217,20 +221,25 @@ class ViTEncoder(ViT):
     def attention(
         self, image: np.ndarray | Tensor, *, window: int | None = None, overlap: float = 0.25
     ) -> Tensor:
-        """[CLS] attention of the last block, (B, heads, H, W) on the grid of tokens; each head sums to 1."""
+        """[CLS] attention of the last block, (B, heads, H, W) on the grid of tokens; each head sums to 1.
+
+        Windows are joined as in `Encoder.attention`.
+        """
         x = self._prepare(image)
         grid, side = self.grid(x.shape), self._window(x, window)
-        summed = torch.zeros(len(x), self.config.encoder.heads, *grid, device=x.device)
+        summed = torch.zeros(len(x), self.config.encoder.heads, *grid, device=x.device, dtype=torch.float64)
         count = torch.zeros(*grid, device=x.device)
         for box in boxes(x.shape[2:], side, overlap, self.stride):
             out = self(x[(slice(None), slice(None), *box)])
-            assert out.attention is not None
+            assert out.attention is not None and out.strength is not None
             part = tuple(slice(b.start // self.stride, b.stop // self.stride) for b in box)
-            rows = out.attention.unflatten(2, out.grid) * out.attention.shape[-1]  # 1 is the mean
-            summed[(slice(None), slice(None), *part)] += rows
+            weight = out.strength.double().exp() * out.attention.shape[-1]
+            summed[(slice(None), slice(None), *part)] += (out.attention * weight[..., None]).unflatten(
+                2, out.grid
+            )
             count[part] += 1
         mean = summed / count
-        return mean / mean.sum((2, 3), keepdim=True)
+        return (mean / mean.sum((2, 3), keepdim=True)).float()
 
     def _prepare(self, image: np.ndarray | Tensor) -> Tensor:
         """Grey values in any accepted form -> windowed (B, 1, H, W), padded with black to whole strides."""

@@ -36,6 +36,7 @@ CHANGES = [
     {"teacher.guide": "noisy"},
     {"teacher.dropout_unit": "mask_unit", "teacher.noise_std": 0.1},
     {"semantic.stage": 3},
+    {"semantic.stage": 4},
     {"semantic.kind": "class", "semantic.similarity": "cosine", "semantic.registers": 2},
     {"distill.kind": "regression", "distill.standardise": True, "loss.coarse": 1.0},
     {"distill.assignment": "sinkhorn", "distill.share_heads": True},

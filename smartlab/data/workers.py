@@ -24,6 +24,8 @@ from smartlab.errors import UseError
 T = TypeVar("T")
 R = TypeVar("R")
 
+CLOSING = 30.0  # seconds that a cluster of processes is given to end
+
 
 class StopRequest:
     """Set by a signal: finish what is running, start nothing new."""
@@ -115,24 +117,33 @@ def local_cluster(workers: int, threads: int = 1, **options: Any) -> Iterator[An
     Forked where possible: a spawned worker imports the user's script again, which for a script
     without a main guard starts the build again. The workers touch neither torch nor a GPU. They
     inherit the draining handlers, so a Ctrl-C that reaches the whole group does not kill them. No
-    memory limit: a forked worker shares its parent's pages, which Dask would count as its own.
+    memory limit: a forked worker shares its parent's pages, which Dask would count as its own. Closing is
+    not waited for without end: seldom, after a worker died, Dask waits for a process that is gone.
     """
     import dask
     from distributed import LocalCluster
 
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    with (
-        dask.config.set({"distributed.worker.multiprocessing-method": method}),
-        LocalCluster(
+    others = {*multiprocessing.active_children()}
+    with dask.config.set({"distributed.worker.multiprocessing-method": method}):
+        cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=threads,
             memory_limit=None,
             dashboard_address="127.0.0.1:0",  # any free port: several builds may run
             silence_logs=logging.CRITICAL,
             **options,
-        ) as cluster,
-    ):
-        yield cluster
+        )
+        try:
+            yield cluster
+        finally:
+            try:
+                cluster.close(timeout=CLOSING)
+            except TimeoutError:
+                for nanny in cluster.workers.values():
+                    nanny.auto_restart = False
+                for process in {*multiprocessing.active_children()} - others:
+                    process.kill()
 
 
 def _renew_helper_thread() -> None:

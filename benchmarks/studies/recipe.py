@@ -66,6 +66,8 @@ def main() -> None:
     config = sl.load_config("tiny", RECIPE | {"train.steps": asked.steps} | parse_overrides(asked.settings))
     began, used = time.monotonic(), time.process_time()
     run = sl.pretrain(config, asked.out, resume=True)
+    if not run.finished:
+        raise SystemExit(f"stopped at step {run.step}: run the same command again to go on")
     spent = {"seconds": time.monotonic() - began, "core_hours": (time.process_time() - used) / 3600}
     report = {
         "what": __doc__.split("\n\n")[0].strip(),  # type: ignore[union-attr]

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, islice
 from typing import Any, Generic, TypeVar
 
@@ -124,7 +124,6 @@ def local_cluster(workers: int, threads: int = 1, **options: Any) -> Iterator[An
     from distributed import LocalCluster
 
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    others = {*multiprocessing.active_children()}
     with dask.config.set({"distributed.worker.multiprocessing-method": method}):
         cluster = LocalCluster(
             n_workers=workers,
@@ -137,13 +136,8 @@ def local_cluster(workers: int, threads: int = 1, **options: Any) -> Iterator[An
         try:
             yield cluster
         finally:
-            try:
+            with suppress(TimeoutError):
                 cluster.close(timeout=CLOSING)
-            except TimeoutError:
-                for nanny in cluster.workers.values():
-                    nanny.auto_restart = False
-                for process in {*multiprocessing.active_children()} - others:
-                    process.kill()
 
 
 def _renew_helper_thread() -> None:

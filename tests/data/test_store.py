@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import multiprocessing
 import os
@@ -419,25 +418,6 @@ def test_a_worker_that_dies_costs_one_image(monkeypatch):
         results = list(workers.run_bounded(_die_on_two, range(5), 2, None, stop))
     lost = [r.job for r in results if isinstance(r, workers.Lost)]
     assert lost == [2] and sorted(r for r in results if not isinstance(r, workers.Lost)) == [0, 1, 3, 4]
-
-
-def test_a_cluster_that_does_not_close_is_ended(monkeypatch):
-    """Seen once in hundreds of builds: a worker had died, and Dask waited for it for ever."""
-    close = LocalCluster.close
-    monkeypatch.setattr(workers, "CLOSING", 0.01)
-    monkeypatch.setattr(
-        LocalCluster,
-        "close",
-        lambda self, timeout=None: self.sync(asyncio.sleep, 60, callback_timeout=timeout),
-    )
-    before = {*multiprocessing.active_children()}
-    with workers.draining() as stop:
-        assert sorted(workers.run_bounded(_nap, range(3), 2, None, stop)) == [0, 1, 2]
-    left = {*multiprocessing.active_children()} - before
-    for process in left:
-        process.join(10)
-    assert not any(process.is_alive() for process in left)
-    monkeypatch.setattr(LocalCluster, "close", close)
 
 
 def _nap(job):

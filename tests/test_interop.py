@@ -93,7 +93,7 @@ def test_a_vision_transformer_exported_to_monai_is_the_same_function_there(image
     assert all(k.startswith("classification_head") or "cross_attn" in k for k in missing), missing
     x = torch.rand(2, 1, 64, 64)
     with torch.no_grad():
-        mine, levels, _ = image_encoder.encode(x)
+        mine, levels, *_ = image_encoder.encode(x)
         cls, theirs = net.norm(net(x)[1][-1]), net(x)[1]
         torch.testing.assert_close(mine, cls, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(levels[-1], theirs[-1], atol=1e-4, rtol=1e-4)

@@ -366,7 +366,7 @@ minutes can confirm or refute a gain of 0.013.
 
 **What these runs were.** They were made before the full paper was at hand, with the method as version 0.1 had it: the noisy look guided the masks, 0.3
 of the mask units were dropped and not 0.7 of the patch tokens, there were no hints at the top and no GITD, AMPD came after semantic attention. They judge by
-organ purity, a weak yardstick: untrained networks reach it too, and so nearly do mean HU and volume. A verdict below is that of one recipe under one such
+organ purity, a weak yardstick: untrained networks come close to it (dashed lines below). A verdict below is that of one recipe under one such
 metric, not of the paper's method.
 
 ## The arms

@@ -31,7 +31,19 @@ from smartlab.methods.clock import Clock
 from smartlab.methods.masked_distillation import MaskedDistillation
 from smartlab.training.setup import keep_freed_memory, parameter_groups
 
-SECTIONS = ("encoder", "step", "parts", "floor", "memory", "scaling", "data", "processes", "start_up", "bf16")
+SECTIONS = (
+    "encoder",
+    "step",
+    "parts",
+    "floor",
+    "memory",
+    "scaling",
+    "data",
+    "processes",
+    "start_up",
+    "looks",
+    "bf16",
+)
 BF16 = (
     0.004  # how far apart losses may be, as a share: what rounding once to the eight bits of bf16 may change
 )
@@ -191,6 +203,21 @@ def floor(config: Config, device: torch.device, size: int = 4096) -> dict[str, A
     return found
 
 
+def looks(config: Config, device: torch.device, turns: int) -> dict[str, Any]:
+    """What the teacher's second look costs: `guide=clean` beside one noisy look, and one look of a clean teacher."""
+    smart = load_config(
+        "smart", {"train.batch": config.train.batch, "data.view": config.data.view, "data.region": 160}
+    )
+    teachers: dict[str, dict[str, Any]] = {
+        "clean": {},
+        "noisy": {"guide": "noisy"},
+        "one": {"patch_dropout": 0.0},
+    }
+    sides = {name: Side(changed(smart, "teacher", **more), device) for name, more in teachers.items()}
+    found: dict[str, Any] = dict(harness.in_turns(sides, turns, 1, device))
+    return found | {f"clean / {name}": harness.ratio(found, "clean", name) for name in ("noisy", "one")}
+
+
 def encoder(config: Config, device: torch.device, turns: int) -> dict[str, Any]:
     """The encoder alone, nothing masked: forward, and forward with backward."""
     found = {}
@@ -281,7 +308,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="two turns and few cases")
-    asked_for = [name for name in SECTIONS if name != "bf16"]  # minutes where a CPU has no bf16 units
+    asked_for = [
+        name for name in SECTIONS if name not in ("looks", "bf16")
+    ]  # minutes where a CPU has no bf16 units
     parser.add_argument("--only", default=",".join(asked_for), help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -323,6 +352,7 @@ def measure(asked: argparse.Namespace, config: Config, device: torch.device) -> 
         "scaling": lambda: scaling(device, asked.quick),
         "processes": lambda: processes(asked.quick),
         "start_up": start_up,
+        "looks": lambda: looks(config, device, turns),
         "bf16": lambda: bf16(config, device, turns),
     }
     result: dict[str, Any] = {

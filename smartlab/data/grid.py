@@ -61,23 +61,36 @@ def check_affine(affine: np.ndarray, path: str | Path) -> None:
 def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Reorder axes so that i, j, k grow closest to Right, Anterior, Superior.
 
-    array (a, b, c) with its RAS affine -> C-contiguous (X, Y, Z) and its affine. Of the 48 signed
-    permutations, the one whose axes align best in sum; for a grid less than 45° oblique that is the
-    usual "closest canonical" orientation. It is right-handed: the trace of a mirrored grid is at most
-    1, and one of the others always exceeds that.
+    array (a, b, c) with its RAS affine -> C-contiguous (X, Y, Z) and its affine.
     """
-    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    choices = product(permutations(range(3)), product((1, -1), repeat=3))
-    order, signs = max(choices, key=lambda choice: np.trace(directions[:, choice[0]] * choice[1]))
-    array = array.transpose(order)
+    order, signs = _ras_axes(affine)
+    _, result = ras_grid(array.shape, affine)
+    return np.ascontiguousarray(array.transpose(order)[tuple(slice(None, None, s) for s in signs)]), result
+
+
+def ras_grid(shape: tuple[int, ...], affine: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape and affine that `to_ras` gives an array of this shape, without the array."""
+    order, signs = _ras_axes(affine)
+    turned = tuple(shape[axis] for axis in order)
     result = affine.astype(float).copy()
     result[:3, :3] = affine[:3, order]
     for axis, sign in enumerate(signs):
         if sign < 0:
-            array = np.flip(array, axis)
-            result[:3, 3] += result[:3, axis] * (array.shape[axis] - 1)
+            result[:3, 3] += result[:3, axis] * (turned[axis] - 1)
             result[:3, axis] *= -1
-    return np.ascontiguousarray(array), result
+    return turned, result
+
+
+def _ras_axes(affine: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Which axis of the file each of i, j, k is, and its direction, 1 or -1.
+
+    Of the 48 signed permutations, the one whose axes align best in sum; for a grid less than 45° oblique
+    that is the usual "closest canonical" orientation. It is right-handed: the trace of a mirrored grid is
+    at most 1, and one of the others always exceeds that.
+    """
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    choices = product(permutations(range(3)), product((1, -1), repeat=3))
+    return max(choices, key=lambda choice: np.trace(directions[:, choice[0]] * choice[1]))
 
 
 def to_int16(values: np.ndarray, path: str | Path, floor: int = AIR) -> tuple[np.ndarray, int, int]:

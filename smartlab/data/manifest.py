@@ -3,7 +3,8 @@
 A manifest is a JSON file (`<name>.json`); a long list of cases sits beside it as CSV
 (`cases_file`). Everything is checked on loading: unknown keys, duplicate case ids, paths that
 leave the root, label values, patients that appear in two splits or two folds. Checks that need
-the images are in `verify.py`.
+the images are in `verify.py`. Of one's own data only the name and the cases must be given; published data
+have their licence and citation beside.
 
 All positions are millimetres. `Lesion.frame` says in which frame:
 
@@ -19,7 +20,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from smartlab.data.readers import Volume
 
 LabelValue = int | float | str | list[str] | list[float] | None
+SHOWN = 20  # problems told at once
 UID = re.compile(r"^[0-9]+(\.[0-9]+)+$")
 
 
@@ -89,8 +91,8 @@ class LabelSpec(_Strict):
 class Source(_Strict):
     """Where the images come from and how to get them."""
 
-    kind: Literal["idc", "msd", "url", "phantom", "local"]
-    location: str = ""  # IDC collection, MSD task or phantom kind
+    kind: Literal["idc", "msd", "url", "phantom", "local"] = "local"
+    location: str = ""  # IDC collection, MSD task, phantom kind, or a folder
     files: list[dict[str, Any]] = []  # for "url": {"url", "name", "md5" or "sha256", "size_mb"}
     size_gb: float | None = None
     parameters: dict[str, Any] = {}  # phantom: n, seed, shape …; folders: patterns for cases
@@ -168,13 +170,13 @@ class Manifest(_Strict):
 
     schema_version: Literal[1] = 1
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
-    title: str
-    modality: Literal["CT", "MG"]
-    licence: str
-    citation: str
-    homepage: str
+    title: str = ""
+    modality: Literal["CT", "MG"] = "CT"
+    licence: str = "own data"
+    citation: str = ""
+    homepage: str = ""
     description: str = ""
-    source: Source
+    source: Source = Source()
     labels: dict[str, LabelSpec] = {}
     organs: dict[int, str] = {}  # value in label maps -> name
     notes: list[str] = []
@@ -203,34 +205,39 @@ class Manifest(_Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
+        if problems := list(self._problems()):
+            raise ValueError(_counted(problems))
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        """Everything that is wrong with the cases, one sentence each."""
         seen: set[str] = set()
         for case in self.all_cases:
             if case.id in seen:
-                raise ValueError(f"case id {case.id!r} appears twice")
+                yield f"case id {case.id!r} appears twice"
             seen.add(case.id)
             if not case.id or not case.patient:
-                raise ValueError(f"case {case.id!r} of patient {case.patient!r}: both need a name")
+                yield f"case {case.id!r} of patient {case.patient!r}: both need a name"
             for name, value in case.labels.items():
                 if name not in self.labels:
-                    raise ValueError(f"case {case.id!r} has label {name!r}, which `labels` does not describe")
-                if problem := self.labels[name].problem(value):
-                    raise ValueError(f"case {case.id!r}, label {name!r}: {problem}")
+                    yield f"case {case.id!r} has label {name!r}, which `labels` does not describe"
+                elif problem := self.labels[name].problem(value):
+                    yield f"case {case.id!r}, label {name!r}: {problem}"
         owner: dict[str, str] = {}
         for case in self.all_cases:
             for image in filter(None, (case.series_uid, case.image and str(PurePosixPath(case.image)))):
                 if (other := owner.setdefault(image, case.patient)) != case.patient:
-                    raise ValueError(
+                    yield (
                         f"image {image!r} belongs to two patients, {other!r} and {case.patient!r}; "
                         "an image has one patient, or splits by patient leak"
                     )
         for group in ("split", "fold"):
             if leaks := _straddling(self.cases, group):
                 patient, values = leaks[0]
-                raise ValueError(
+                yield (
                     f"{len(leaks)} patient(s) appear in more than one {group}, e.g. {patient!r} in {values}; "
                     f"every patient belongs to one {group} only, or results leak"
                 )
-        return self
 
     def select(self, ids: Iterable[str]) -> Manifest:
         """The same manifest with only these cases; an unknown id is an error."""
@@ -248,8 +255,13 @@ class Manifest(_Strict):
         """Write the JSON, and the cases as CSV beside it when `cases_file` names one."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        content = {"schema_version": 1, **content}
+        full = self.model_dump(mode="json", by_alias=True)
+        given = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        stated = given.keys() | {
+            "schema_version",
+            "modality",
+        }  # a reader should not have to know these defaults
+        content = {key: given.get(key, value) for key, value in full.items() if key in stated}
         if self.cases_file:
             content.pop("cases", None)
             _replace(path.parent / _safe(self.cases_file), cases_to_csv(self.all_cases))
@@ -301,18 +313,28 @@ def _load(name: str | Path) -> Manifest:
             content["cases"] = cases_from_csv(beside, content.get("labels", {}))
         return Manifest.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        problems = [
+            ": ".join(filter(None, (".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, "))))
+            for e in error.errors()
+        ]
         raise DataError(
             "is not a valid manifest",
             path=path,
-            found=f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}",
+            found=_counted(problems),
             fix="see data_manifests/schema.json",
         ) from None
     except (ValueError, KeyError, OSError) as error:
         raise DataError(
             "is not a valid manifest", path=path, found=error, fix="see data_manifests/schema.json"
         ) from None
+
+
+def _counted(problems: list[str]) -> str:
+    """All problems in one text, so that they can be mended in one go."""
+    if len(problems) == 1:
+        return problems[0]
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return f"{len(problems)} problems: {'; '.join(problems[:SHOWN])}{more}"
 
 
 def schema() -> dict[str, Any]:

@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from smartlab.data.grid import AIR, LPS_TO_RAS, check_affine, clip_notes, to_int16, to_ras
+from smartlab.data.grid import AIR, LPS_TO_RAS, check_affine, clip_notes, ras_grid, to_int16, to_ras
 from smartlab.errors import DataError, UseError
 
 NIFTI, ITK = (".nii", ".nii.gz"), (".nrrd", ".nhdr", ".mhd", ".mha")
+_NIFTI_START = 1 << 16  # bytes that hold the header of a NIfTI with its extensions
 _UNIT_MM = {1: 1000.0, 3: 0.001}  # NIfTI codes for metre and micron; 2 is mm, 0 unknown and taken as mm
 
 
@@ -151,6 +152,29 @@ def read_labels(path: str | Path) -> Volume:
     return _finish(array, affine, path, "SEG", notes)
 
 
+def read_grid(path: str | Path) -> Volume:
+    """Where the voxels of a NIfTI, NRRD or MetaImage lie, from its header: milliseconds, any size.
+
+    What the header can tell is checked as `read_volume` does. The array is zeros of the stored type that
+    take no memory (floating where values are rescaled).
+    """
+    path = Path(path)
+    with _opening(path):
+        if _format(path) == "dicom":
+            raise DataError("is DICOM, not a single image file", path=path)
+        nifti = path.name.lower().endswith(NIFTI)
+        shape, dtype, affine, notes = (_nifti_header if nifti else _itk_header)(path)
+    shape = _three_axes(shape, path)
+    _check_grid(shape, affine, path)
+    shape, affine = ras_grid(shape, affine)
+    return Volume(empty(shape, dtype), affine, "", str(path), tuple(notes))
+
+
+def empty(shape: tuple[int, ...], dtype: Any = np.int16) -> np.ndarray:
+    """Zeros that take no memory: a shape and a type, for a `Volume` whose voxels have not been read."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
 @contextmanager
 def _opening(path: Path) -> Iterator[None]:
     """Permissions, broken disks and vanished mounts, as errors that name the path."""
@@ -190,18 +214,22 @@ def _format(path: Path) -> str:
 
 
 def _finish(array: np.ndarray, affine: np.ndarray, path: Path, modality: str, notes: list[str]) -> Volume:
-    if min(array.shape) < 2:
+    _check_grid(array.shape, affine, path)
+    stored = affine
+    array, affine = to_ras(array, affine)
+    return Volume(array, affine, modality, str(path), tuple(notes), stored)
+
+
+def _check_grid(shape: tuple[int, ...], affine: np.ndarray, path: Path) -> None:
+    if min(shape) < 2:
         raise DataError(
             "a single slice is not a volume",
             path=path,
-            found=" × ".join(map(str, array.shape)) + " voxels",
+            found=" × ".join(map(str, shape)) + " voxels",
             expected="at least 2 along every axis",
             fix="give the whole scan",
         )
     check_affine(affine, path)
-    stored = affine
-    array, affine = to_ras(array, affine)
-    return Volume(array, affine, modality, str(path), tuple(notes), stored)
 
 
 def _check_hounsfield(values: np.ndarray, path: Path) -> list[str]:
@@ -223,29 +251,74 @@ def _check_hounsfield(values: np.ndarray, path: Path) -> list[str]:
 def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """(values in the file's own order and type, RAS affine in mm, notes)."""
     values, affine, notes = (_read_nifti if path.name.lower().endswith(NIFTI) else _read_itk)(path)
-    while values.ndim > 3 and values.shape[-1] == 1:
-        values = values[..., 0]
-    if values.ndim != 3:
+    return values.reshape(_three_axes(values.shape, path)), affine, notes
+
+
+def _three_axes(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
+    """The shape without trailing axes of one; refuses what is not a volume then."""
+    whole = shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3:
         raise DataError(
-            f"a {values.ndim}D image, not a volume",
+            f"a {len(shape)}D image, not a volume",
             path=path,
-            found=" × ".join(map(str, values.shape)),
+            found=" × ".join(map(str, whole)),
             expected="three axes",
             fix="split a 4D image into one file per time point or phase",
         )
-    return values, affine, notes
+    return shape
 
 
 def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """sform, else qform, as nibabel does; units as SimpleITK does."""
-    import nibabel as nib
-
     raw = path.read_bytes()
     if raw[:2] == b"\x1f\x8b":
         try:  # in one go: also verifies the checksum at the end, which a lazy reader never reaches
             raw = gzip.decompress(raw)
         except (EOFError, OSError, zlib.error) as error:
             raise _cut(path, f"gzip data that do not unpack ({error})") from error
+    image, affine, notes = _parse_nifti(raw, path)
+    dtype, shape = image.get_data_dtype(), image.shape
+    needed = int(image.dataobj.offset) + math.prod(shape) * dtype.itemsize
+    if len(raw) < needed:
+        raise _cut(path, f"{len(raw)} bytes where the header promises {needed}")
+    if dtype.kind not in "iuf":  # RGB is a structured type, complex is complex: to_int16 says so
+        return np.zeros((2, 2, 2), dtype), affine, notes
+    return (
+        (np.asanyarray(image.dataobj) if _plain(image) else image.get_fdata(dtype=np.float32)),
+        affine,
+        notes,
+    )
+
+
+def _nifti_header(path: Path) -> tuple[tuple[int, ...], Any, np.ndarray, list[str]]:
+    """(shape, type of the values, RAS affine in mm, notes) from the start of the file."""
+    compressed = path.open("rb").read(2) == b"\x1f\x8b"
+    try:
+        with (gzip.open if compressed else open)(path, "rb") as stream:
+            raw = stream.read(_NIFTI_START)
+    except (EOFError, OSError, zlib.error) as error:
+        raise _cut(path, f"gzip data that do not unpack ({error})") from error
+    image, affine, notes = _parse_nifti(raw, path)
+    dtype = image.get_data_dtype()
+    needed = int(image.dataobj.offset) + math.prod(image.shape) * dtype.itemsize
+    if not compressed and (size := path.stat().st_size) < needed:
+        raise _cut(path, f"{size} bytes where the header promises {needed}")
+    if dtype.kind not in "iuf":
+        to_int16(np.zeros((2, 2, 2), dtype), path)  # says what is wrong with it
+    return image.shape, dtype if _plain(image) else np.float32, affine, notes
+
+
+def _plain(image: Any) -> bool:
+    """Whether the stored values are meant as they are, without a slope."""
+    return (image.dataobj.slope, image.dataobj.inter) == (1.0, 0.0)
+
+
+def _parse_nifti(raw: bytes, path: Path) -> tuple[Any, np.ndarray, list[str]]:
+    """(nibabel image whose voxels are not looked at, RAS affine in mm, notes), the header checked."""
+    import nibabel as nib
+
     kind = nib.Nifti2Image if raw[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nib.Nifti1Image
     size = kind.header_class.sizeof_hdr
     if len(raw) < size:
@@ -261,10 +334,6 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
             raise ValueError(f"its shape is {image.shape}")
     except Exception as error:
         raise DataError("not a valid NIfTI file", path=path, found=error, fix="fetch it again") from error
-    dtype, shape = image.get_data_dtype(), image.shape
-    needed = int(header["vox_offset"]) + math.prod(shape) * dtype.itemsize
-    if len(raw) < needed:
-        raise _cut(path, f"{len(raw)} bytes where the header promises {needed}")
     _check_nifti_header(path, pixdim, codes)
     notes = []
     if not apart <= 0.5 * np.abs(pixdim).min():
@@ -272,11 +341,7 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     scale = _UNIT_MM.get(int(header["xyzt_units"]) & 7, 1.0)
     affine[:3] *= scale
     notes += [f"header unit converted to mm (× {scale:g})"] if scale != 1 else []
-    if dtype.kind not in "iuf":  # RGB is a structured type, complex is complex: to_int16 says so
-        return np.zeros((2, 2, 2), dtype), affine, notes
-    proxy: Any = image.dataobj
-    plain = (proxy.slope, proxy.inter) == (1.0, 0.0)
-    return (np.asanyarray(proxy) if plain else image.get_fdata(dtype=np.float32)), affine, notes
+    return image, affine, notes
 
 
 def _check_nifti_header(path: Path, pixdim: np.ndarray, codes: tuple[int, int]) -> None:
@@ -311,30 +376,52 @@ def _read_itk(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """NRRD and MetaImage, by SimpleITK."""
     import SimpleITK as sitk
 
+    reader = _itk_reader(path)
+    try:
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise _itk_error(path, str(error)) from error
+    return sitk.GetArrayFromImage(image).T, _itk_affine(image), []
+
+
+def _itk_header(path: Path) -> tuple[tuple[int, ...], Any, np.ndarray, list[str]]:
+    """(shape, type of the values, RAS affine in mm, notes) without the voxels."""
+    import SimpleITK as sitk
+
+    reader = _itk_reader(path)
+    small = reader.GetPixelID() in (sitk.sitkUInt8, sitk.sitkInt8)
+    return reader.GetSize(), np.int8 if small else np.int16, _itk_affine(reader), []
+
+
+def _itk_reader(path: Path) -> Any:
+    """SimpleITK's reader of this file, its header read and checked."""
+    import SimpleITK as sitk
+
     _check_text_header(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO("NrrdImageIO" if path.suffix.lower() in (".nrrd", ".nhdr") else "MetaImageIO")
     try:
         reader.ReadImageInformation()
-        components, dimension = reader.GetNumberOfComponents(), reader.GetDimension()
-        if components != 1 or dimension != 3:
-            raise DataError(
-                "a colour (RGB) or vector image"
-                if components != 1
-                else f"a {dimension}D image, not a volume",
-                path=path,
-                found=" × ".join(map(str, reader.GetSize())) + f" voxels of {components} values",
-                expected="three axes, one value per voxel",
-                fix="give the original scan; split a 4D image into one file per time point",
-            )
-        image = reader.Execute()
     except RuntimeError as error:
         raise _itk_error(path, str(error)) from error
+    components, dimension = reader.GetNumberOfComponents(), reader.GetDimension()
+    if components != 1 or dimension != 3:
+        raise DataError(
+            "a colour (RGB) or vector image" if components != 1 else f"a {dimension}D image, not a volume",
+            path=path,
+            found=" × ".join(map(str, reader.GetSize())) + f" voxels of {components} values",
+            expected="three axes, one value per voxel",
+            fix="give the original scan; split a 4D image into one file per time point",
+        )
+    return reader
+
+
+def _itk_affine(image: Any) -> np.ndarray:
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
-    return sitk.GetArrayFromImage(image).T, LPS_TO_RAS @ affine, []
+    return LPS_TO_RAS @ affine
 
 
 def _check_text_header(path: Path) -> None:

@@ -286,7 +286,7 @@ def summary(manifest: str | Path | Manifest) -> dict[str, Any]:
     size = man.source.size_gb
     return {
         "name": man.name,
-        "title": man.title,
+        "title": man.title or man.name,
         "modality": man.modality,
         "licence": man.licence,
         "citation": man.citation,

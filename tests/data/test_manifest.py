@@ -143,7 +143,7 @@ def test_what_is_saved_is_what_is_read(tmp_path_factory, rows, as_csv):
     ("change", "hint"),
     [
         (lambda m: m.update(licens="x"), "licens"),
-        (lambda m: m.pop("licence"), "licence"),
+        (lambda m: m.pop("name"), "name"),
         (lambda m: m["cases"].append(m["cases"][0]), "appears twice"),
         (lambda m: m["cases"][0].update(labels={"grade": 1}), "does not describe"),
         (lambda m: m["cases"][0].update(labels={"pathology": "unsure"}), "not one of"),
@@ -158,6 +158,29 @@ def test_a_wrong_manifest_is_refused_naming_the_fault(tmp_path, change, hint):
     with pytest.raises(DataError, match=hint) as caught:
         load_manifest(write(tmp_path, change))
     assert "toy.json" in str(caught.value)
+
+
+def test_of_ones_own_data_only_the_name_and_the_cases_are_needed(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"name": "mine", "cases": [{"id": "a", "patient": "p", "image": "a.nii.gz"}]}')
+    man = load_manifest(path)
+    assert (man.licence, man.source.kind, man.modality, len(man.cases)) == ("own data", "local", "CT", 1)
+    assert load_manifest(man.save(tmp_path / "again.json")) == man
+
+
+def test_a_wrong_manifest_is_told_all_its_problems_at_once(tmp_path):
+    def spoil(content):
+        content["cases"][0]["image"] = "../a.nii.gz"
+        content["cases"].append({"id": "b"})
+        content["licens"] = "x"
+
+    with pytest.raises(DataError) as caught:
+        load_manifest(write(tmp_path, spoil))
+    for words in ("3 problems", "below the data root", "cases.1.patient: Field required", "licens"):
+        assert words in str(caught.value)
+    twice = [Case(id="a", patient="p", labels={"grade": 1})] * 2
+    with pytest.raises(ValueError, match="(?s)3 problems.*does not describe.*appears twice"):
+        make(twice)
 
 
 def test_an_unknown_name_lists_the_shipped_ones():

@@ -17,6 +17,7 @@ _PUBLIC = {
     "read_volume": "smartlab.data.readers",
     "Volume": "smartlab.data.readers",
     "read_mammogram": "smartlab.data.mammography",
+    "scan_folder": "smartlab.data.scan",
     "load_manifest": "smartlab.data.manifest",
     "Manifest": "smartlab.data.manifest",
     "verify_manifest": "smartlab.data.verify",
@@ -53,6 +54,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.data.manifest import Manifest, load_manifest
     from smartlab.data.phantom import make_phantom
     from smartlab.data.readers import Volume, read_volume
+    from smartlab.data.scan import scan_folder
     from smartlab.data.sources import fetch
     from smartlab.data.store import build_store, open_store
     from smartlab.data.verify import verify_manifest

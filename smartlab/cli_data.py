@@ -1,4 +1,4 @@
-"""`smartlab data …`: what there is, fetching, checking and building it."""
+"""`smartlab data …`: what there is, one's own scans, fetching, checking and building."""
 
 from __future__ import annotations
 
@@ -20,6 +20,29 @@ Name = Annotated[
 def say(as_json: bool, content: Any, text: str) -> None:
     """Report on standard output, as JSON where asked."""
     print(json.dumps(content, indent=1, default=str) if as_json else text)
+
+
+@data.command("scan", epilog="Example: smartlab data scan my/images --labels my/outcome.csv")
+def data_scan(
+    folder: Annotated[Path, typer.Argument(help="Folder of your scans, however it is arranged.")],
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV with a row per scan or patient, a column per label.")
+    ] = None,
+    masks: Annotated[
+        str | None, typer.Option(help='Files or DICOM structures that are masks, such as "GTV*".')
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The manifest to write; default manifest.json in the folder.")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Write over another manifest.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the manifest of your own scans: finds images, masks and patients, joins labels."""
+    from smartlab.data.scan import scan
+
+    out = folder / "manifest.json" if out is None else out
+    report = scan(folder, labels, masks, out=out, replace=replace, progress=not as_json)
+    say(as_json, report.as_json(), str(report))
 
 
 @data.command("list", epilog="Example: smartlab data list")

@@ -88,9 +88,12 @@ def _ras_axes(affine: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
     that is the usual "closest canonical" orientation. It is right-handed: the trace of a mirrored grid is
     at most 1, and one of the others always exceeds that.
     """
-    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    choices = product(permutations(range(3)), product((1, -1), repeat=3))
-    return max(choices, key=lambda choice: np.trace(directions[:, choice[0]] * choice[1]))
+    directions = (affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)).tolist()
+
+    def aligned(choice: tuple[tuple[int, ...], tuple[int, ...]]) -> float:
+        return sum(directions[axis][choice[0][axis]] * choice[1][axis] for axis in range(3))
+
+    return max(product(permutations(range(3)), product((1, -1), repeat=3)), key=aligned)
 
 
 def to_int16(values: np.ndarray, path: str | Path, floor: int = AIR) -> tuple[np.ndarray, int, int]:

@@ -295,5 +295,5 @@ def _reason(job: Job, error: BaseException) -> str:
     for source, files in job.sources.items():
         words |= {str(source), str(source.resolve()), source.name}
         for file in filter(Path.exists, files):
-            words |= {*file.relative_to(source).parts} | identifying_words(file)
+            words |= {*Path(os.path.relpath(file, source)).parts} - {".."} | identifying_words(file)
     return scrub(text, words, instead="<image>")

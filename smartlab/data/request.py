@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -111,7 +112,7 @@ class Job:
     def stat(self) -> str:
         """Hash of names, sizes and times: tells without reading whether a source may have changed."""
         facts = [
-            (file.relative_to(source).as_posix(), file.stat().st_size, file.stat().st_mtime_ns)
+            (os.path.relpath(file, source), file.stat().st_size, file.stat().st_mtime_ns)
             for source, files in self.sources.items()
             for file in files
         ]

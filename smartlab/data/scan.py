@@ -341,7 +341,9 @@ def _take(report: ScanReport, joined: Joined, table: Path) -> None:
     except ValidationError as error:  # such as a split that a patient straddles
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise DataError("cannot be joined to the scans", path=table, found=reason) from None
-    report.rows.append((table.name, joined.rows, joined.remark))
+    lines = {line for line, _ in joined.own.values()}
+    remark = f"rows, joined by column {joined.key!r} to {len(joined.own)} of {len(joined.cases)} scans"
+    report.rows.append((table.name, len(lines), remark))
     for name, spec in joined.labels.items():
         values = [case.labels[name] for case in joined.cases if name in case.labels]
         counts = Counter(map(str, values))

@@ -27,10 +27,11 @@ class Pairs:
 
     def __init__(self, scans: list[Found], masks: list[Found], pattern: str | None, root: Path) -> None:
         self.pattern = pattern
-        self.by_key: dict[tuple[str, ...], list[Found]] = defaultdict(list)
+        self.by_key: dict[tuple[bool, tuple[str, ...]], list[Found]] = defaultdict(list)
         self.by_folder: dict[str, list[Found]] = defaultdict(list)
         for one in scans:
-            self.by_key[key_of(one.path)].append(one)
+            for bare in (False, True):
+                self.by_key[bare, key_of(one.path, bare)].append(one)
             self.by_folder[folder_of(one.path)].append(one)
         self.series = {one.uid: one for one in scans if one.uid}
         self.masks: dict[int, dict[str, list[Found]]] = {id(one): defaultdict(list) for one in scans}
@@ -52,8 +53,12 @@ class Pairs:
 
     def _match(self, mask: Found) -> str:
         """Give a file to the scan whose name it continues and whose grid it shares; else why not."""
-        key = key_of(mask.path)
-        near = next((s for n in range(len(key), -1, -1) if (s := self.by_key.get(key[:n]))), [])
+        for bare in (False, True):
+            key = key_of(mask.path, bare)
+            if near := next(
+                (s for n in range(len(key), -1, -1) if (s := self.by_key.get((bare, key[:n])))), []
+            ):
+                break
         if not near and folder_of(mask.path) != ".":  # the one scan of the folder, whatever it is called
             alone = self.by_folder.get(folder_of(mask.path), [])
             near = alone if len(alone) == 1 else []
@@ -64,7 +69,7 @@ class Pairs:
             return f"not on the grid of {near[0].path}: {_apart(mask, near[0])}"
         if len(good) > 1:
             return f"a mask that fits {len(good)} scans: {', '.join(one.path for one in good[:3])}"
-        start = key_of(good[0].path)
+        start = key_of(good[0].path, bare)
         rest = key[len(start) :] if key[: len(start)] == start else words_of(stem(mask.path))
         name = "_".join(word for word in rest if not MASK_WORD.fullmatch(word)) or UNNAMED
         self.masks[id(good[0])][name].append(mask)

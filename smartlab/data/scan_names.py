@@ -59,16 +59,22 @@ def is_named_like_a_mask(parts: Sequence[str]) -> bool:
     return False
 
 
-def key_of(path: str) -> tuple[str, ...]:
+def key_of(path: str, bare: bool = False) -> tuple[str, ...]:
     """Words of a path that are not for mask or scan; what its folder says, a file need not repeat.
+
+    bare: without any word of a folder that has one for mask or scan (`labels_final/`, `images_v2/`).
 
     >>> key_of("s01/s01_ct.nii.gz"), key_of("s01/segmentations/liver.nii.gz")
     (('s01',), ('s01', 'liver'))
     """
     key: list[str] = []
     before: list[str] = []
-    for part in (*PurePosixPath(path).parts[:-1], stem(path)):
-        words = [w for w in words_of(part) if w and not MASK_WORD.fullmatch(w) and not SCAN_WORD.fullmatch(w)]
+    folders = PurePosixPath(path).parts[:-1]
+    for depth, part in zip(range(len(folders), -1, -1), (*folders, stem(path)), strict=True):
+        every = words_of(part)
+        words = [w for w in every if w and not MASK_WORD.fullmatch(w) and not SCAN_WORD.fullmatch(w)]
+        if bare and depth and len(words) < len(every):
+            continue
         own = words[len(before) :] if before and words[: len(before)] == before else words
         key += own
         before = words or before

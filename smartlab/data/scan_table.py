@@ -43,18 +43,37 @@ MOST_CLASSES, LONGEST = 20, 40  # what is more, or longer, is text
 AN_ID = 10_000  # whole numbers from here on, all different, are identifiers
 
 
+Row = tuple[int, dict[str, str]]  # line in the file, column -> text
+
+
 @dataclass
 class Joined:
-    """Cases with their labels, what the labels are, and (what, reason) of what was not taken."""
+    """Cases with what a table says of them, what its labels are, and (what, reason) of what was not taken."""
 
     cases: list[Case]
+    key: str
+    own: dict[str, Row]  # case id -> its row
+    problems: list[str]
     labels: dict[str, LabelSpec] = field(default_factory=dict)
-    rows: int = 0
-    remark: str = ""
     left: list[tuple[str, str]] = field(default_factory=list)
+    facts: dict[str, dict[str, Any]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )  # case id -> its fields
 
+    def texts(self, column: str) -> dict[str, str]:
+        """Case id -> what the table has in a column, where it has something."""
+        return {case: row[column] for case, (_, row) in self.own.items() if not _missing(row[column])}
 
-Row = tuple[int, dict[str, str]]  # line in the file, column -> text
+    def line(self, column: str, text: str) -> int:
+        return next(line for line, row in self.own.values() if row[column] == text)
+
+    def finish(self) -> None:
+        """Write the labels and facts into the cases."""
+        self.cases = [
+            case.model_copy(update=own | {"labels": case.labels | own.get("labels", {})})
+            for case in self.cases
+            for own in [self.facts[case.id]]
+        ]
 
 
 def join_table(path: Path, root: Path, cases: list[Case]) -> Joined:
@@ -71,31 +90,20 @@ def join_table(path: Path, root: Path, cases: list[Case]) -> Joined:
             found=f"columns {', '.join(columns)}; {columns[0]} such as {rows[0][1][columns[0]]!r}",
             expected=f"a column with values such as {cases[0].id!r} or {cases[0].patient!r}",
         )
-    joined = Joined(cases, rows=len({line for line, _ in own.values()}))
+    joined = Joined(cases, key, own, problems)
     scanless = [line for line, row in rows if not finder.find(row[key])]
-    without = [case.id for case in cases if case.id not in own]
     joined.left += [(f"{path.name} line {line}", "no scan of this name") for line in scanless]
-    joined.left += [(name, f"has no row in {path.name}: it has no label") for name in without]
-    joined.remark = f"rows joined by column {key!r} to {len(own)} of {len(cases)} scans"
-    values = {c: {i: row[c] for i, (_, row) in own.items() if not _missing(row[c])} for c in columns}
-    lines = {i: line for i, (line, _) in own.items()}
-    updates: dict[str, dict[str, Any]] = defaultdict(dict)
-    labels: dict[str, dict[str, LabelValue]] = defaultdict(dict)
+    joined.left += [(c.id, f"no row in {path.name}, so no label") for c in cases if c.id not in own]
     for column in columns:
-        _read_column(column, key, values[column], lines, finder, joined, updates, labels, problems)
+        _read_column(column, joined)
+    if not (joined.labels or joined.facts or problems):
+        reasons = [f"{what}: {why}" for what, why in joined.left if what.startswith("column")]
+        problems.append("no column is a label: " + ("; ".join(reasons) or "there is none beside the key"))
     if problems:
         raise _all_at_once(path, problems)
-    _time_to_event(joined.labels, labels)
-    joined.cases = [case.model_copy(update=updates[case.id] | {"labels": labels[case.id]}) for case in cases]
-    if joined.labels:
-        return joined
-    raise DataError(
-        "has no column that can be a label",
-        path=path,
-        found="; ".join(f"{what}: {why}" for what, why in joined.left if what.startswith("column"))
-        or "no other column",
-        expected="0/1, two or a few words, or numbers",
-    )
+    _time_to_event(joined)
+    joined.finish()
+    return joined
 
 
 # ---- the file ------------------------------------------------------------------------------------
@@ -237,121 +245,114 @@ def _rows_of_cases(finder: _Finder, key: str, rows: list[Row], problems: list[st
 # ---- columns -------------------------------------------------------------------------------------
 
 
-def _read_column(
-    column: str,
-    key: str,
-    values: dict[str, str],
-    lines: dict[str, int],
-    finder: _Finder,
-    joined: Joined,
-    updates: dict[str, dict[str, Any]],
-    labels: dict[str, dict[str, LabelValue]],
-    problems: list[str],
-) -> None:
-    """A column's values (case id -> text) as what they are: patients, splits, labels, or left out."""
-    if column == key:
+def _read_column(column: str, joined: Joined) -> None:
+    """A column as what it is: patients, splits, a label, or left out."""
+    texts = joined.texts(column)
+    if column == joined.key:
         return
     if PATIENT.fullmatch(column):
         for case in joined.cases:
-            named = values.get(case.id)
+            named = texts.get(case.id)
             if named or not HASHED.fullmatch(case.patient):
-                updates[case.id]["patient"] = hashed_patient(named or case.patient)
-    elif column.casefold() in ("split", "fold"):
-        _read_groups(column.casefold(), values, lines, updates, problems)
+                joined.facts[case.id]["patient"] = hashed_patient(named or case.patient)
+    elif (group := column.casefold()) in ("split", "fold"):
+        for case_id, text in texts.items():
+            value = _SPLITS.get(text.casefold()) if group == "split" else _fold(text)
+            if value is None:
+                line, expected = (
+                    joined.line(column, text),
+                    "train, val or test" if group == "split" else "0, 1, 2 …",
+                )
+                joined.problems.append(f"line {line}: {group} {text!r} is not {expected}")
+            joined.facts[case_id][group] = value
     else:
         try:
-            spec, read = read_label(column, values, lines)
+            joined.labels[column], read = read_label(column, list(texts.values()))
         except _NotALabel as why:
             joined.left.append((f"column {column}", str(why)))
-        except DataError as error:
-            problems.append(error.problem)
+        except _Doubtful as why:
+            joined.problems.append(f"column {column!r} {why}, line {joined.line(column, why.text)}")
         else:
-            joined.labels[column] = spec
-            for case, text in values.items():
-                labels[case][column] = read[text]
+            for case_id, text in texts.items():
+                joined.facts[case_id].setdefault("labels", {})[column] = read[text]
 
 
-def _read_groups(
-    group: str,
-    values: dict[str, str],
-    lines: dict[str, int],
-    updates: dict[str, dict[str, Any]],
-    problems: list[str],
-) -> None:
-    known = {"train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
-    for case, text in values.items():
-        value = known.get(text.casefold()) if group == "split" else int(text) if text.isdecimal() else None
-        if value is None:
-            expected = "train, val or test" if group == "split" else "0, 1, 2 …"
-            problems.append(f"line {lines[case]}: {group} {text!r} is not {expected}")
-        updates[case][group] = value
+_SPLITS = {"train": "train", "training": "train", "val": "val", "validation": "val", "test": "test"}
+
+
+def _fold(text: str) -> int | None:
+    return int(text) if text.isdecimal() else None
 
 
 class _NotALabel(Exception):
     """Why a column is not taken."""
 
 
-def read_label(
-    column: str, values: dict[str, str], lines: dict[str, int]
-) -> tuple[LabelSpec, dict[str, LabelValue]]:
+class _Doubtful(Exception):
+    """What is wrong with a column that seems to be a label, and the text that shows it."""
+
+    def __init__(self, why: str, text: str) -> None:
+        super().__init__(why)
+        self.text = text
+
+
+def read_label(column: str, values: list[str]) -> tuple[LabelSpec, dict[str, LabelValue]]:
     """What a column is, and what each of its texts means."""
-    texts = Counter(values.values())
-    numbers = {text: number for text in texts if (number := _number(text)) is not None}
+    texts = Counter(values)
     if PRIVATE.fullmatch(column):
         raise _NotALabel("named like an identifier or free text, which is not taken")
     if any(DATE.fullmatch(text) for text in texts):
         raise _NotALabel("holds dates, which are not taken: give a number, such as days since the scan")
     if len(texts) < 2:
         raise _NotALabel("has one value only" if texts else "is empty for these scans")
-    if 0 < len(numbers) < len(texts):
-        if len(numbers) < len(texts) / 2 and len(texts) > MOST_CLASSES:
-            raise _NotALabel("free text, which is not taken")
-        odd = next(text for text in texts if text not in numbers)
-        line = next(lines[case] for case, text in values.items() if text == odd)
-        raise DataError(f"column {column!r} mixes numbers and words, such as {odd!r} in line {line}")
-    if numbers:
-        return _numeric(column, numbers, len(values))
+    numbers = {text: number for text in texts if (number := _number(text)) is not None}
+    if len(numbers) == len(texts):
+        return _numeric(numbers, len(values))
     spelt: dict[str, str] = {}
     for text in sorted(texts):
-        plain = " ".join(text.casefold().split())
-        if (first := spelt.setdefault(plain, text)) != text:
-            raise DataError(f"column {column!r} spells one word in two ways, {first!r} and {text!r}")
+        first = spelt.setdefault(" ".join(text.casefold().split()), text)
+        if first != text:
+            raise _Doubtful(f"spells one word in two ways, {first!r} and {text!r}", text)
     few = len(texts) == 2 or (len(texts) <= MOST_CLASSES and 2 * len(texts) <= len(values))
+    if numbers and (few or 2 * len(numbers) > len(texts)):
+        odd = next(text for text in texts if text not in numbers)
+        raise _Doubtful(f"mixes numbers and words, such as {odd!r}", odd)
     if not few or max(map(len, texts)) > LONGEST:
         raise _NotALabel(
-            f"{len(texts)} different words in {len(values)} rows: names, identifiers or free text are not taken"
+            f"{len(texts)} different texts in {len(values)} rows: names, identifiers or free text are not taken"
         )
     kind = "binary" if len(texts) == 2 else "multiclass"
     return LabelSpec(kind=kind, classes=sorted(texts)), {text: text for text in texts}
 
 
-def _time_to_event(specs: dict[str, LabelSpec], labels: dict[str, dict[str, LabelValue]]) -> None:
-    """Where columns are called so: 0/1 `event` and a number `time` are what survival models take."""
-    events = [n for n, s in specs.items() if EVENT.fullmatch(n.casefold()) and s.classes == ["0", "1"]]
-    times = [
-        n for n, s in specs.items() if TIME.fullmatch(n.casefold().replace("_", " ")) and s.kind == "number"
-    ]
-    if events and times:
-        specs.update({name: LabelSpec(kind="event") for name in events})
-        specs.update({name: LabelSpec(kind="time") for name in times})
-        for own in labels.values():
-            own.update({name: float(str(own[name])) for name in events if name in own})
-
-
-def _numeric(column: str, numbers: dict[str, float], count: int) -> tuple[LabelSpec, dict[str, LabelValue]]:
+def _numeric(numbers: dict[str, float], count: int) -> tuple[LabelSpec, dict[str, LabelValue]]:
     found = set(numbers.values())
     if found == {0, 1}:
-        return LabelSpec(kind="binary", classes=["0", "1"]), {
-            text: str(int(v)) for text, v in numbers.items()
-        }
-    whole = all(value == int(value) for value in found)
-    if whole and min(found) >= AN_ID and len(found) == count:
-        raise _NotALabel("whole numbers, large and all different: identifiers are not taken")
+        read: dict[str, LabelValue] = {text: str(int(value)) for text, value in numbers.items()}
+        return LabelSpec(kind="binary", classes=["0", "1"]), read
+    if len(found) == count and min(found) >= AN_ID and all(value == int(value) for value in found):
+        raise _NotALabel("large whole numbers, all different: identifiers are not taken")
     return LabelSpec(kind="number"), dict(numbers)
 
 
+def _time_to_event(joined: Joined) -> None:
+    """Where columns are called so: 0/1 `event` and a number `time` are what survival models take."""
+    names = {name: name.casefold().replace("_", " ") for name in joined.labels}
+    events = [n for n, s in joined.labels.items() if EVENT.fullmatch(names[n]) and s.classes == ["0", "1"]]
+    times = [n for n, s in joined.labels.items() if TIME.fullmatch(names[n]) and s.kind == "number"]
+    if events and times:
+        joined.labels |= {name: LabelSpec(kind="event") for name in events}
+        joined.labels |= {name: LabelSpec(kind="time") for name in times}
+        for own in joined.facts.values():
+            own.get("labels", {}).update(
+                {n: float(own["labels"][n]) for n in events if n in own.get("labels", {})}
+            )
+
+
 def _number(text: str) -> float | None:
-    """A number, with a decimal point or comma."""
-    if re.fullmatch(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?", text):
+    """A number, with a decimal point or comma; 1,000 could be either and is none."""
+    if re.fullmatch(r"[+-]?(\d+[.,]?\d*|[.,]\d+)(e[+-]?\d+)?", text.lower()) and not re.fullmatch(
+        r"\d{1,3},\d{3}", text
+    ):
         return float(text.replace(",", "."))
     return None

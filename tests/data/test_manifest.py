@@ -179,7 +179,7 @@ def test_a_wrong_manifest_is_told_all_its_problems_at_once(tmp_path):
     for words in ("3 problems", "below the data root", "cases.1.patient: Field required", "licens"):
         assert words in str(caught.value)
     twice = [Case(id="a", patient="p", labels={"grade": 1})] * 2
-    with pytest.raises(ValueError, match="(?s)3 problems.*does not describe.*appears twice"):
+    with pytest.raises(ValueError, match=r"(?s)3 problems.*does not describe.*appears twice"):
         make(twice)
 
 

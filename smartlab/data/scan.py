@@ -290,7 +290,7 @@ def _patients(scans: list[Found], root: Path) -> list[str]:
 
     A file in the folder of a DICOM patient is of that patient.
     """
-    named = patients_by_name({one.path for one in scans}, root.resolve().name)
+    named = patients_by_name(sorted({one.path for one in scans}), root.resolve().name)
     stated: dict[str, set[str]] = defaultdict(set)
     for one in scans:
         stated[named[one.path]] |= {one.patient} - {""}

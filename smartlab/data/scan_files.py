@@ -7,7 +7,7 @@ No voxel is read, so a thousand files take seconds. What a header can tell is ch
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,9 +89,9 @@ def look_into(root: Path, ignore: Collection[Path] = (), progress: bool = False)
                 others.append(file)
         except DataError as error:
             if error.problem.startswith("damaged DICOM"):
-                damaged.append((file, explain(error)))
+                damaged.append((file, reason(error)))
             else:
-                contents.left.append((place, explain(error)))
+                contents.left.append((place, reason(error)))
         except OSError as error:
             contents.left.append((place, f"cannot be opened ({error.strerror or type(error).__name__})"))
     suffixes = SLICE_SUFFIXES | {Path(str(header.filename)).suffix.lower() for header in headers}
@@ -133,6 +133,11 @@ def _picture(file: Path, place: str) -> Found:
     return Found(place, PICTURE, Volume(empty((rows, columns, 1)), np.eye(4), "MG", str(file)))
 
 
+def reason(error: DataError) -> str:
+    """What is wrong and what to do, without the path, which stands beside."""
+    return explain(error) + (f". {error.fix[0].upper()}{error.fix[1:]}" if error.fix else "")
+
+
 # ---- DICOM ---------------------------------------------------------------------------------------
 
 
@@ -166,6 +171,7 @@ def _sort_dicom(
             contents.found += [_mammogram(root, header) for header in own]
         elif "volume" in kinds and modality == "CT":
             used = [header for header in own if _kind(header, None) == "volume"]
+            used, place = _without_copies(root, used, contents)
             _try(contents, place, lambda u=used, p=place, i=uid: _series(root, p, i, u))
         elif kinds <= {"SEG object", "RTSTRUCT object"}:
             _try(contents, place, lambda o=own, p=place, i=uid: _segmentation(p, i, o))
@@ -200,7 +206,7 @@ def _try(contents: Contents, place: str, make: Any) -> None:
     try:
         contents.found.append(make())
     except DataError as error:
-        contents.left.append((place, explain(error)))
+        contents.left.append((place, reason(error)))
     except Exception as error:  # a garbled header can fail anywhere
         contents.left.append((place, f"garbled DICOM header ({type(error).__name__})"))
 
@@ -210,6 +216,22 @@ def _place(root: Path, headers: list[Dataset]) -> str:
     files = [Path(str(header.filename)) for header in headers]
     common = files[0] if len(files) == 1 else Path(os.path.commonpath([file.parent for file in files]))
     return common.relative_to(root).as_posix()
+
+
+def _without_copies(root: Path, headers: list[Dataset], contents: Contents) -> tuple[list[Dataset], str]:
+    """The slices of a series and its folder, without copies of slices that lie elsewhere."""
+    crowd = Counter(Path(str(header.filename)).parent for header in headers)
+    by_home = sorted(headers, key=lambda h: (-crowd[Path(str(h.filename)).parent], str(h.filename)))
+    first = {str(header.get("SOPInstanceUID", header.filename)): header for header in reversed(by_home)}
+    place, firsts = _place(root, list(first.values())), set(map(id, first.values()))
+    kept = []
+    for header in headers:
+        file = Path(str(header.filename))
+        if id(header) in firsts or file.is_relative_to(root / place):  # there it would be read, and is told
+            kept.append(header)
+        else:
+            contents.left.append((file.relative_to(root).as_posix(), f"a copy of a slice in {place}"))
+    return kept, place
 
 
 def _patient(header: Dataset) -> str:
@@ -226,9 +248,6 @@ def _series(root: Path, place: str, uid: str, headers: list[Dataset]) -> Found:
     from smartlab.data.dicom import _planes
     from smartlab.data.dicom_geometry import stack_planes
 
-    again = len(headers) - len({str(header.get("SOPInstanceUID", i)) for i, header in enumerate(headers)})
-    if again:
-        raise DataError("the series lies here twice", found=f"{again} slices that are copies of others")
     planes = [plane for header in headers for plane in _planes(header, "CT")]
     stack = stack_planes(planes, root / place, "correct")
     rows, columns = stack.planes[0].size

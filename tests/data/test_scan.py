@@ -150,10 +150,16 @@ def a_missing_slice(folder):
     folder.series("b", "two")[1].unlink()
 
 
-@wrong("the series lies here twice", "4 slices that are copies")
+@wrong("DICOM series      1", "b/one/000.dcm, b/one/001.dcm", "a copy of a slice in a/one")
 def a_series_copied(folder):
     three(folder).series("a/one")
     shutil.copytree(folder.path / "a", folder.path / "b")
+
+
+@wrong("a", "duplicated slices", "remove the copies")
+def a_slice_copied_beside(folder):
+    files = three(folder).series("a")
+    shutil.copy(files[0], folder.path / "a" / "again.dcm")
 
 
 @wrong("copy.nii.gz", "the same image as anna.nii.gz")
@@ -161,7 +167,7 @@ def one_scan_of_two_patients(folder):
     shutil.copy(folder.ct("anna.nii.gz"), folder.path / "copy.nii.gz")
 
 
-@wrong("patients", "most scans: 2, of p1")
+@wrong("patients", "most scans: 2, of P1")
 def one_patient_in_two_spellings(folder):
     folder.ct("baseline/P1/ct.nii.gz")
     folder.ct("followup/p1/ct.nii.gz")

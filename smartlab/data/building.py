@@ -310,6 +310,12 @@ def _check_request(man: Manifest, root: Path, out: Path, spacing: float, workers
             path=f"manifest {man.name}",
             fix="see its notes: smartlab data show",
         )
+    if "stacks" in man.source.parameters.get("layout", {}):
+        raise UseError(
+            "PNG stacks are evaluated as they are, they have no store",
+            path=f"manifest {man.name}",
+            fix="smartlab evaluate RUN --task probe --manifest … --root …",
+        )
     if not root.is_dir():
         raise DataError("no such folder", path=root, fix="give the folder of the images as root")
     if out.resolve() == root.resolve():

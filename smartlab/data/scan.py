@@ -32,6 +32,9 @@ from smartlab.data.scan_table import Joined, join_table
 from smartlab.errors import DataError, UseError
 
 
+FEW = 6  # structures told one by one
+
+
 @dataclass
 class ScanReport:
     """What was understood, row by row (what, number, remark), and (path, reason) of what was left out."""
@@ -318,8 +321,14 @@ def _describe(report: ScanReport, scans: list[Found]) -> None:
         else []
     )
     report.rows.append(("patients", len(each), "; ".join(sources)))
-    for name, count in Counter(name for case in man.cases for name in case.masks).most_common(20):
-        report.rows.append(("masks", count, f"{name!r}, on the grid of their scans"))
+    named = Counter(name for case in man.cases for name in case.masks)
+    if len(named) > FEW:
+        shown = ", ".join(sorted(named)[:FEW])
+        report.rows.append(
+            ("masks", named.total(), f"{len(named)} structures on their scans' grids: {shown}, …")
+        )
+    else:
+        report.rows += [("masks", count, f"{name!r}, on their scans' grids") for name, count in named.items()]
     if maps := sum(case.label_map is not None for case in man.cases):
         report.rows.append(("label maps", maps, ", ".join(man.organs.values())))
     report.rows += [("note", 1, f"{one.path}: {one.note}") for one in scans if one.note]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smartlab.data.manifest import Case, ImageGroup, Manifest, load_manifest
+from smartlab.data.png_stacks import read_stack
 from smartlab.errors import DataError, SmartlabError
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def verify_manifest(
         root=Path(root),
         checksums=checksums,
         tilt=tilt,
+        stacks="stacks" in man.source.parameters.get("layout", {}),
     )
     rows: dict[int, dict[str, Any]] = {}
     with tqdm(total=len(groups), desc=f"verify {man.name}", unit="image", disable=not progress) as bar:
@@ -137,6 +139,7 @@ def check_image(
     root: Path,
     checksums: bool,
     tilt: str = "refuse",
+    stacks: bool = False,
 ) -> dict[str, Any]:
     """One row of the report. Problems are collected, never raised."""
     row = {"image": group.key, "cases": len(group.cases), "shape": "", "spacing_mm": "", "problem": ""}
@@ -144,7 +147,9 @@ def check_image(
         path = group.cases[0].locate(root)
         if checksums:
             _check_sum(path, group.cases)
-        if modality == "MG":
+        if stacks:
+            row["shape"] = _by(read_stack(path).shape)
+        elif modality == "MG":
             from smartlab.data.mammography import read_mammogram
             from smartlab.data.request import files_of
 

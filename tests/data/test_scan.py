@@ -156,7 +156,7 @@ def a_series_copied(folder):
     shutil.copytree(folder.path / "a", folder.path / "b")
 
 
-@wrong("a", "duplicated slices", "remove the copies")
+@wrong("a", "duplicated slices", "Remove the copies")
 def a_slice_copied_beside(folder):
     files = three(folder).series("a")
     shutil.copy(files[0], folder.path / "a" / "again.dcm")
@@ -603,7 +603,9 @@ def test_png_stacks_are_listed_with_their_class(folder):
         ("e1", "benign"),
         ("e2", "malignant"),
     ]
-    assert man.licence == "own data"
+    assert man.licence == "own data" and sl.verify_manifest(man, folder.path, workers=0, progress=False).ok
+    with pytest.raises(sl.UseError, match="have no store"):
+        sl.build_store(man, folder.path, folder.path.parent / "store", progress=False)
 
 
 def test_a_manifest_elsewhere_says_where_the_images_are(three_scans, tmp_path):

@@ -31,7 +31,6 @@ from smartlab.data.scan_names import fits_path, is_named_like_a_mask, patients_b
 from smartlab.data.scan_table import Joined, join_table
 from smartlab.errors import DataError, UseError
 
-
 FEW = 6  # structures told one by one
 
 

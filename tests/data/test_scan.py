@@ -481,6 +481,15 @@ def test_kinds_of_labels_follow_from_their_values(folder):
     assert man.labels["hpv"].classes == ["0", "1"] and man.cases[1].labels["event"] == 1.0
 
 
+def test_what_spreadsheets_save_is_read(folder):
+    """A byte order mark before the first name, semicolons, decimal commas, and rows that are empty."""
+    three(folder)
+    table = folder.csv("\ufeffsize;id\n1,5;p1\n70;p2\n;;\n2;p3;\n\n;;\n")
+    report = scan(folder.path, table, progress=False)
+    assert [case.labels for case in report.manifest.cases] == [{"size": 1.5}, {"size": 70.0}, {"size": 2.0}]
+    assert not report.left
+
+
 def test_missing_values_are_no_class(folder):
     with_table(folder, "id,y\np1,0\np2,1\np3,NA\np4,\n")
     man = sl.scan_folder(folder.path, folder.path.parent / "labels.csv", progress=False)

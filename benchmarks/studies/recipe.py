@@ -7,9 +7,6 @@ Pretrains on the training patients of the phantom and reads out, linearly, which
 (`units`), on patients of the validation and test splits, which neither pretraining nor readout saw. Beside stand
 the same network untrained, mean and spread of HU, and the unit's place. Stopped, the same command goes on.
 
-`--segment` also fine-tunes to segment three organs with one, two and four labelled patients, from the pretrained
-encoder and from scratch, and measures Dice on the held-out patients.
-
 Written down before the judged run: the primary figure is the balanced accuracy of the teacher's tokens at stride
 8 (stage 2) minus each of the three baselines; the recipe counts if all three intervals exclude zero. Second: the
 same with four labelled patients, mIoU, the student, other stages, the tokens.
@@ -29,7 +26,6 @@ import smartlab as sl
 from benchmarks.harness import machine
 from smartlab.config import parse_overrides
 from smartlab.data.prepare import prepare_store
-from smartlab.evaluation.finetune.segment import segment
 from smartlab.evaluation.result import clean
 from smartlab.evaluation.units import units
 from smartlab.notebook import code_version
@@ -54,7 +50,6 @@ RECIPE: dict[str, Any] = {
 }
 PRIMARY = "stage 2/balanced accuracy"
 LEVELS = ("stage 1", "stage 2", "stage 3", "tokens")
-ORGANS, LABELLED = ("liver", "spleen", "heart"), (1, 2, 4)
 
 
 def main() -> None:
@@ -65,9 +60,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=RECIPE["train.steps"])
     parser.add_argument(
         "--scans", type=int, default=32, help="to learn the readout from, and as many to judge"
-    )
-    parser.add_argument(
-        "--segment", type=int, metavar="STEPS", help="of every fine-tuning to segment, such as 150"
     )
     parser.add_argument("--json", type=Path, help="where the result goes; default: the run's folder")
     parser.add_argument("settings", nargs="*", help="other settings than the recipe's, key=value")
@@ -81,15 +73,14 @@ def main() -> None:
         "settings": dict(RECIPE) | {"train.steps": asked.steps} | parse_overrides(asked.settings),
         "training": spent(asked.out),
         "history": run.history.tail(5).mean(numeric_only=True).to_dict(),
+        "guided": float(run.history.guided.mean()),
         "judged": judge(run, asked.scans),
         "machine": machine(),
         "code": code_version(),
     }
-    if asked.segment:
-        report["segmentation"] = low_data(run, asked.segment)
     path = asked.json or asked.out / "recipe.json"
     path.write_text(json.dumps(clean(report), indent=1) + "\n", encoding="utf-8")
-    for name, found in (report["judged"] | report.get("segmentation", {})).items():
+    for name, found in report["judged"].items():
         print(f"{name:<60} {found}")
 
 
@@ -117,28 +108,6 @@ def judge(run: sl.Run, scans: int) -> dict[str, Any]:
                 result = units(run.encoder(role), store, learn + held_out, levels=LEVELS, labelled=labelled)
             prefix = role + (f", {labelled} labelled" if labelled else "")
             found |= {f"{prefix}: {name}": value for name, value in result.metrics.items()}
-    return found
-
-
-def low_data(run: sl.Run, steps: int) -> dict[str, Any]:
-    """Dice of the organs, fine-tuned with few labelled patients: pretrained, from scratch, the difference."""
-    manifest, store = prepare_store(run.config.data, progress=True)
-    known = store.cases[store.cases.split == "train"].patient.nunique()
-    found: dict[str, Any] = {}
-    for labelled in LABELLED:
-        result = segment(
-            run.encoder("student"),
-            store,
-            manifest,
-            run.path / f"segment-{labelled}",
-            labels=ORGANS,
-            modes=("full", "scratch"),
-            fractions=(labelled / known,),
-            steps=steps,
-            validate_every=steps // 3,
-            resume=True,
-        )
-        found |= {f"{labelled} labelled: {n}": v for n, v in result.metrics.items() if n.startswith("dice")}
     return found
 
 

@@ -20,7 +20,7 @@ from smartlab.data import index
 from smartlab.data.ingest import files_present, ingest, lost_lesions
 from smartlab.data.jobs import Cohort
 from smartlab.data.manifest import Case, Manifest, load_manifest
-from smartlab.data.privacy import hashed, salt
+from smartlab.data.privacy import hashed, salt, scrub
 from smartlab.data.request import Failure, FlatSettings, Job, Outcome, Settings
 from smartlab.data.workers import Lost, draining, run_bounded
 from smartlab.errors import DataError, UseError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 TYPICAL_BYTES = 10_000_000  # a chest CT at 2 mm, cropped and compressed; told until some are built
 SPARE_BYTES = 500_000_000  # left free on the disk
+MOST_CLASSES = 20  # more, if the manifest does not list them, look like identifiers
 TRUSTED = 4  # images after which their mean size is believed
 
 
@@ -137,6 +138,7 @@ class _Build:
 
     def __init__(self, man: Manifest, root: Path, out: Path, settings: Settings | FlatSettings) -> None:
         self.man, self.out, self.settings, self.salt = man, out, settings, salt()
+        self.labels = storable(man)
         self.cohort = Cohort(man, root, out, settings, self.salt)
         self.rows: dict[int, dict[str, Any]] = {}  # position of the image -> its row
         self.written = 0  # bytes of their volumes
@@ -279,7 +281,7 @@ class _Build:
             "image": image,
             "split": case.split,
             "fold": case.fold,
-            "labels": case.labels,
+            "labels": {name: v for name, v in case.labels.items() if name in self.labels},
             "center_mm": row["lesions"].get(key),
             "box_mm": case.lesion.box_mm if case.lesion else box,
             "diameter_mm": case.lesion.diameter_mm if case.lesion else box and max(box),
@@ -287,6 +289,26 @@ class _Build:
 
 
 # ---- small parts ---------------------------------------------------------------------------------
+
+
+def storable(man: Manifest) -> set[str]:
+    """Labels that go into a store: all but free text, which nothing learns from and which may name somebody.
+
+    Classes that the manifest does not list are text as well: refused where they look like names or dates.
+    """
+    for name, spec in man.labels.items():
+        if spec.kind in ("binary", "multiclass", "multilabel") and not spec.classes:
+            given = [case.labels.get(name) for case in man.cases]
+            values = {str(v) for one in given for v in (one if isinstance(one, list) else [one])} - {"None"}
+            telling = next((v for v in sorted(values) if scrub(v, []) != " ".join(v.split())), None)
+            if len(values) > MOST_CLASSES or telling:
+                raise DataError(
+                    f"label {name!r} looks like text that could identify a patient",
+                    found="a date, a path or a UID among its values" if telling else f"{len(values)} values",
+                    expected=f"at most {MOST_CLASSES} classes, or their list as `classes` in the manifest",
+                    fix=f'call it text ("kind": "text"), which stays out of the store, or leave {name!r} out',
+                )
+    return {name for name, spec in man.labels.items() if spec.kind != "text"}
 
 
 def salt_check(key: bytes) -> str:

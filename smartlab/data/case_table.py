@@ -13,7 +13,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from smartlab.data.manifest import Case, LabelValue
 
+MISSING = {
+    "na",
+    "n/a",
+    "nan",
+    "null",
+    "none",
+    "n.a.",
+    "missing",
+    "unknown",
+    "not available",
+    "?",
+    "-",
+    "--",
+    ".",
+}
 _LESION = ("center_mm", "box_mm", "diameter_mm", "frame")
+
+
+def says_missing(text: str) -> bool:
+    """Whether a value is one of the usual words for having none."""
+    return text.strip().lower() in MISSING
 
 
 def cases_to_csv(cases: list[Case]) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from smartlab.data.case_table import says_missing
 from smartlab.data.manifest import Case, LabelSpec, LabelValue, Lesion, Manifest
 from smartlab.errors import DataError, UseError
 
@@ -201,8 +202,8 @@ def attach_table(
     """The manifest with labels from a CSV that has one row per patient.
 
     key: the column that holds the patient, as the manifest's cases name it.
-    columns: label -> column. kinds: label -> kind of label (see `LabelSpec`); by default "number"
-    where every value is one, else "multiclass". All three default to what the manifest says in
+    columns: label -> column. kinds: label -> kind of label (see `LabelSpec`); by default "binary"
+    where there are two values, "number" where every value is one, else "multiclass". All three default to what the manifest says in
     `source.parameters["clinical"]`. Empty cells give no label; patients without a row neither.
 
     >>> attach_table(man, "labels.csv", key="Case ID", columns={"egfr": "EGFR mutation status"})
@@ -271,8 +272,9 @@ def _by_patient(path: Path, key: str, columns: Mapping[str, str]) -> dict[str, d
 
 
 def _spec(label: str, texts: list[str], kind: str | None) -> LabelSpec:
-    values = sorted({text for text in texts if text})
-    kind = kind or ("number" if values and all(_number(v) is not None for v in values) else "multiclass")
+    values = sorted({text for text in texts if text and not (kind is None and says_missing(text))})
+    numeric = values and all(_number(v) is not None for v in values)
+    kind = kind or ("binary" if len(values) == 2 else "number" if numeric else "multiclass")
     classes = values if kind in ("binary", "multiclass") else []
     return LabelSpec.model_validate(
         {"kind": kind, "classes": classes, "description": "from a clinical table"}
@@ -284,6 +286,8 @@ def _labelled(case: Case, row: Mapping[str, str], specs: Mapping[str, LabelSpec]
     for label, spec in specs.items():
         if text := row.get(label):
             value = _number(text) if spec.kind in NUMERIC else text
+            if spec.classes and text not in spec.classes:
+                continue
             if value is not None:  # "N/A", "Not collected": a missing value, spelt out
                 labels[label] = value
     return case.model_copy(update={"labels": labels})

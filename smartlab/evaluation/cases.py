@@ -1,12 +1,14 @@
 """What is known about each row of a table of features: patient, split, labels, where it is.
 
 Cases and patients are named by the salted keys of the store, never by their ids. Nodules of PNG stacks get
-the same keys.
+the same keys. Which case a key is stands in a table beside the user's own images, and nowhere else.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,30 @@ def scan_rows(store: Store, images: Sequence[int], manifest: Manifest, by: str) 
             "rows": [[place[i] for i in dict.fromkeys(own.image)] for _, own in groups],
         }
     )
+
+
+KEYS = "smartlab_keys.csv"
+
+
+def write_keys(manifest: Manifest, root: Path) -> str | None:
+    """Write which key is which case, patient and image, below `root` where these names are known anyway.
+
+    Returns the file's name; None where nothing can be written there.
+    """
+    key, names = salt(), ["case_key", "case", "patient_key", "patient", "image_key", "image"]
+    rows = [
+        [hashed(key, kind, name) if i == 0 else name for kind, name in ids for i in (0, 1)]
+        for case in load_manifest(manifest, root).cases
+        for ids in [(("case", case.id), ("patient", case.patient), ("image", case.image_key))]
+    ]
+    temporary = root / f".{KEYS}.{os.getpid()}.tmp"
+    try:
+        pd.DataFrame(rows, columns=names).to_csv(temporary, index=False)
+        os.replace(temporary, root / KEYS)
+    except OSError as error:
+        warnings.warn(f"{root / KEYS}: not written ({error.strerror}); results keep their keys", stacklevel=2)
+        return None
+    return KEYS
 
 
 class Stacks:

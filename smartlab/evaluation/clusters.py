@@ -112,7 +112,7 @@ def clusters(
     metrics = {
         f"{name}/{kind}" if kind != CHANCE else kind: value
         for name, one in found.items()
-        for kind, value in estimates(one, patients, seed).items()
+        for kind, value in estimates(one, patients).items()
     }
     metrics |= agreement(y, about.cluster.to_numpy(), patients, draws, seed)
     metrics |= _stability(repeats, y, k)
@@ -161,11 +161,11 @@ def _beside(
 ) -> dict[str, Estimate]:
     """Scores of other features of the same rows, and how much less or more than ours they are."""
     theirs = separation(x, y, patients, k, draws, seed)
-    found = {f"{name} features/{kind}": e for kind, e in estimates(theirs, patients, seed).items()}
+    found = {f"{name} features/{kind}": e for kind, e in estimates(theirs, patients).items()}
     del found[f"{name} features/{CHANCE}"]  # that of the features
     agreed = agreement(y, kmeans(x, int(y.max()) + 1, seed), patients, draws, seed)
     found |= {f"{name} {kind}": e for kind, e in agreed.items()}
-    apart = differences(ours, theirs, patients, seed)
+    apart = differences(ours, theirs, patients)
     return found | {f"features/{kind} minus {name}": e for kind, e in apart.items()}
 
 

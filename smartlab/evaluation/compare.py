@@ -13,8 +13,8 @@ import pandas as pd
 from smartlab.errors import DataError, UseError
 from smartlab.evaluation import metrics as scoring
 from smartlab.evaluation import stats
-from smartlab.evaluation.predictions import Predictions, from_table
-from smartlab.evaluation.result import Result
+from smartlab.evaluation.predictions import Predictions, areas, from_table
+from smartlab.evaluation.result import Estimate, Result
 
 Source = pd.DataFrame | Result | str | Path  # of a table: itself, a result, or a folder that holds one
 PER_CASE = {  # tasks whose table holds scores of cases: columns of a case, and the scores
@@ -42,10 +42,54 @@ COLUMNS = [
 
 def estimate(
     table: pd.DataFrame, kind: str | None = None, draws: int = 2000, seed: int = 0
-) -> stats.Estimates:
-    """Every score of a table of predictions, with intervals over patients."""
+) -> dict[str, Estimate]:
+    """Every score of a table of predictions, with intervals over patients.
+
+    AUC within folds, after DeLong; means of errors by t; other scores between 0 and 1 on the logit scale, by
+    the variance of a bootstrap; the rest by the percentiles of one.
+    """
     one = from_table(table, kind=kind)
-    return stats.bootstrap(_scorer(one), one.patient, one.truth, one.probability, draws=draws, seed=seed)
+    errors = scoring.errors(one.kind, one.truth, one.probability)
+    known = _areas(one) | {n: stats.t_interval(e, one.patient).clipped(0) for n, e in errors.items()}
+
+    def others(truth: np.ndarray, probability: np.ndarray) -> dict[str, float]:
+        return {n: v for n, v in _scorer(one)(truth, probability).items() if n not in known}
+
+    scores = _scorer(one)(one.truth, one.probability)
+    more = {"draws": draws, "seed": seed, "bounded": _fewest(one, list(scores))}
+    drawn = stats.bootstrap(others, one.patient, one.truth, one.probability, **more)
+    return {name: known.get(name) or drawn[name] for name in scores}
+
+
+def score(table: pd.DataFrame, kind: str | None = None) -> dict[str, float]:
+    """Every score of a table of predictions."""
+    return _values(from_table(table, kind=kind))
+
+
+def _values(one: Predictions) -> dict[str, float]:
+    return _scorer(one)(one.truth, one.probability) | {n: area.value for n, area in _areas(one).items()}
+
+
+def _areas(one: Predictions) -> dict[str, Estimate]:
+    """AUC, and where there are several that of each class."""
+    if not one.ranked:
+        return {}
+    found = areas(one)
+    each = [] if one.kind == "binary" else one.ranked
+    return {"auc": stats.mean_area(found)} | {
+        f"auc:{c}": stats.mean_area(found, [k]) for k, c in enumerate(each)
+    }
+
+
+def _fewest(one: Predictions, scores: Sequence[str]) -> dict[str, int]:
+    """Scores between 0 and 1, and the patients of the rarest class that each counts; all for shares of cases."""
+    if not one.classes:
+        return {}
+    member = one.truth == 1 if one.truth.ndim == 2 else one.truth[:, None] == np.arange(len(one.classes))
+    of_class = {c: len(set(one.patient[m])) or 1 for c, m in zip(one.classes, member.T, strict=True)}
+    fewest = dict.fromkeys(scores, min(of_class.values()))
+    fewest |= {n: of_class[n.partition(":")[2]] for n in scores if ":" in n}
+    return fewest | dict.fromkeys(("accuracy", "exact_match"), len(set(one.patient)))
 
 
 def compare(
@@ -66,7 +110,7 @@ def compare(
     the table, so name the few metrics that matter.
 
     Columns: metric, a, b, value_a, value_b, difference (a - b), low, high, p, p_holm, test, patients.
-    The AUC of a binary label is tested by DeLong's method, everything else by bootstrap.
+    AUC is tested within folds, by DeLong's method, everything else by bootstrap.
 
     >>> compare({"smart": first, "random": second}, metrics=["auc"])
     >>> compare({"smart": "runs/smart", "smit": "runs/smit"}, "probe", metrics=["auc"])
@@ -81,14 +125,13 @@ def compare(
         return _per_case(read, task, metrics)
     tables = _aligned(read, kind)
     names, first = list(tables), next(iter(tables.values()))
-    values = [_scorer(one)(one.truth, one.probability) for one in tables.values()]
+    values = [_values(one) for one in tables.values()]
     wanted = [m for m in values[0] if ":" not in m] if metrics is None else list(metrics)
     unknown = [m for m in wanted if m not in values[0]]
     if unknown:
         raise UseError(f"no score {unknown[0]!r} of {first.kind} labels", expected=", ".join(values[0]))
     probability = [one.probability for one in tables.values()]
-    by_delong = first.kind == "binary" and "auc" in wanted and math.isfinite(values[0]["auc"])
-    drawn = [m for m in wanted if not (m == "auc" and by_delong)]
+    drawn = [m for m in wanted if m.split(":")[0] != "auc"]
 
     def measure(truth: np.ndarray, p: np.ndarray) -> dict[str, float]:
         scores = _scorer(first)(truth, p)
@@ -101,13 +144,22 @@ def compare(
             if metric in drawn:
                 found = tested[metric, i, j]
             else:
-                found = stats.delong_test(first.truth, probability[i], probability[j], first.patient)
+                found = _area_difference(tables[names[i]], tables[names[j]], metric)
             test = "bootstrap" if metric in drawn else "DeLong"
             one, other = values[i][metric], values[j][metric]
             rows.append((metric, names[i], names[j], one, other, *found[:4], math.nan, test, found.n))
     table = pd.DataFrame(rows, columns=COLUMNS)
     table["p_holm"] = stats.holm(table.p.to_numpy())
     return table
+
+
+def _area_difference(a: Predictions, b: Predictions, metric: str) -> stats.Difference:
+    """An AUC of `a` less that of `b`: of one class, or the mean over those for which both are defined."""
+    found, k, name = areas(a, b), len(a.ranked), metric.partition(":")[2]
+    which = [a.ranked.index(name)] if name else np.flatnonzero(np.isfinite(found.auc[:k] + found.auc[k:]))
+    if not len(which):
+        return stats.Difference(math.nan, math.nan, math.nan, math.nan, found.n)
+    return stats.area_difference(found, list(which), [k + i for i in which])
 
 
 def _table(name: str, source: Source, task: str | None) -> pd.DataFrame:

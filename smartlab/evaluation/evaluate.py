@@ -28,7 +28,9 @@ from smartlab.config import DataConfig
 from smartlab.data.manifest import Manifest, load_manifest
 from smartlab.data.prepare import locate_images, prepare_store
 from smartlab.errors import UseError
+from smartlab.evaluation.cases import write_keys
 from smartlab.evaluation.encoders import as_encoder, random_encoder
+from smartlab.evaluation.labels import check_label, check_name
 from smartlab.evaluation.result import Result
 from smartlab.evaluation.table import FeatureTable
 from smartlab.training.run import Run
@@ -105,6 +107,9 @@ def evaluate(
         rows = rows or "organ"
     by_hand = isinstance(manifest, Manifest)
     job = Job(encoder, facts, given, by_hand, data, store, rows, pooling, seed, progress)
+    if task in LABELLED or task == "classify":
+        label = job.label(label)
+        job.check(task, label, settings)
     if task in LABELLED:
         result = _labelled(job, task, label, beside, settings)
     elif task == "clusters":
@@ -117,6 +122,8 @@ def evaluate(
             looked_at, settings["role"] = _run_of(source) or encoder, role
         result = _function(task)(looked_at, job.store, progress=progress, **settings)
     result.facts = {**facts, "manifest": given.name, **result.facts}
+    if given.source.kind == "local" and job.root is not None and (keys := write_keys(given, Path(job.root))):
+        result.facts["names"] = f"{keys} beside the images says which scan each key is"
     if out is not None:
         result.save(out)
     return result
@@ -198,6 +205,15 @@ class Job:
                 f"which label? {self.given.name} has no binary one", expected=f"label= one of {known}"
             )
         return first
+
+    def check(self, task: str, label: str, settings: dict[str, Any]) -> None:
+        """Refuse a label that cannot be judged, before any image is read."""
+        if self.rows == "organ":
+            return
+        check_name(self.given.labels, label, task)
+        if self.given.source.kind != "phantom":  # whose cases are there once they are drawn, and are ours
+            man = self.given if self.given.all_cases else load_manifest(self.given, self.root)
+            check_label(man, task, label, settings, lesions=self.rows in (None, "lesion"))
 
     def table(self, encoder: Any) -> FeatureTable:
         """Features of the rows asked for."""
@@ -293,7 +309,7 @@ def _checked(task: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _labelled(job: Job, task: str, label: str | None, beside: bool, settings: dict[str, Any]) -> Result:
-    label = job.label(label)
+    assert label is not None  # `evaluate` has chosen and checked it
     others = job.beside() if beside else None
     table = job.table(job.encoder)
     result = _function(task)(table, label, beside=others, **settings)
@@ -318,7 +334,7 @@ def _fine_tune(job: Job, task: str, label: str | None, out: Path, settings: dict
     store, man = job.store, job.prepared[0]
     more = {"progress": job.progress, **settings}
     if task == "classify":
-        return _function(task)(job.encoder, store, man, out, label=job.label(label), **more)
+        return _function(task)(job.encoder, store, man, out, label=label, **more)
     return _function(task)(job.encoder, store, man, out, root=job.root, **more)
 
 

@@ -5,13 +5,18 @@ official folds, those are used; else patients are dealt to folds, stratified by 
 row is predicted by the model that did not see its patient. A cross-validation may be repeated with
 other deals; predictions of a row are then averaged.
 
+Models of different folds do not share a zero: each has learned the mean of the others' patients, so that a
+patient is scored against a mean without itself. Over all folds together scores then lie on the wrong side
+by chance alone, and an AUC of useless features is about 0.45. What counts an order counts it within
+folds (`predictions.py`).
+
 Labels come as `FeatureTable.labelled` gives them: (n,) integers are classes, (n, classes) is
 multi-label, (n,) floats are numbers (stratified by quintile).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -23,6 +28,7 @@ from smartlab.errors import DataError, UseError
 
 Split = Literal["auto", "official", "folds", "cross"]
 Rows = np.ndarray  # positions of rows
+Part = tuple[Rows, np.ndarray]  # one fold: rows, and their predictions by one model
 
 
 @dataclass(frozen=True)
@@ -38,19 +44,22 @@ class Plan:
         """The rows that get a prediction, in order."""
         return np.unique(np.concatenate([test for _, test in self.pairs]))
 
+    def run(self, fit_and_predict: Callable[[Rows, Rows], np.ndarray]) -> list[Part]:
+        """Predictions of every pair, at the positions of its rows in `predicted`."""
+        rows = self.predicted
+        return [(np.searchsorted(rows, test), fit_and_predict(train, test)) for train, test in self.pairs]
+
     def predict(self, fit_and_predict: Callable[[Rows, Rows], np.ndarray]) -> np.ndarray:
         """Run every pair; predictions of the rows in `predicted`, averaged over repeats."""
-        total: np.ndarray | None = None
-        rows = self.predicted
-        count = np.zeros(len(rows))
-        for train, test in self.pairs:
-            part = fit_and_predict(train, test)
-            total = np.zeros((len(rows), *part.shape[1:])) if total is None else total
-            place = np.searchsorted(rows, test)
-            total[place] += part
-            count[place] += 1
-        assert total is not None  # a plan has at least one pair
-        return total / count.reshape(-1, *[1] * (total.ndim - 1))
+        return averaged(self.run(fit_and_predict))
+
+
+def averaged(parts: Sequence[Part]) -> np.ndarray:
+    """One prediction a row, from those of every fold of every repeat."""
+    rows, values = np.concatenate([at for at, _ in parts]), np.concatenate([found for _, found in parts])
+    total = np.zeros((rows.max() + 1, *values.shape[1:]))
+    np.add.at(total, rows, values)
+    return total / np.bincount(rows).reshape(-1, *[1] * (total.ndim - 1))
 
 
 def deal(patients: np.ndarray, y: np.ndarray, folds: int, seed: int) -> np.ndarray:

@@ -82,6 +82,7 @@ def heads(
     sample: "views": `views` training-sized views per scan; "scans": attention over whole scans.
     noise:  also look through a noisy teacher that drops this share of its input (default: as in
             training; 0: leave that out). Views only: a scan's sliding windows have no noise.
+    draws:  not needed any more, since means have t intervals; plans that give it still run.
 
     metrics: of the newest checkpoint: "cosine", …, "entropy:head 1", …; "noisy cosine", … through the
              noisy teacher; "random cosine", … of an encoder with fresh weights.
@@ -103,11 +104,11 @@ def heads(
         found: dict[str, Estimate] = {}
         if sample == "views":
             attention, patients, reaches = _view_attention(encoder, store, about, views, share, seed)
-            found |= measure_reach(reaches, patients, draws, seed)
+            found |= measure_reach(reaches, patients)
         else:
             attention, patients = _scan_attention(encoder, store, about)
         if attention:
-            found |= measure(attention, patients, draws, seed)
+            found |= measure(attention, patients)
         rows += [{"step": step, "teacher": teacher, "measure": k, **v._asdict()} for k, v in found.items()]
         if step == last_step:
             prefix = "" if teacher == "clean" else f"{teacher} "
@@ -118,7 +119,7 @@ def heads(
     table = pd.DataFrame(rows)
     facts = origin | {"sample": sample, "views": views if sample == "views" else None, "steps": [*encoders]}
     facts |= {"patch_dropout": dropout, "images": len(about), "patients": about.patient.nunique()}
-    facts |= {"data": store.fingerprint, "seed": seed, "draws": draws}
+    facts |= {"data": store.fingerprint, "seed": seed}
     return Result("heads", metrics, table, lambda: _draw(table, similarity, history), facts)
 
 
@@ -181,13 +182,11 @@ def _view_attention(
     return maps, np.tile(about.patient.to_numpy(str), views), reaches
 
 
-def measure_reach(
-    reaches: list[dict[str, list[float]]], patients: np.ndarray, draws: int = 1000, seed: int = 0
-) -> dict[str, Estimate]:
+def measure_reach(reaches: list[dict[str, list[float]]], patients: np.ndarray) -> dict[str, Estimate]:
     """By measure and stage, mean over patients: "reach entropy:stage 1", …"""
     names = [f"reach {what}:{stage}" for stage in reaches[0] for what in ("entropy", "variance", "distance")]
     values = np.array([[v for three in sample.values() for v in three] for sample in reaches])
-    return dict(zip(names, patient_means(values, patients, draws, seed), strict=True))
+    return dict(zip(names, patient_means(values, patients), strict=True))
 
 
 def dropped_patches(
@@ -206,9 +205,7 @@ def _scan_attention(encoder: Encoder, store: Store, about: pd.DataFrame) -> tupl
     return maps, about.patient.to_numpy(str)
 
 
-def measure(
-    attention: list[Tensor], patients: np.ndarray, draws: int = 1000, seed: int = 0
-) -> dict[str, Estimate]:
+def measure(attention: list[Tensor], patients: np.ndarray) -> dict[str, Estimate]:
     """Every measure with its interval; attention: (heads, D, H, W) per sample, each head summing to 1."""
     rows = []
     for sample in attention:
@@ -219,7 +216,7 @@ def measure(
         rows.append([*(float(v) for v in alone), *entropy.tolist()])
     names = ["cosine", "jensen_shannon", "entropy", "informativeness"]
     names += [f"entropy:head {i + 1}" for i in range(len(rows[0]) - len(names))]
-    found = dict(zip(names, patient_means(np.array(rows), patients, draws, seed), strict=True))
+    found = dict(zip(names, patient_means(np.array(rows), patients), strict=True))
     return found | {"cka": alignment(attention, patients)}
 
 

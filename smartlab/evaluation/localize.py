@@ -71,6 +71,7 @@ def localize(
     regions:  "lesion" (all labels that name a lesion, together), "organs" (each other label), or label
               names; by default lesions where the store has any, else organs.
     quantile: quantile_dice takes the voxels above it.
+    draws:    not needed any more, since means have t intervals; plans that give it still run.
 
     metrics: "lesion/lift", … of the mean over heads; "lesion/lift:head 1", …; "lesion/lift:random", … of the
              baselines; "lesion/lift minus random", … differences on the same scans.
@@ -85,7 +86,7 @@ def localize(
     about = grids.scans(store, images, held_out=True)
     untrained = random_encoder(encoder.config, seed).to(encoder.device)
     table, maps, unlabelled = _collect(encoder, untrained, store, about, wanted, 1 - quantile, progress)
-    metrics = _summarise(table, draws, seed)
+    metrics = _summarise(table)
     counts = {name: int((table[table.score == "mean"].region == name).sum()) for name in wanted}
     facts = origin | {"images": len(about), "unlabelled": unlabelled, "with_region": counts}
     facts |= {"empty": {name: len(about) - unlabelled - n for name, n in counts.items()}, "seed": seed}
@@ -93,7 +94,6 @@ def localize(
         "data": store.fingerprint,
         "stride_voxels": encoder.stride,
         "quantile": quantile,
-        "draws": draws,
     }
     facts |= {"split": sorted(about.split.dropna().unique()), "interpolation": "trilinear, units to voxels"}
     region = max(counts, key=lambda name: counts[name])
@@ -270,7 +270,7 @@ def matched_lift(
     return np.where(known, on_lesion / np.where(known, on_organ, 1), np.nan) if known.any() else None
 
 
-def _summarise(table: pd.DataFrame, draws: int, seed: int) -> dict[str, Estimate]:
+def _summarise(table: pd.DataFrame) -> dict[str, Estimate]:
     """Means over scans with intervals, and differences of the mean map from the baselines, by name."""
     metrics: dict[str, Estimate] = {}
     for region, part in table.groupby("region", sort=False):
@@ -288,11 +288,11 @@ def _summarise(table: pd.DataFrame, draws: int, seed: int) -> dict[str, Estimate
             kept = [m for m in MEASURES[:-2] if apart[m].notna().any()]
             columns += [f"{region}/{m} minus {baseline}" for m in kept]
             values += [apart[m].to_numpy(float) for m in kept]
-        found = patient_means(np.stack(values, 1), patients, draws, seed)
+        found = patient_means(np.stack(values, 1), patients)
         metrics |= dict(zip(columns, found, strict=True))
         if (
             len(set(patients)) == len(patients) > 1
-        ):  # hits of independent scans: a bootstrap of no hit has no width
+        ):  # hits of independent scans: no hit at all has no variance
             hits = {
                 n: v for n, v in zip(columns, values, strict=True) if "/pointing" in n and "minus" not in n
             }

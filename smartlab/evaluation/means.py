@@ -1,7 +1,6 @@
-"""Means over a cohort with patient-bootstrap intervals, many quantities at once.
+"""Many quantities of a cohort at once, with intervals over patients: means by t, others from draws.
 
-A patient is drawn with all its rows; a row counts as often as its patient was drawn. One matrix
-product serves all draws and all columns, so that hundreds of quantities cost no more than one.
+A patient is drawn with all its rows; a row counts as often as its patient was drawn.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from smartlab.evaluation.result import Estimate
-from smartlab.evaluation.stats import percentile_interval
+from smartlab.evaluation.stats import percentile_interval, t_interval
 
 Interval = Callable[[float, np.ndarray, int], Estimate]
 
@@ -25,27 +24,19 @@ def patient_weights(
     return rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws), position
 
 
-def patient_means(
-    values: np.ndarray, patients: Sequence[str] | np.ndarray, draws: int = 1000, seed: int = 0
-) -> list[Estimate]:
-    """Mean of every column of (rows, columns), each with its interval; missing values are left out.
+def patient_means(values: np.ndarray, patients: Sequence[str] | np.ndarray) -> list[Estimate]:
+    """Mean of every column of (rows, columns), each with its t interval; missing values are left out.
 
     With one patient there is no interval. A column without values is not-a-number with n = 0.
     """
-    values = np.asarray(values, float)
-    known = np.isfinite(values)
-    weights, position = patient_weights(patients, draws, seed)
-    number = weights.shape[1]
-    total, count = np.zeros((number, values.shape[1])), np.zeros((number, values.shape[1]))
-    np.add.at(total, position, np.where(known, values, 0))
-    np.add.at(count, position, known)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        drawn = (weights @ total) / (weights @ count)
-        mean = total.sum(0) / count.sum(0)
-    return [
-        interval(value, column, int((seen > 0).sum()))
-        for value, column, seen in zip(mean, drawn.T, count.T, strict=True)
-    ]
+    who, out = np.asarray(patients).astype(str), []
+    for column in np.asarray(values, float).T:
+        known = np.isfinite(column)
+        if (number := len(set(who[known]))) > 1:
+            out.append(t_interval(column[known], who[known]))
+        else:
+            out.append(Estimate(float(column[known].mean()) if number else np.nan, n=number))
+    return out
 
 
 def interval(value: float, drawn: np.ndarray, patients: int, of: Interval = percentile_interval) -> Estimate:

@@ -139,6 +139,18 @@ def _number(truth: np.ndarray, prediction: np.ndarray) -> dict[str, float]:
     }
 
 
+def errors(kind: str, truth: np.ndarray, probability: np.ndarray) -> dict[str, np.ndarray]:
+    """The scores that are means over cases, case by case (n,); truth and probability as `check` gives them."""
+    if kind == "number":
+        return {"mae": np.abs(probability - truth)}
+    if kind == "multiclass":
+        truth = truth[:, None] == np.arange(probability.shape[1])
+    square = (probability - truth) ** 2
+    return {
+        "brier": square if kind == "binary" else square.mean(1) if kind == "multilabel" else square.sum(1)
+    }
+
+
 def auc(truth: np.ndarray, score: np.ndarray) -> float:
     """Area under the ROC curve; ties count half; not-a-number with one class only."""
     return _areas(np.asarray(truth) == 1, np.asarray(score))[0]
@@ -256,6 +268,15 @@ def concordance(time: np.ndarray, event: np.ndarray, risk: np.ndarray) -> float:
     pairs = int((len(time) - later).sum())
     below = [_count_below(rank, later, rank[event] + tied).sum() for tied in (0, 1)]
     return float(sum(below) / 2 / pairs) if pairs else np.nan
+
+
+def in_order(time: np.ndarray, event: np.ndarray, risk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each patient (n,): how many of the pairs that `concordance` counts have the right order, and all."""
+    first = event[:, None] & (
+        (time[:, None] < time) | ((time[:, None] == time) & ~event)
+    )  # row before column
+    right = first * ((risk[:, None] > risk) + (risk[:, None] == risk) / 2)
+    return right.sum(0) + right.sum(1), (first.sum(0) + first.sum(1)).astype(float)
 
 
 _FEW = 256  # values; fewer are compared faster than sorted

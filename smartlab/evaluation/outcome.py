@@ -1,12 +1,13 @@
 """Outcome of a patient from images, with or without clinical covariates, in small cohorts.
 
 A patient's features are the mean or maximum over the patient's rows that carry the label. Every model is
-cross-validated several times with other deals of patients, and its predictions for a patient are averaged
-over the repeats: "features" alone, "covariates" alone, "both", and whatever stands `beside`. For "both"
+cross-validated several times with other deals of patients: "features" alone, "covariates" alone, "both", and
+whatever stands `beside`. AUC and concordance are means over the repeats, each scored within its folds
+(`folds.py`); other scores are of a patient's predictions, averaged over the repeats. For "both"
 the image is one more covariate: its score, made out of fold for the patients that the second model learns
 from, so that hundreds of features do not drown three covariates.
 
-Intervals are over patients, of the averaged predictions; they do not hold how much other deals of the
+Intervals are over patients; they do not hold how much other deals of the
 folds would change them, which stands in the facts as the range over repeats.
 
 A label of kind "binary" gives logistic regression and the scores of `probe`; a label of kind "time" with
@@ -23,6 +24,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pandas as pd
 from scipy.special import expit
+from scipy.stats import rankdata
 
 from smartlab.errors import DataError, UseError
 from smartlab.evaluation import metrics, stats
@@ -30,7 +32,7 @@ from smartlab.evaluation.compare import COLUMNS
 from smartlab.evaluation.covariates import Covariates, read_covariates
 from smartlab.evaluation.folds import make_plan, present_classes, splits
 from smartlab.evaluation.linear import fit, fit_tuned, one_thread
-from smartlab.evaluation.predictions import to_table
+from smartlab.evaluation.predictions import areas, from_table, to_table
 from smartlab.evaluation.report import Pairs, align, check_varying, differences, holm_by_metric, report
 from smartlab.evaluation.result import Estimate, Result
 from smartlab.evaluation.survival import fit_cox, fit_cox_tuned
@@ -38,6 +40,7 @@ from smartlab.evaluation.table import FeatureTable
 
 Pool = Literal["mean", "max"]
 Rows = np.ndarray  # positions of patients
+Folds = list[list[Rows]]  # of every repeat, the patients of every fold
 
 
 class Scorer(Protocol):
@@ -111,14 +114,14 @@ def outcome(
     """
     if pool not in ("mean", "max") or repeats < 1:
         raise UseError("pool must be mean or max, repeats at least 1", found=f"{pool}, {repeats}")
-    kept, patients, target, classes = _target(table, label, event)
+    kept, patients, target, classes = target_of(table, label, event)
     features = {name: _pooled(x, kept, pool) for name, x in align(beside, kept).items()}
     for name, x in features.items():
         check_varying(name, x)
     if taken := {"covariates", "both"} & set(features):
         raise UseError("these names stand for our own models", found=", ".join(sorted(taken)))
     clinic = None if covariates is None else read_covariates(covariates, list(patients), columns)
-    found = _cross_validate(target, features, clinic, classes, folds, repeats, seed)
+    found, tests = _cross_validate(target, features, clinic, classes, folds, repeats, seed)
     facts = kept.facts | {
         "label": label,
         "unit": kept.specs[label].unit or "time",
@@ -127,19 +130,19 @@ def outcome(
         "patients": len(patients),
         "pool": f"{pool} over a patient's labelled rows",
         "covariates": clinic.summary() if clinic else None,
-        "split": f"{folds}-fold cross-validation by patient, {repeats} times, predictions averaged",
+        "split": f"{folds}-fold cross-validation by patient, {repeats} times",
         "seed": seed,
     }
     pairs = [("features", name) for name in features if name != "features"]
     if clinic:
         pairs += [("both", "covariates"), ("both", "features")]
     if isinstance(target, Binary):
-        return _report_binary(target, patients, found, classes, facts, pairs, draws, seed)
+        return _report_binary(target, patients, found, tests, classes, facts, pairs, draws, seed)
     assert isinstance(target, FollowUp)
-    return _report_follow_up(target, patients, found, facts, pairs, draws, seed)
+    return _report_follow_up(target, patients, found, tests, facts, pairs)
 
 
-def _target(
+def target_of(
     table: FeatureTable, label: str, event: str | None
 ) -> tuple[FeatureTable, np.ndarray, Target, list[str]]:
     """Rows with the label, their patients in order, what to predict of these, and its classes."""
@@ -216,14 +219,16 @@ def _cross_validate(
     folds: int,
     repeats: int,
     seed: int,
-) -> dict[str, np.ndarray]:
-    """Scores of every patient by each model, (repeats, n), never by a model that saw the patient."""
+) -> tuple[dict[str, np.ndarray], Folds]:
+    """Scores of every patient by each model, (repeats, n), never by a model that saw the patient; and the folds."""
     n = len(target.stratum)
     about = pd.DataFrame({"patient": np.arange(n)})
     names = [*features, *(["covariates", "both"] if clinic else [])]
     scores = {name: np.empty((repeats, n)) for name in names}
+    tests: Folds = []
     for r in range(repeats):
         plan = make_plan(about, target.stratum, classes, split="cross", folds=folds, seed=seed + r)
+        tests.append([test for _, test in plan.pairs])
         for train, test in plan.pairs:
             models = {name: target.tuned(x[train], train, seed) for name, x in features.items()}
             for name, x in features.items():
@@ -234,7 +239,7 @@ def _cross_validate(
                 learned = _out_of_fold(target, features["features"], train, models["features"].strength, seed)
                 joint = target.tuned(np.column_stack([known, learned]), train, seed)
                 scores["both"][r, test] = joint.score(np.column_stack([asked, scores["features"][r, test]]))
-    return scores
+    return scores, tests
 
 
 def _out_of_fold(target: Target, x: np.ndarray, train: Rows, strength: Any, seed: int) -> np.ndarray:
@@ -245,10 +250,30 @@ def _out_of_fold(target: Target, x: np.ndarray, train: Rows, strength: Any, seed
     return out
 
 
+def _in_order(target: FollowUp, scores: dict[str, np.ndarray], tests: Folds) -> np.ndarray:
+    """(2, models, n): right and all pairs of every patient, within folds, over all repeats."""
+    out = np.zeros((2, len(scores), len(target.time)))
+    for k, found in enumerate(scores.values()):
+        for one, own in zip(found, tests, strict=True):
+            for test in own:
+                out[:, k, test] += metrics.in_order(target.time[test], target.stratum[test] == 1, one[test])
+    return out
+
+
+def _standing(found: np.ndarray, tests: Folds) -> np.ndarray:
+    """Between 0 and 1, (n,): the rank of each patient's risk within its fold, mean over repeats."""
+    out = np.zeros(found.shape[1])
+    for one, own in zip(found, tests, strict=True):
+        for test in own:
+            out[test] += rankdata(one[test]) / (len(test) + 1) / len(found)
+    return out
+
+
 def _report_binary(
     target: Binary,
     patients: np.ndarray,
     scores: dict[str, np.ndarray],
+    tests: Folds,
     classes: list[str],
     facts: dict[str, Any],
     pairs: Pairs,
@@ -256,14 +281,17 @@ def _report_binary(
     seed: int,
 ) -> Result:
     probability = {name: expit(found) for name, found in scores.items()}
-    predictions = {
-        name: to_table("binary", list(patients), list(patients), target.stratum, found.mean(0), classes)
-        for name, found in probability.items()
-    }
-    ranges = {
-        name: [metrics.auc(target.stratum, one) for one in found] for name, found in probability.items()
-    }
-    facts = facts | {"auc_over_repeats": {name: [min(v), max(v)] for name, v in ranges.items()}}
+    who, truth = list(patients), target.stratum
+    predictions, ranges = {}, {}
+    for name, found in probability.items():
+        parts = [[(test, one[test]) for test in own] for one, own in zip(found, tests, strict=True)]
+        each = [from_table(to_table("binary", who, who, truth, found.mean(0), classes, p)) for p in parts]
+        aucs = [float(areas(one).auc[0]) for one in each]
+        ranges[name] = [min(aucs), max(aucs)]
+        predictions[name] = to_table(
+            "binary", who, who, truth, found.mean(0), classes, [p for own in parts for p in own]
+        )
+    facts = facts | {"auc_over_repeats": ranges}
     return report("outcome", predictions, "binary", facts, pairs=pairs, draws=draws, seed=seed)
 
 
@@ -271,27 +299,23 @@ def _report_follow_up(
     target: FollowUp,
     patients: np.ndarray,
     scores: dict[str, np.ndarray],
+    tests: Folds,
     facts: dict[str, Any],
     pairs: Pairs,
-    draws: int,
-    seed: int,
 ) -> Result:
     """Concordance of each model with its interval, differences, and a log-rank test of risk halves."""
     from scipy.stats import CensoredData, logrank
 
-    truth = np.column_stack([target.time, target.stratum])
-    risk = {name: found.mean(0) for name, found in scores.items()}
-
-    def concordance(truth: np.ndarray, risk: np.ndarray) -> float:
-        return metrics.concordance(truth[:, 0], truth[:, 1] == 1, risk)
-
+    standing = {name: _standing(found, tests) for name, found in scores.items()}
+    shares = stats.pair_shares(*_in_order(target, scores, tests), fewest=int(target.stratum.sum()))
+    place = {name: i for i, name in enumerate(scores)}
     estimates: dict[str, dict[str, Estimate]] = {}
     results: dict[str, Estimate] = {}
     table = pd.DataFrame(
         {"case": patients, "patient": patients, "time": target.time, "event": target.stratum}
     )
-    for name, one in risk.items():
-        found = stats.bootstrap(concordance, patients, truth, one, draws=draws, seed=seed)["value"]
+    for name, one in standing.items():
+        found = stats.mean_area(shares, [place[name]])
         high = one > np.median(one)
         halves = [
             CensoredData(target.time[h & e], right=target.time[h & ~e])
@@ -302,26 +326,26 @@ def _report_follow_up(
         prefix = "" if name == "features" else f"{name}/"
         estimates[name] = {"concordance": found}
         results |= {f"{prefix}concordance": found, f"{prefix}log_rank_p": Estimate(p, n=len(patients))}
-        table[f"{prefix}risk"] = one
+        table[f"{prefix}risk"] = scores[name].mean(0)
     rows = []
     for a, b in pairs:
-        d = stats.paired_bootstrap(concordance, patients, truth, risk[a], risk[b], draws, seed)["value"]
+        d = stats.area_difference(shares, [place[a]], [place[b]])
         values = estimates[a]["concordance"].value, estimates[b]["concordance"].value
-        rows.append(("concordance", a, b, *values, *d[:4], np.nan, "bootstrap", d.n))
+        rows.append(("concordance", a, b, *values, *d[:4], np.nan, "pairs", d.n))
     compared = holm_by_metric(pd.DataFrame(rows, columns=COLUMNS))
     facts = facts | {
         "events": int(target.stratum.sum()),
-        "interval": f"95%, {draws} bootstrap draws of patients; the fitted models are kept as they are",
+        "interval": "95%, over patients; the fitted models are kept as they are",
         "comparisons": compared.to_dict("records"),
     }
 
     def draw() -> Any:
         from smartlab.evaluation.figures import follow_up
 
-        shown = ["features", "both"] if "both" in risk else ["features"]
+        shown = ["features", "both"] if "both" in scores else ["features"]
         p = {name: results[("" if name == "features" else f"{name}/") + "log_rank_p"].value for name in shown}
         return follow_up(
-            target.time, target.stratum == 1, {n: risk[n] for n in shown}, p, estimates, compared, facts
+            target.time, target.stratum == 1, {n: standing[n] for n in shown}, p, estimates, compared, facts
         )
 
     return Result("outcome", results | differences(compared, "features"), table, draw, facts)

@@ -4,6 +4,11 @@ One row per case, columns: case, patient, truth, then for each class its probabi
 (binary: both classes), or for a number the one column `prediction`. Truth is the name of the class;
 for multilabel the names joined by "|" (none: empty); for a number the number. Positions of classes are
 read as well where none of them is the name of a class.
+
+Where several models predicted, one a fold, the scores of two folds have no common zero, and pairs are
+compared within folds only. The table then says for each case and class how many pairs it is in
+(`pairs:<class>`) and how many of these have the right order (`right:<class>`, ties half), over all
+repeats; binary: of the second class only. AUC is the sum of the one over the sum of the other.
 """
 
 from __future__ import annotations
@@ -15,7 +20,8 @@ import numpy as np
 import pandas as pd
 
 from smartlab.errors import DataError
-from smartlab.evaluation import metrics
+from smartlab.evaluation import metrics, stats
+from smartlab.evaluation.folds import Part
 
 
 class Predictions(NamedTuple):
@@ -27,6 +33,30 @@ class Predictions(NamedTuple):
     patient: np.ndarray
     truth: np.ndarray
     probability: np.ndarray
+    right: np.ndarray  # (n, k) pairs of each case that have the right order, for each AUC
+    pairs: np.ndarray  # (n, k) pairs that each case is in
+
+    @property
+    def ranked(self) -> list[str]:
+        """The classes that have an AUC."""
+        return self.classes[1:] if self.kind == "binary" else self.classes
+
+    @property
+    def positive(self) -> np.ndarray:
+        """(k, n) whether a case has each class of `ranked`."""
+        return _ranking(self.kind, self.truth, self.probability)[0]
+
+    @property
+    def within_folds(self) -> bool:
+        """Whether not every two cases are a pair."""
+        several = self.positive.sum(1)
+        return bool((self.pairs.sum(0) / 2 != several * (len(self.truth) - several)).any())
+
+
+def areas(*runs: Predictions) -> stats.Areas:
+    """The AUCs of every class of `ranked`, of one run after the other, all of the same cases in one order."""
+    right, pairs = (np.hstack([getattr(run, name) for run in runs]).T for name in ("right", "pairs"))
+    return stats.areas(np.concatenate([run.positive for run in runs]), right, pairs, runs[0].patient)
 
 
 def to_table(
@@ -36,8 +66,12 @@ def to_table(
     truth: np.ndarray,
     probability: np.ndarray,
     classes: Sequence[str] = (),
+    parts: Sequence[Part] = (),
 ) -> pd.DataFrame:
-    """The table of these arrays; truth and probability as in `metrics.scores`."""
+    """The table of these arrays; truth and probability as in `metrics.scores`.
+
+    parts: the predictions of each fold, where there were several.
+    """
     truth, probability = metrics.check(kind, truth, probability, classes)
     table = pd.DataFrame({"case": list(case), "patient": list(patient)})
     if kind == "number":
@@ -47,7 +81,31 @@ def to_table(
     else:
         table["truth"] = [classes[t] for t in truth]
     columns = np.column_stack([1 - probability, probability]) if kind == "binary" else probability
-    return table.assign(**{f"p:{c}": columns[:, i] for i, c in enumerate(classes)})
+    table = table.assign(**{f"p:{c}": columns[:, i] for i, c in enumerate(classes)})
+    if len(parts) > 1:
+        right, pairs = _count(kind, truth, parts)
+        for i, c in enumerate(classes[1:] if kind == "binary" else classes):
+            table[f"right:{c}"], table[f"pairs:{c}"] = right[:, i], pairs[:, i]
+    return table
+
+
+def _ranking(kind: str, truth: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Who is positive and by what score, (k, n) each, for every AUC of this kind of label."""
+    if kind == "binary":
+        return (truth == 1)[None], probability.reshape(len(truth), -1)[:, -1][None]
+    positive = truth == 1 if kind == "multilabel" else truth[:, None] == np.arange(probability.shape[1])
+    return positive.T, probability.T
+
+
+def _count(kind: str, truth: np.ndarray, parts: Sequence[Part]) -> np.ndarray:
+    """(2, n, k): right and all pairs of every case, summed over folds and repeats."""
+    total: np.ndarray | float = 0.0
+    for rows, probability in parts:
+        found = np.stack(stats.in_order(*_ranking(kind, truth[rows], probability)))  # (2, k, rows)
+        one = np.zeros((2, len(truth), found.shape[1]))
+        one[:, rows] = found.transpose(0, 2, 1)
+        total = total + one
+    return np.asarray(total)
 
 
 def from_table(table: pd.DataFrame, name: str = "predictions", kind: str | None = None) -> Predictions:
@@ -70,7 +128,8 @@ def from_table(table: pd.DataFrame, name: str = "predictions", kind: str | None 
     case, patient = table.case.astype(str).to_numpy(), table.patient.astype(str).to_numpy()
     if not classes:
         truth, probability = metrics.check("number", table.truth.to_numpy(), table.prediction.to_numpy())
-        return Predictions("number", [], case, patient, truth, probability)
+        none = np.zeros((len(table), 0))
+        return Predictions("number", [], case, patient, truth, probability, none, none)
     probability = table[[f"p:{c}" for c in classes]].to_numpy(float)
     kind = kind or _kind(table, probability)
     if kind == "multilabel":
@@ -82,7 +141,12 @@ def from_table(table: pd.DataFrame, name: str = "predictions", kind: str | None 
     else:
         truth = _positions(table.truth, classes, name)
     truth, probability = metrics.check(kind, truth, probability, classes)
-    return Predictions(kind, classes, case, patient, truth, probability)
+    ranked = classes[1:] if kind == "binary" else classes
+    if all(f"{n}:{c}" in table for n in ("right", "pairs") for c in ranked):
+        right, pairs = (table[[f"{n}:{c}" for c in ranked]].to_numpy(float) for n in ("right", "pairs"))
+    else:
+        right, pairs = _count(kind, truth, [(np.arange(len(truth)), probability)])
+    return Predictions(kind, classes, case, patient, truth, probability, right, pairs)
 
 
 def _kind(table: pd.DataFrame, probability: np.ndarray) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from smartlab.errors import UseError
-from smartlab.evaluation.folds import Plan, Split, make_plan, present_classes
+from smartlab.evaluation.folds import Plan, Split, averaged, make_plan, present_classes
 from smartlab.evaluation.linear import fit_tuned, one_thread, standard, targets
 from smartlab.evaluation.predictions import to_table
 from smartlab.evaluation.report import align, check_varying, report
@@ -156,12 +156,11 @@ def _evaluate(
         ) -> np.ndarray:
             found, choice = learn(x[train], y[train], patients[train], x[test])
             choices.append(choice)
-            return found
+            return found[:, 0] if kind in ("binary", "number") else found
 
-        found = plan.predict(step)
-        found = found[:, 0] if kind in ("binary", "number") else found
+        parts = plan.run(step)
         case, patient = kept.about.case.to_numpy()[rows], patients[rows]
-        predictions[name] = to_table(kind, case, patient, y[rows], found, classes)
+        predictions[name] = to_table(kind, case, patient, y[rows], averaged(parts), classes, parts)
         chosen[name] = choices
     facts = kept.facts | {
         "label": label,

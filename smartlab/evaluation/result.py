@@ -30,6 +30,10 @@ class Estimate(NamedTuple):
     high: float = math.nan
     n: int = 0
 
+    def clipped(self, low: float, high: float = math.inf) -> Estimate:
+        """The same with its interval cut where no value can be."""
+        return self._replace(low=max(self.low, low), high=min(self.high, high))
+
     def __str__(self) -> str:
         if math.isnan(self.low):
             return f"{self.value:.3f}"

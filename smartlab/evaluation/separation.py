@@ -39,25 +39,25 @@ def separation(
     return Separation(rows, spread(x, y, np.ones((1, len(y))))[0], np.concatenate(drawn))
 
 
-def estimates(found: Separation, patients: np.ndarray, seed: int) -> dict[str, Estimate]:
+def estimates(found: Separation, patients: np.ndarray) -> dict[str, Estimate]:
     """Every measure with its interval."""
-    return _intervals(found.rows, found.spread, found.drawn, patients, seed)
+    return _intervals(found.rows, found.spread, found.drawn, patients)
 
 
-def differences(a: Separation, b: Separation, patients: np.ndarray, seed: int) -> dict[str, Estimate]:
+def differences(a: Separation, b: Separation, patients: np.ndarray) -> dict[str, Estimate]:
     """Measures of `a` less those of `b`, on the same rows and draws; distances of two spaces have no
     common scale, so only their ratios are compared."""
     rows = {name: a.rows[name] - b.rows[name] for name in ("silhouette", "knn_purity")}
-    found = _intervals(rows, a.spread - b.spread, a.drawn - b.drawn, patients, seed)
+    found = _intervals(rows, a.spread - b.spread, a.drawn - b.drawn, patients)
     return {name: one for name, one in found.items() if name not in ("inter", "intra")}
 
 
 def _intervals(
-    rows: dict[str, np.ndarray], value: np.ndarray, drawn: np.ndarray, patients: np.ndarray, seed: int
+    rows: dict[str, np.ndarray], value: np.ndarray, drawn: np.ndarray, patients: np.ndarray
 ) -> dict[str, Estimate]:
     number = len(set(patients))
     out = {name: interval(value[i], drawn[:, i], number, error_interval) for i, name in enumerate(SPREADS)}
-    means = patient_means(np.stack([*rows.values()], 1), patients, len(drawn), seed)
+    means = patient_means(np.stack([*rows.values()], 1), patients)
     return out | dict(zip(rows, means, strict=True))
 
 

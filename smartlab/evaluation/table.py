@@ -6,6 +6,7 @@ treated alike; `features.py` makes them from images.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,13 +58,11 @@ class FeatureTable:
         binary and multiclass: values (n,) int, positions in the classes. multilabel: (n, classes) int8.
         number: (n,) float, no classes.
         """
-        if label not in self.specs:
-            raise UseError(f"no label {label!r} in this manifest", expected=f"one of {', '.join(self.specs)}")
-        column = self.about[f"label:{label}"]
+        spec, column = spec_of(self.specs, label), self.about[f"label:{label}"]
         known = column.notna().to_numpy()
         if not known.any():
             raise DataError(f"no case has the label {label!r}")
-        kept, values, spec = self.take(known), list(column[known]), self.specs[label]
+        kept, values = self.take(known), list(column[known])
         if spec.kind == "multilabel":
             classes = spec.classes or sorted({v for value in values for v in value})
             return kept, np.array([[c in value for c in classes] for value in values], np.int8), classes
@@ -72,3 +71,15 @@ class FeatureTable:
             names = [str(v) for v in values]
             return kept, np.array([classes.index(v) for v in names]), classes
         return kept, np.array(values, float), []
+
+
+def spec_of(specs: dict[str, LabelSpec], label: str) -> LabelSpec:
+    """What is known of a label, or an error that says which there are."""
+    if label in specs:
+        return specs[label]
+    near = difflib.get_close_matches(label, specs, 1)
+    raise UseError(
+        f"no label {label!r} in this manifest",
+        expected=f"one of {', '.join(specs)}" if specs else "a manifest with labels",
+        fix=f"did you mean {near[0]!r}?" if near else None,
+    )

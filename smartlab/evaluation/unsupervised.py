@@ -109,6 +109,7 @@ def unsupervised(
 
     number: clusters; by default one more than there are organs in these scans.
     stage:  of the encoder, 0 to 4 (strides 2 to 32); by default its semantic tokens.
+    draws:  not needed any more, since means have t intervals; plans that give it still run.
 
     With one patient there is nobody else to fit on: clusters and matching then come from the scan they are
     scored on, which facts["notes"] says, and there are no intervals.
@@ -125,10 +126,10 @@ def unsupervised(
         raise UseError(f"{number} clusters tell nothing apart", expected="two or more")
     pairs, notes = fold_pairs(about.patient.to_numpy(str), folds, seed)
     table = _score(about, units, names, pairs, number, seed, progress)
-    metrics = _summarise(table, draws, seed)
+    metrics = _summarise(table)
     facts = origin | {"number": number, "stride_voxels": _stride(encoder, stage), "folds": len(pairs)}
     facts |= {"notes": notes, "images": len(about), "patients": about.patient.nunique()}
-    facts |= {"seed": seed, "draws": draws, "data": store.fingerprint}
+    facts |= {"seed": seed, "data": store.fingerprint}
     return Result("unsupervised", metrics, table, partial(_draw, metrics), facts)
 
 
@@ -315,7 +316,7 @@ def ceiling(scan: Units) -> np.ndarray:
     return np.where(hit[-1] > 0, dice, np.nan)
 
 
-def _summarise(table: pd.DataFrame, draws: int, seed: int) -> dict[str, Estimate]:
+def _summarise(table: pd.DataFrame) -> dict[str, Estimate]:
     """Means over scans, of every organ and of the mean over a scan's organs."""
     wide = {
         str(feature): part.pivot(index="image", columns="organ", values="dice")[[*dict.fromkeys(table.organ)]]
@@ -331,8 +332,8 @@ def _summarise(table: pd.DataFrame, draws: int, seed: int) -> dict[str, Estimate
             columns |= {f"{name}:{organ}": part[organ].to_numpy() for organ in part}
         else:
             columns[f"dice minus {feature}"] = (wide["encoder"] - part).mean(axis=1).to_numpy()
-    found = patient_means(np.stack([*columns.values()], 1), patients, draws, seed)
-    return dict(zip(columns, found, strict=True))
+    found = dict(zip(columns, patient_means(np.stack([*columns.values()], 1), patients), strict=True))
+    return {name: one if "minus" in name else one.clipped(0, 1) for name, one in found.items()}
 
 
 def _draw(metrics: dict[str, Estimate]) -> Figure:

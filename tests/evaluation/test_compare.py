@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from smartlab.errors import DataError, UseError
-from smartlab.evaluation import metrics, stats
+from smartlab.evaluation import stats
 from smartlab.evaluation.compare import COLUMNS, compare, estimate
 from smartlab.evaluation.predictions import from_table, to_table
 from smartlab.evaluation.result import Result
@@ -77,8 +77,51 @@ def test_estimate_gives_every_score_over_patients():
     assert {e.n for e in found.values()} == {N // 2}
     assert all(e.low <= e.value <= e.high for e in found.values())
     one = from_table(run(1))
-    drawn = stats.bootstrap(metrics.auc, PATIENTS, one.truth, one.probability, draws=200)["value"]
-    assert found["auc"] == pytest.approx(drawn)  # the same draws of the same patients
+    assert found["auc"] == stats.auc_interval(one.truth, one.probability, one.patient)
+    assert found["brier"] == stats.t_interval((one.probability - one.truth) ** 2, one.patient)
+
+
+def test_pairs_are_compared_within_folds_and_the_table_remembers_it():
+    """Each fold in perfect order, and useless if all are mixed: offsets of models say nothing of a case."""
+    truth, fold = np.tile([0, 1], N // 2), np.arange(N) // 2 % 5
+    p = 0.1 + 0.15 * fold + 0.1 * truth
+    folds = [(np.flatnonzero(fold == k), p[fold == k]) for k in range(5)]
+    table = to_table("binary", CASES, CASES, truth, p, BINARY, folds)
+    found = estimate(pd.read_csv(io.StringIO(table.to_csv(index=False))), draws=100)
+    assert found["auc"] == stats.wilson(N // 2, N // 2)._replace(n=N) and found["auc"].low < 1
+    assert estimate(to_table("binary", CASES, CASES, truth, p, BINARY), draws=100)["auc"].value < 0.8
+    whole = [(np.arange(N), p)] * 2  # two repeats of one fold are as many pairs, twice
+    once, twice = (to_table("binary", CASES, CASES, truth, p, BINARY, parts) for parts in ([], whole))
+    assert estimate(twice, draws=100)["auc"] == pytest.approx(estimate(once, draws=100)["auc"])
+    row = compare({"within": table, "over": once}, metrics=["auc"], draws=100).iloc[0]
+    assert row.value_a == 1 and row.value_b < 0.8 and row.test == "DeLong" and row.p < 0.001
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+def test_the_mean_over_classes_has_the_variance_of_a_mean(kind):
+    """Three times the same class is as uncertain as that class alone, not less."""
+    truth, p, _ = arrays("binary")
+    p = 0.05 + 0.3 * p  # three times at most one
+    if kind == "multilabel":
+        table = to_table(
+            kind, CASES, PATIENTS, np.tile(truth[:, None], 3), np.tile(p[:, None], 3), list("abc")
+        )
+        found = estimate(table, kind, draws=100)
+        assert found["auc"] == pytest.approx(stats.auc_interval(truth, p, PATIENTS))
+        return
+    found = estimate(
+        to_table(kind, CASES, PATIENTS, truth, np.column_stack([1 - p, p]), BINARY), kind, draws=100
+    )
+    assert found["auc"] == pytest.approx(stats.auc_interval(truth, p, PATIENTS))
+    assert found["auc:benign"] == pytest.approx(found["auc:malignant"])
+
+
+def test_twenty_separated_patients_are_not_certainty():
+    truth = np.repeat([0, 1], 10)
+    p = np.where(truth == 1, 0.9, 0.1)
+    found = estimate(to_table("binary", CASES[:20], CASES[:20], truth, p, BINARY), draws=100)
+    for name in ("auc", "average_precision", "accuracy", "balanced_accuracy", "sensitivity", "specificity"):
+        assert found[name].value == 1 and found[name].low < 0.85 and found[name].high == 1, name
 
 
 def test_compare_tests_every_pair_on_patients_and_corrects_for_all():
@@ -115,7 +158,8 @@ def test_every_kind_of_label_can_be_compared(kind):
     }
     table = compare(runs, draws=100)
     assert np.isfinite(table[["difference", "low", "high", "p", "p_holm"]].to_numpy()).all()
-    assert set(table.test) == {"bootstrap"} and not table.metric.str.contains(":").any()
+    assert set(table.test[table.metric != "auc"]) == {"bootstrap"}
+    assert set(table.test[table.metric == "auc"]) <= {"DeLong"} and not table.metric.str.contains(":").any()
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 
+import pandas as pd
 import pytest
 
 import smartlab as sl
 from smartlab.cli import app
 from smartlab.config import DataConfig
+from smartlab.data.manifest import Case, LabelSpec, Manifest, Source
 from smartlab.data.prepare import locate_images
-from smartlab.errors import UseError
+from smartlab.data.privacy import hashed, salt
+from smartlab.errors import DataError, UseError
+from smartlab.evaluation.cases import write_keys
 from smartlab.evaluation.encoders import random_encoder
 from tests.shared import once, phantoms
 from tests.training.conftest import SMALL, cohort, settings  # noqa: F401 - fixtures
@@ -90,6 +94,62 @@ def test_help_shows_an_example_of_every_task_and_bad_use_has_its_exit_code(tmp_p
     assert say("evaluate", tmp_path / "none.safetensors", "--task", "probe")[0] in (1, 2)
     code, said = say("compare", tmp_path, tmp_path / "b", "--task", "probe")
     assert code == 1 and "holds no result" in said and "Traceback" not in said
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A cohort of one's own of which only the manifest is there: whoever reads a scan fails."""
+
+    def make(values, kind="binary", name="response", **spec):
+        cases = [Case(id=f"Doe_{i}", patient=f"Doe_{i}", image=f"{i}.nii.gz") for i in range(len(values))]
+        cases = [c.model_copy(update={"labels": {name: v}}) for c, v in zip(cases, values, strict=True)]
+        about = {"title": "Mine", "modality": "CT", "licence": "none", "citation": "none", "homepage": "none"}
+        labels = {name: LabelSpec(kind=kind, **spec)}
+        return Manifest(name="mine", source=Source(kind="local"), labels=labels, cases=cases, **about)
+
+    return make
+
+
+@pytest.mark.parametrize("task", ["probe", "classify"])
+@pytest.mark.parametrize(
+    ("given", "asked", "words"),
+    [
+        ({"values": ["yes", "no"] * 10}, "respnse", "no label 'respnse'.*did you mean 'response'"),
+        ({"values": ["yes", "no"] * 10 + ["NA"]}, "response", "says it is missing.*'NA'"),
+        ({"values": ["yes", "no"] * 10 + ["Yes"]}, "response", "binary and has 3 values"),
+        ({"values": ["yes"] * 20, "classes": ["no", "yes"]}, "response", "only one class"),
+        ({"values": ["yes"] * 17 + ["no"] * 3}, "response", "too few patients for 5 folds"),
+        ({"values": [None] * 20}, "response", "no case has the label"),
+        ({"values": ["2021-03-04"] * 20, "kind": "text"}, "response", "kind text"),
+        ({"values": [4.5] * 20, "kind": "time"}, "response", "cannot predict.*use the task outcome"),
+    ],
+)
+def test_a_label_that_cannot_be_judged_is_told_before_any_scan_is_read(
+    own, tmp_path, task, given, asked, words
+):
+    encoder = random_encoder(sl.load_config("tiny", SMALL))
+    with pytest.raises((DataError, UseError), match="(?s)" + words):
+        sl.evaluate(encoder, task, own(**given), root=tmp_path, label=asked, out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_zeros_and_ones_are_no_number(own, tmp_path):
+    encoder = random_encoder(sl.load_config("tiny", SMALL))
+    with pytest.raises(DataError, match=r"called a number and has two values.*0.0.*1.0.*binary"):
+        sl.evaluate(encoder, "probe", own([0.0, 1.0] * 10, "number"), root=tmp_path, label="response")
+
+
+def test_keys_are_named_beside_the_images_and_nowhere_else(own, tmp_path, monkeypatch):
+    root, man = tmp_path / "scans", own(["yes", "no"])
+    root.mkdir()
+    assert write_keys(man, root) == "smartlab_keys.csv"
+    named = pd.read_csv(root / "smartlab_keys.csv")
+    assert named.case.tolist() == ["Doe_0", "Doe_1"] and named.image.tolist() == ["0.nii.gz", "1.nii.gz"]
+    for column, kind in (("case_key", "case"), ("patient_key", "patient")):
+        assert named[column].tolist() == [hashed(salt(), kind, f"Doe_{i}") for i in range(2)]
+    assert named.image_key[0] == hashed(salt(), "image", "0.nii.gz")
+    with pytest.warns(UserWarning, match="not written"):
+        assert write_keys(man, root / "none") is None
 
 
 @pytest.mark.parametrize("label", ["outcome", "time_months"])

@@ -10,7 +10,8 @@ import torch
 import smartlab as sl
 from smartlab.data.crops import LesionDataset
 from smartlab.errors import DataError, UseError
-from smartlab.evaluation.finetune import classifier
+from smartlab.evaluation.compare import estimate
+from smartlab.evaluation.finetune import classifier, draws
 from smartlab.evaluation.finetune import classify as module
 from smartlab.evaluation.finetune.classify import classify, few
 from smartlab.evaluation.finetune.draws import LesionDraws
@@ -34,7 +35,8 @@ N = 24  # patients
 class FakeStore:
     """A store in memory: every patient has one scan with a bright or a dark ball, seen or unseen."""
 
-    def __init__(self, truth, lesions=1):
+    def __init__(self, truth, lesions=1, size=32):
+        self.side = size
         self.path, self.fingerprint, self.spacing, self.label_names = "memory", "fake", 3.0, {}
         rows = []
         for patient, value in enumerate(truth):
@@ -57,7 +59,7 @@ class FakeStore:
         return len(self.bright)
 
     def shape(self, image):
-        return (32, 32, 32)
+        return (self.side,) * 3
 
     def affine(self, image):
         return np.diag([3.0, 3.0, 3.0, 1.0])
@@ -65,7 +67,7 @@ class FakeStore:
     def array(self, image):
         import blosc2
 
-        array = np.random.default_rng(image).normal(0, 20, (32, 32, 32))
+        array = np.random.default_rng(image).normal(0, 20, (self.side,) * 3)
         bright = self.bright[image]
         level = (
             200 if bright == "bright" or "bright" in (bright if isinstance(bright, list) else []) else -100
@@ -96,10 +98,44 @@ def test_it_learns_what_is_there_and_its_table_is_its_metrics(tmp_path):
     assert result.metrics["auc"].value > 0.9 and result.metrics["auc"].n == N
     read = from_table(result.table)
     again = scores(read.kind, read.truth, read.probability, read.classes)
-    assert again["auc"] == pytest.approx(result.metrics["auc"].value)
+    assert again["accuracy"] == pytest.approx(result.metrics["accuracy"].value)
+    assert estimate(result.table)["auc"] == result.metrics["auc"]
     assert sorted(result.table.case) == sorted(f"case{i}-0" for i in range(N))
     result.save(tmp_path / "saved")
     assert (tmp_path / "saved" / "figure.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("masked", "how"), [(True, "mask in 24 cases"), (False, "whole scan in 24")])
+def test_a_label_of_scans_needs_no_centre_of_a_lesion(tmp_path, masked, how):
+    store = FakeStore(list(np.random.default_rng(1).permutation(truth_of())))
+    store.cases["center_mm"] = None
+    store.body = lambda image: np.ones((1, 1, 1))
+    mask = np.zeros((32, 32, 32), np.uint8)
+    mask[10:22, 10:22, 10:22], mask[0, 0, 0] = 1, 1  # the largest piece counts
+    store.label_names, store.labels = ({1: "tumour"} if masked else {}), lambda image: mask
+    where, told = draws.places(store, store.cases.reset_index(names="case"), 16, None)
+    assert how in told and len(where.case) == N * (1 if masked else 8)
+    if masked:
+        assert where.center_mm[0] == pytest.approx([46.5] * 3)  # voxels 10 to 21, of 3 mm
+    else:
+        assert sorted(where.center_mm[:8])[0] == pytest.approx([22.5] * 3)  # of the first eighth
+    more = QUICK | {"steps": 40, "warmup": 0.2, "head_only": 0.2, "flip": False, "intensity": 0.0}
+    result = classify(make_encoder(), store, manifest(), tmp_path, label="kind", folds=2, **more)
+    assert result.metrics["auc"].value > 0.9 and how in result.facts["crops"]
+
+
+def test_a_scan_of_several_windows_is_predicted_once(tmp_path):
+    store = FakeStore(truth_of(), size=64)
+    store.cases["center_mm"] = None
+    store.body = lambda image: np.ones((2, 2, 2))
+    where, _ = draws.places(store, store.cases.reset_index(names="case"), 32, None)
+    assert len(where.case) == 8 * N
+    few_rows = where.of(np.array([5, 2]))
+    assert few_rows.case.tolist() == [0] * 8 + [1] * 8 and few_rows.center_mm[:8] == where.center_mm[40:48]
+    result = classify(
+        make_encoder(), store, manifest(), tmp_path, label="kind", folds=2, **(QUICK | {"steps": 1})
+    )
+    assert sorted(result.table.case) == sorted(f"case{i}-0" for i in range(N))
 
 
 def test_shuffled_labels_give_chance(tmp_path):

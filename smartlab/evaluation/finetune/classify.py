@@ -1,6 +1,8 @@
-"""Classification by fine-tuning: lesions, benign or malignant, by the encoder and a linear head.
+"""Classification by fine-tuning: lesions or scans, benign or malignant, by the encoder and a linear head.
 
-The network sees lesion-centred crops and is tested on patients it has not learned from. Three ways to
+The network sees lesion-centred crops and is tested on patients it has not learned from. Where no case says
+where its lesion is, the middle of the lesion's mask is taken; where there is no mask either, the label is of
+the scan: training draws from windows over it, and a prediction is the mean over all of them. Three ways to
 start are compared: "full", "frozen" (only the head learns) and "scratch"; with all training patients,
 or with k patients per class (few-shot), drawn several times.
 
@@ -26,14 +28,15 @@ from torch import Tensor
 
 from smartlab.data.augment import augment, window
 from smartlab.data.crops import CropDataset
-from smartlab.data.images import is_flat, lesion_crops
+from smartlab.data.images import is_flat
 from smartlab.data.manifest import Manifest, load_manifest
 from smartlab.data.store import Store
 from smartlab.errors import DataError, UseError
-from smartlab.evaluation import metrics, stats
+from smartlab.evaluation import stats
+from smartlab.evaluation.compare import estimate, score
 from smartlab.evaluation.encoders import network_input
 from smartlab.evaluation.finetune import classifier, picture
-from smartlab.evaluation.finetune.draws import LesionDraws
+from smartlab.evaluation.finetune.draws import LesionDraws, Places, crops_of, places
 from smartlab.evaluation.finetune.trainer import (
     Mode,
     Settings,
@@ -44,7 +47,7 @@ from smartlab.evaluation.finetune.trainer import (
     make_settings,
     weights_hash,
 )
-from smartlab.evaluation.folds import Plan, Split, make_plan, present_classes
+from smartlab.evaluation.folds import Part, Plan, Split, averaged, make_plan, present_classes
 from smartlab.evaluation.predictions import to_table
 from smartlab.evaluation.report import comparisons, differences
 from smartlab.evaluation.result import Estimate, Result
@@ -65,6 +68,7 @@ class Task:
     size: int
     spacing: float | None
     about: pd.DataFrame
+    where: Places | None  # in each case; None: at its lesion, or a whole image
     y: np.ndarray  # (n,) positions in classes, or (n, classes) 0/1 of multi-label
     kind: str
     classes: list[str]
@@ -78,8 +82,12 @@ class Task:
 
     def part(self, rows: np.ndarray) -> CropDataset:
         """The crops of some of the cases."""
-        cases, margin = list(self.about.case.iloc[rows]), self.encoder.config.data.margin
-        return lesion_crops(self.store, self.size, self.spacing, cases=cases, margin=margin)
+        where, margin = self.where and self.where.of(rows), self.encoder.config.data.margin
+        return crops_of(self.store, self.about.iloc[rows], where, self.size, self.spacing, margin)
+
+    def owner(self, rows: np.ndarray) -> np.ndarray:
+        """Which of these cases each of their crops is of, (crops,)."""
+        return self.where.of(rows).case if self.where else np.arange(len(rows))
 
     @property
     def targets(self) -> np.ndarray:
@@ -130,12 +138,16 @@ def classify(
     if balance not in ("sampling", "loss", "none"):
         raise UseError(f"balance={balance!r}", expected="sampling, loss or none")
     about, y, kind, classes = _cases(store, man, label)
+    where, how = None, "its lesion" if about.center_mm.notna().all() else "the whole image"
+    if how != "its lesion" and not is_flat(store):
+        where, how = places(store, about, size, spacing)
     task = Task(
         encoder=encoder,
         store=store,
         size=size,
         spacing=spacing,
         about=about,
+        where=where,
         y=y,
         kind=kind,
         classes=classes,
@@ -148,7 +160,13 @@ def classify(
         progress=progress,
     )
     plan = make_plan(about, y, classes, split=split, folds=folds, seed=seed)
-    facts = _facts(task) | {"manifest": man.name, "label": label, "split": plan.how, "draws": draws}
+    facts = _facts(task) | {
+        "manifest": man.name,
+        "label": label,
+        "split": plan.how,
+        "draws": draws,
+        "crops": how,
+    }
     return _compare(task, plan, modes, (None, *sorted(set(shots), reverse=True)), draws, bootstraps, facts)
 
 
@@ -187,13 +205,13 @@ def _compare(
             predictions = []
             for draw in range(1 if k is None else draws):
                 name = f"{mode}-{'all' if k is None else f'{k}shot-draw{draw}'}"
-                probability, history = _predict(task, plan, mode, name, k, draw)
-                predictions.append(probability)
+                parts, history = _predict(task, plan, mode, name, k, draw)
                 histories |= history if draw == 0 else {}
-                table = _table(task, plan, probability)
+                table = _table(task, plan, parts)
+                predictions.append(table)
                 whole |= {mode: table} if k is None else {}
                 tables.append(table.assign(mode=mode, shots="all" if k is None else str(k), draw=draw))
-            found = _estimates(task, plan.predicted, predictions, bootstraps)
+            found = _estimates(task, predictions, bootstraps)
             estimates |= {name + suffix: value for name, value in found.items()}
             runs.append((mode if k is None else f"{mode}, k = {k}", suffix))
     pairs = [(modes[0], other) for other in modes[1:]]
@@ -214,10 +232,13 @@ def _cases(store: Store, man: Manifest, label: str) -> tuple[pd.DataFrame, np.nd
     if label in man.labels and man.labels[label].kind not in ("binary", "multiclass", "multilabel"):
         raise UseError(f"label {label!r} has no classes", found=man.labels[label].kind)
     placed = store.cases[store.cases.center_mm.notna()]
+    placed = placed if len(placed) else store.cases  # scans: see `places`
     about = pd.DataFrame(
         {
             "case": placed.index,
             "patient": placed.patient.to_numpy(),
+            "image": placed.image.to_numpy(),
+            "center_mm": placed.center_mm.to_numpy(),
             "split": placed["split"].to_numpy(),
             "fold": placed.fold.to_numpy(),
             f"label:{label}": [labels.get(label) for labels in placed.labels],
@@ -231,8 +252,8 @@ def _cases(store: Store, man: Manifest, label: str) -> tuple[pd.DataFrame, np.nd
 
 def _predict(
     task: Task, plan: Plan, mode: Mode, name: str, k: int | None, draw: int
-) -> tuple[np.ndarray, dict[str, pd.DataFrame]]:
-    """Probabilities of the predicted rows, and the history of every training."""
+) -> tuple[list[Part], dict[str, pd.DataFrame]]:
+    """Probabilities of the predicted rows, fold by fold, and the history of every training."""
     histories: dict[str, pd.DataFrame] = {}
 
     def fit_and_predict(train: np.ndarray, test: np.ndarray) -> np.ndarray:
@@ -240,7 +261,7 @@ def _predict(
         probability, histories[fold] = _one(task, fold, train, test, mode, k, draw)
         return probability
 
-    return plan.predict(fit_and_predict), histories
+    return plan.run(fit_and_predict), histories
 
 
 def _one(
@@ -266,6 +287,7 @@ def _one(
         s.steps * s.batch,
         seed=task.seed,
         weights=1 / share[task.y[train]] if by_sampling else None,
+        owner=task.owner(train),
     )
     net = classifier.build(task.encoder, len(task.classes), pretrained=mode != "scratch", seed=task.seed)
     classifier.standardise(net.to(device), draws, hu_window, task.seed, task.augmentation)
@@ -278,8 +300,11 @@ def _one(
         x = augment(window(batch["crop"], *hu_window), generator, **task.augmentation)
         return measure(net(network_input(x)).float(), learn[batch["row"]])
 
-    def said(rows: np.ndarray) -> Tensor:
-        return classifier.logits(net, task.part(rows), hu_window, s.batch, s.precision)
+    def said(rows: np.ndarray) -> Tensor:  # several windows of a scan count by their mean
+        found = classifier.logits(net, task.part(rows), hu_window, s.batch, s.precision)
+        owner = torch.from_numpy(task.owner(rows)).to(found.device)
+        total = torch.zeros(len(rows), found.shape[1], device=found.device).index_add_(0, owner, found)
+        return total / owner.bincount()[:, None]
 
     fitted = fit(
         net,
@@ -336,25 +361,21 @@ def few(patients: np.ndarray, targets: np.ndarray, train: np.ndarray, k: int, se
     return np.array(sorted(chosen))
 
 
-def _table(task: Task, plan: Plan, probability: np.ndarray) -> pd.DataFrame:
+def _table(task: Task, plan: Plan, parts: list[Part]) -> pd.DataFrame:
     about, truth = task.about.iloc[plan.predicted], task.y[plan.predicted]
-    return to_table(task.kind, list(about.case), list(about.patient), truth, probability, task.classes)
+    who = list(about.case), list(about.patient)
+    return to_table(task.kind, *who, truth, averaged(parts), task.classes, parts)
 
 
-def _estimates(
-    task: Task, rows: np.ndarray, predictions: list[np.ndarray], bootstraps: int
-) -> dict[str, Estimate]:
-    """Scores with patient-bootstrap intervals; of several draws the mean, with the interval over draws."""
-    truth, patients = task.y[rows], task.about.patient.to_numpy()[rows]
-
-    def score(truth: np.ndarray, probability: np.ndarray) -> dict[str, float]:
-        return metrics.scores(task.kind, truth, probability, task.classes)
-
-    if len(predictions) > 1:
-        each = pd.DataFrame([score(truth, p) for p in predictions])
-        return {
-            str(name): stats.t_interval(each[name].to_numpy()) for name in each if each[name].notna().all()
-        }
-    if len(set(patients)) < 2:
+def _estimates(task: Task, predictions: list[pd.DataFrame], bootstraps: int) -> dict[str, Estimate]:
+    """Scores with intervals over patients; of several draws the mean, with the interval over draws."""
+    if predictions[0].patient.nunique() < 2:
         raise DataError("one test patient only", fix='use split="cross"')
-    return dict(stats.bootstrap(score, patients, truth, predictions[0], draws=bootstraps, seed=task.seed))
+    if len(predictions) == 1:
+        return estimate(predictions[0], task.kind, bootstraps, task.seed)
+    each = pd.DataFrame([score(one, task.kind) for one in predictions])
+    known = each.loc[:, each.notna().all()]
+    return {
+        str(name): stats.t_interval(known[name].to_numpy()).clipped(0, 2 if name == "brier" else 1)
+        for name in known
+    }

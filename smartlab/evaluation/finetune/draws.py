@@ -7,26 +7,124 @@ sees what it has not seen yet.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+from scipy import ndimage
 
-from smartlab.data.crops import CropDataset, Fields, Item, read_crop
+from smartlab.data.body import BLOCK
+from smartlab.data.crops import CropDataset, Fields, Item, LesionDataset, read_crop
 from smartlab.data.grid import AIR
+from smartlab.data.images import ImageDataset, lesion_crops
+from smartlab.data.regions import is_lesion
 from smartlab.data.store import Store
 
 PLACES = 256  # voxels remembered per structure and image: enough to draw from, 25 kB for 16 structures
+
+
+class Places(NamedTuple):
+    """Where to look in each case: `case` (crops,) says whose crop each is, `center_mm` (crops, 3) where."""
+
+    case: np.ndarray
+    center_mm: list[list[float]]
+
+    def of(self, rows: np.ndarray) -> Places:
+        """Those of some of the cases, which are then numbered from 0."""
+        kept = [(k, i) for k, row in enumerate(rows) for i in np.flatnonzero(self.case == row)]
+        return Places(np.array([k for k, _ in kept], int), [self.center_mm[i] for _, i in kept])
+
+
+def places(store: Store, about: pd.DataFrame, size: int, spacing: float | None) -> tuple[Places, str]:
+    """One place per case of `about` with the mask of a lesion (its largest piece), else windows over the body."""
+    wanted = [value for value, name in store.label_names.items() if is_lesion(name)]
+    owner, centers, masked = [], [], 0
+    for k, image in enumerate(about.image):
+        middle = _middle_of_mask(store, int(image), wanted)
+        found = _windows(store, int(image), size, spacing) if middle is None else [middle]
+        owner += [k] * len(found)
+        centers += found
+        masked += middle is not None
+    how = f"the middle of the lesion's mask in {masked} cases, windows over the whole scan in {len(about) - masked}"
+    return Places(np.array(owner), centers), how
+
+
+def _middle_of_mask(store: Store, image: int, wanted: list[int]) -> list[float] | None:
+    stored = store.labels(image) if wanted else None
+    parts, number = ndimage.label(np.isin(stored[:], wanted)) if stored is not None else (None, 0)
+    if not number:
+        return None
+    largest = 1 + int(np.bincount(parts.ravel())[1:].argmax())
+    affine = store.affine(image)
+    return list(map(float, affine[:3, :3] @ ndimage.center_of_mass(parts == largest) + affine[:3, 3]))
+
+
+def _windows(store: Store, image: int, size: int, spacing: float | None) -> list[list[float]]:
+    """Centres of crops that tile a scan, without those that hold next to no body."""
+    shape, affine, body = np.array(store.shape(image)), store.affine(image), store.body(image)
+    side = size * (spacing or store.spacing) / store.spacing  # voxels of the store
+    number = np.maximum(1, np.ceil(shape / side - 0.5)).astype(int)
+    found = []
+    for place in np.ndindex(*number):
+        middle = (np.array(place) + 0.5) * shape / number
+        cells = [
+            slice(max(0, int((m - side / 2) // BLOCK)), int((m + side / 2) // BLOCK) + 1) for m in middle
+        ]
+        found.append((float(body[tuple(cells)].mean()), affine[:3, :3] @ (middle - 0.5) + affine[:3, 3]))
+    most = max(share for share, _ in found)
+    return [list(map(float, center)) for share, center in found if share >= most / 4]
+
+
+class PlacedCrops(LesionDataset):
+    """Crops around given places of scans, one after the other."""
+
+    def __init__(self, store: Store, table: pd.DataFrame, size: int, spacing: float | None) -> None:
+        self.store, self.table, self.size, self.spacing = store, table, (size,) * 3, spacing
+        self.fields: Fields = {"crop": (self.size, np.int16)}
+
+
+class FlatScans(ImageDataset):
+    """Whole mammograms, as `FlatLesions` gives squares around lesions."""
+
+    def __init__(self, store: Store, images: Sequence[int], size: int) -> None:
+        super().__init__(store, view=size, crop="image", jitter=0.0, images=images)
+        self.fields = {"crop": ((1, size, size), np.int16)}
+
+    def read(self, epoch: int, index: int, out: dict[str, np.ndarray]) -> Item:
+        return super().read(epoch, index, {"views": out["crop"]})
+
+
+def crops_of(
+    store: Store, about: pd.DataFrame, where: Places | None, size: int, spacing: float | None, margin: float
+) -> CropDataset:
+    """The crops of the cases in `about`, around its lesions or at given places; of mammograms without
+    lesions the whole image."""
+    if where is not None:
+        table = about.iloc[where.case].assign(center_mm=where.center_mm, labels=None)
+        return PlacedCrops(store, table.set_index("case"), size, spacing)
+    if about.center_mm.notna().all():
+        return lesion_crops(store, size, spacing, cases=list(about.case), margin=margin)
+    return FlatScans(store, [int(i) for i in about.image], size)
 
 
 class LesionDraws(CropDataset):
     """Lesion crops drawn for training: each case once per round, or by weight with replacement.
 
     weights: (cases,) chance of each case, as for balanced classes; None: rounds of all cases.
+    owner: (crops,) whose crop each is, where a case has several: one of them is drawn.
     """
 
     def __init__(
-        self, cases: CropDataset, items: int, *, seed: int, weights: np.ndarray | None = None
+        self,
+        cases: CropDataset,
+        items: int,
+        *,
+        seed: int,
+        weights: np.ndarray | None = None,
+        owner: np.ndarray | None = None,
     ) -> None:
         self.cases, self.items, self.seed = cases, items, seed
+        self.owner = np.arange(len(cases)) if owner is None else owner
         self.weights = None if weights is None else weights / weights.sum()
         self.fields: Fields = {"crop": cases.fields["crop"]}
 
@@ -36,11 +134,13 @@ class LesionDraws(CropDataset):
     def read(self, epoch: int, index: int, out: dict[str, np.ndarray]) -> Item:
         """The crop, and "row": which of the cases it is."""
         if self.weights is None:
-            row = rounds(self.seed, len(self.cases), index)
+            row = rounds(self.seed, int(self.owner.max()) + 1, index)
         else:
             row = int(np.random.default_rng((self.seed, index)).choice(len(self.weights), p=self.weights))
         buffers = {k: out.get(k, np.empty(s, t)) for k, (s, t) in self.cases.fields.items()}
-        self.cases.read(0, row, buffers)
+        crops = np.flatnonzero(self.owner == row)
+        which = 0 if len(crops) == 1 else np.random.default_rng((self.seed, index, 1)).integers(len(crops))
+        self.cases.read(0, int(crops[which]), buffers)
         return {"row": row}
 
 

@@ -6,12 +6,13 @@ trained), "frozen" (the encoder stands still) and "scratch" (the same network, n
 how many training patients are used, each smaller part inside the larger.
 
 Dice and HD95 (mm) are measured per scan and structure on the store's grid, where training, validation
-and all comparisons live; the means have patient-bootstrap intervals. Predictions are written on the
+and all comparisons live; the means have t intervals over patients. Predictions are written on the
 source scan's own voxels (`masks.py`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from smartlab.data.manifest import Case, Manifest, load_manifest
 from smartlab.data.readers import read_volume
 from smartlab.data.store import Store
 from smartlab.errors import DataError, UseError
-from smartlab.evaluation import metrics, stats
+from smartlab.evaluation import metrics
 from smartlab.evaluation.finetune import masks, picture, segmenter
 from smartlab.evaluation.finetune.draws import ForegroundCrops
 from smartlab.evaluation.finetune.trainer import (
@@ -40,6 +41,7 @@ from smartlab.evaluation.finetune.trainer import (
     weights_hash,
 )
 from smartlab.evaluation.folds import Plan, Split, make_plan
+from smartlab.evaluation.means import patient_means
 from smartlab.evaluation.result import Estimate, Result
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ def segment(
     fractions: shares of the training patients.
     split:     as in `make_plan`: the manifest's split or folds, else `folds` patient folds.
     size:      side of the crops in voxels. flip: mirror crops; not where structures have sides.
+    bootstraps: not needed any more, since means have t intervals; plans that give it still run.
     settings:  of the training, see `Settings`.
 
     >>> result = segment(sl.load_encoder("runs/a"), store, "phantom-ct", "runs/a/segment", labels=["liver"])
@@ -126,7 +129,7 @@ def segment(
     about, unlabelled = _images(store, set(names))
     plan = make_plan(about, np.zeros(len(about)), [], split=split, folds=folds, seed=seed)
     table, histories = _every(job, about, plan, modes, sorted(fractions, reverse=True))
-    estimates = _estimates(table, modes, max(fractions), bootstraps, seed)
+    estimates = _estimates(table, modes, max(fractions))
     facts = _facts(job, man, about) | {"split": plan.how, "images_without_these_labels": unlabelled}
     example = job.out / next(iter(histories)) / "example.npz"
     return Result(
@@ -280,9 +283,7 @@ def nested(patients: np.ndarray, rows: np.ndarray, fraction: float, seed: int) -
     return rows[np.isin(patients[rows], chosen)]
 
 
-def _estimates(
-    table: pd.DataFrame, modes: Sequence[Mode], largest: float, draws: int, seed: int
-) -> dict[str, Estimate]:
+def _estimates(table: pd.DataFrame, modes: Sequence[Mode], largest: float) -> dict[str, Estimate]:
     """Means over scans with intervals over patients; the first mode on all patients has the plain names."""
     out: dict[str, Estimate] = {}
     means: dict[tuple[str, float], pd.Series] = {}
@@ -297,27 +298,14 @@ def _estimates(
         means[mode, fraction] = columns["dice"]
         patients = columns["dice"].index.get_level_values("patient").to_numpy()
         values = np.column_stack([column.to_numpy(float) for column in columns.values()])
-        for name, estimate in _means(list(columns), patients, values, draws, seed).items():
-            out[name + suffix] = estimate
+        for name, found in zip(columns, patient_means(values, patients), strict=True):
+            out[name + suffix] = found.clipped(0, 1 if name.startswith("dice") else math.inf)
     for mode in modes[1:]:  # the same scans: their differences are paired
         first, other = means[modes[0], largest], means[mode, largest]
         patients = first.index.get_level_values("patient").to_numpy()
         difference = (first - other.reindex(first.index)).to_numpy()[:, None]
-        name = f"dice: {modes[0]} minus {mode}"
-        out |= _means([name], patients, difference, draws, seed)
+        out[f"dice: {modes[0]} minus {mode}"] = patient_means(difference, patients)[0]
     return out
-
-
-def _means(
-    names: list[str], patients: np.ndarray, values: np.ndarray, draws: int, seed: int
-) -> dict[str, Estimate]:
-    if len(set(patients)) < 2:  # a mean, but no interval
-        return {name: Estimate(float(v), n=1) for name, v in zip(names, values.mean(0), strict=True)}
-
-    def mean(rows: np.ndarray) -> dict[str, float]:
-        return dict(zip(names, rows.mean(0).tolist(), strict=True))
-
-    return stats.bootstrap(mean, patients, values, draws=draws, seed=seed)
 
 
 # ---- what there is to segment ---------------------------------------------------------------------

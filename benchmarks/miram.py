@@ -4,8 +4,8 @@ For each of several seeds the same small vision transformer is pretrained as MAE
 (two scales), for the same number of steps on the same views of all lesions, without labels. Then, from frozen
 features, by patient folds that are the same for all:
 
-- probes of pathology and of the five margin classes: AUC and average precision, each method's mean over
-  seeds and the paired difference, with intervals over patients (all seeds together in every draw); a
+- probes of pathology and of the five margin classes: AUC (pairs within folds) and average precision, each
+  method's mean over seeds and the paired difference, with intervals over patients (all seeds together); a
   network of the same form that was not trained, for each seed, stands beside;
 - how much fine detail of hidden patches the reconstruction at the stored resolution keeps
   (`evaluation.spectrum`): MIRAM's finer decoder against MAE's reconstruction enlarged; interval over seeds.
@@ -40,8 +40,9 @@ from smartlab.data.store import Store
 from smartlab.evaluation import metrics, stats
 from smartlab.evaluation.encoders import random_encoder
 from smartlab.evaluation.features import lesion_features
-from smartlab.evaluation.predictions import from_table
+from smartlab.evaluation.predictions import areas, from_table
 from smartlab.evaluation.probe import probe
+from smartlab.evaluation.result import Estimate
 from smartlab.evaluation.spectrum import detail, enlarged
 from smartlab.notebook import code_version
 from smartlab.viewers.plots import OKABE_ITO
@@ -88,8 +89,8 @@ def predictions(encoder: Any, store: Store, manifest: Any) -> dict[str, Any]:
 
 
 def compare(label: str, found: dict[str, list[Any]], draws: int) -> dict[str, Any]:
-    """Means over seeds of every score, and differences, with intervals over patients."""
-    first = found["mae"][0]
+    """Means over seeds of every score, and differences, with intervals over patients; AUC within folds."""
+    first, scored = found["mae"][0], [s for s in SCORES if s != "auc"]
     seeds = {name: len(runs) for name, runs in found.items()}
     stacked = [run.probability for runs in found.values() for run in runs]
 
@@ -101,15 +102,32 @@ def compare(label: str, found: dict[str, list[Any]], draws: int) -> dict[str, An
             out |= {
                 f"{name} {score}": float(np.mean([s[score] for s in each]))
                 for score in each[0]
-                if score.split(":")[0] in SCORES
+                if score.split(":")[0] in scored
             }
         for score in [s.removeprefix("mae ") for s in out if s.startswith("mae ")]:
             out[f"miram - mae {score}"] = out[f"miram {score}"] - out[f"mae {score}"]
             out[f"miram - untrained {score}"] = out[f"miram {score}"] - out[f"untrained {score}"]
         return out
 
-    estimates = stats.bootstrap(means, first.patient, first.truth, *stacked, draws=draws)
+    estimates = stats.bootstrap(means, first.patient, first.truth, *stacked, draws=draws) | aucs(found)
     return {name: {k: plain(v) for k, v in value._asdict().items()} for name, value in estimates.items()}
+
+
+def aucs(found: dict[str, list[Any]]) -> dict[str, Estimate]:
+    """AUC over classes and seeds, of each class, and differences."""
+    every, ranked, out = [run for runs in found.values() for run in runs], found["mae"][0].ranked, {}
+    whole, owners = areas(*every), [name for name, runs in found.items() for _ in runs]
+    several = {f"auc:{c}": [i] for i, c in enumerate(ranked)} if len(ranked) > 1 else {}
+    for score, classes in ({"auc": list(range(len(ranked)))} | several).items():
+        at = {
+            name: [j * len(ranked) + i for j, o in enumerate(owners) if o == name for i in classes]
+            for name in found
+        }
+        out |= {f"{name} {score}": stats.mean_area(whole, which) for name, which in at.items()}
+        for other in ("mae", "untrained"):
+            apart = stats.area_difference(whole, at["miram"], at[other])
+            out[f"miram - {other} {score}"] = apart.estimate
+    return out
 
 
 def plain(value: Any) -> Any:
@@ -208,7 +226,8 @@ def main() -> None:
         "smoke": True,
         "data": {"manifest": manifest.name, "patients": args.patients, "fingerprint": store.fingerprint},
         "n": {label: len(found["mae"][0][label].truth) for label in LABELS},
-        "settings": {"preset": "miram-tiny", "steps": args.steps, "seeds": args.seeds, "folds": FOLDS},
+        "settings": {"preset": "miram-tiny", "steps": args.steps, "seeds": args.seeds, "folds": FOLDS}
+        | {"auc": "pairs of cases within folds"},
         "probes": scores,
         "detail": {
             method: {

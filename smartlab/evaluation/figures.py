@@ -85,7 +85,8 @@ def draw_roc(
         one, first = tables[name], shade[name] == BLUE
         legend = f"{name}  {estimates[name]['auc'].value:.3f}"
         _curve(ax, one.truth == 1, one.probability, shade[name], legend, 2.6 if first else 1.5)
-    _roc_axes(ax, "ROC (legend: AUC)")
+    within = any(one.within_folds for one in tables.values())
+    _roc_axes(ax, "ROC of all folds together\n(legend: AUC within folds)" if within else "ROC (legend: AUC)")
 
 
 def draw_roc_by_class(ax: Axes, one: Predictions, estimates: Mapping[str, Estimate]) -> None:
@@ -94,7 +95,8 @@ def draw_roc_by_class(ax: Axes, one: Predictions, estimates: Mapping[str, Estima
         truth = one.truth[:, k] if one.truth.ndim == 2 else one.truth == k
         legend = f"{name}  {estimates[f'auc:{name}'].value:.3f}"
         _curve(ax, truth == 1, one.probability[:, k], (BLUE, *OTHERS)[k % 7], legend, 1.8)
-    _roc_axes(ax, f"ROC, each class against the rest\n(macro AUC {estimates['auc'].value:.3f})")
+    how = "all folds together; AUC within folds, " if one.within_folds else ""
+    _roc_axes(ax, f"ROC, each class against the rest\n({how}macro AUC {estimates['auc'].value:.3f})")
 
 
 def _curve(ax: Axes, truth: np.ndarray, score: np.ndarray, shade: str, legend: str, width: float) -> None:

@@ -49,7 +49,7 @@ class Predictions(NamedTuple):
     @property
     def within_folds(self) -> bool:
         """Whether not every two cases are a pair."""
-        several = self.positive.sum(1)
+        several = self.positive.sum(1) if self.ranked else np.zeros(0)
         return bool((self.pairs.sum(0) / 2 != several * (len(self.truth) - several)).any())
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 
 from smartlab.errors import DataError
 from smartlab.evaluation.compare import COLUMNS, compare, estimate
+from smartlab.evaluation.predictions import from_table
 from smartlab.evaluation.result import Estimate, Result
 from smartlab.evaluation.stats import holm
 from smartlab.evaluation.table import FeatureTable
@@ -49,11 +50,13 @@ def report(
     metrics: dict[str, Estimate] = dict(estimates[main])
     for name in others:
         metrics |= {f"{name}/{metric}": value for metric, value in estimates[name].items()}
+    within = from_table(predictions[main], kind=kind).within_folds
     compared = comparisons(predictions, kind, pairs or [(main, o) for o in others], draws, seed)
     metrics |= differences(compared, main)
     facts = facts | {
         "label_kind": kind,
-        "interval": f"95%, {draws} bootstrap draws of patients; the fitted models are kept as they are",
+        "interval": f"95%, over patients ({draws} bootstrap draws); the fitted models are kept as they are",
+        "auc": "pairs of cases within folds" if within else "all pairs of cases",
         "comparisons": compared.to_dict("records"),
     }
 

@@ -23,7 +23,7 @@ from smartlab.data.body import BLOCK, body_box, find_body, occupancy
 from smartlab.data.privacy import hashed, identifying_words, scrub
 from smartlab.data.readers import Volume, read_labels, read_volume
 from smartlab.data.request import Failure, FlatSettings, Job, LabelSource, Outcome
-from smartlab.data.resample import LabelPainter, resample, target_grid, to_hounsfield
+from smartlab.data.resample import LabelPainter, Mask, resample, target_grid, to_hounsfield, uncovered
 from smartlab.errors import DataError
 
 SUFFIX = ".tmp"
@@ -152,9 +152,6 @@ def _place(job: Job, volume: Volume) -> dict[str, Any]:
     return placed
 
 
-Mask = tuple[int, np.ndarray, np.ndarray]  # value, binary bounding box, its affine
-
-
 def _masks(job: Job, volume: Volume) -> Iterable[Mask]:
     """Every structure of every label source, cut to its bounding box: organs, then masks, the
     largest first, so that what is painted last and wins is the small structure inside the large."""
@@ -222,7 +219,7 @@ def _write_labels(
     job: Job, name: str, masks: list[Mask], shape: tuple[int, ...], affine: np.ndarray
 ) -> dict[str, Any]:
     painter = LabelPainter(shape, affine)
-    for value, mask, placed in masks:
+    for value, mask, placed in uncovered(masks):
         painter.paint(value, mask, placed)
     labels = painter.finish()
     file, size = write_array(job.out, f"volumes/{name}.labels.b2nd", labels, LABEL_CODEC)

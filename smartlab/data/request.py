@@ -20,6 +20,7 @@ from smartlab.data.privacy import hashed
 from smartlab.errors import UseError
 
 FORMAT = 1  # raise it when building would store other bytes
+LABELS = 2  # the same of label volumes, which are then built again; 2: a later mask wins all it covers
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Job:
         labels = [(source.value, source.series, source.roi) for source in self.labels]
         facts: list[Any] = [asdict(self.settings), self.series, lesions, labels, self.organs]
         facts += [(one.case, one.value) for one in self.outlines]
+        facts += [LABELS] if self.labels else []
         return hashed(self.salt, "request", json.dumps(facts, sort_keys=True))
 
     @property

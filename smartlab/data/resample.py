@@ -19,6 +19,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 from scipy import sparse
 
@@ -169,7 +171,8 @@ class LabelPainter:
     Every mask is resampled linearly to the share it has of each voxel; a voxel goes to the label
     with the largest share, background included. That keeps surfaces smooth where nearest-neighbour
     makes stairs. A structure too small to win any voxel keeps the one where its share is largest:
-    nothing marked is lost. Where masks overlap, the one painted later wins.
+    nothing marked is lost. Where masks overlap, the one painted later wins the voxels it would win on
+    background, if they were `uncovered` first: shares of a voxel do not tell how far they are the same part.
     """
 
     def __init__(self, shape: tuple[int, ...], affine: np.ndarray) -> None:
@@ -193,7 +196,8 @@ class LabelPainter:
         part = self.affine.copy()
         part[:3, 3] = self.affine[:3, :3] @ low + self.affine[:3, 3]
         share = resample(mask.astype(np.float32), moved, tuple(high - low), part, kernel="linear")
-        wins = (share >= self._best[box]) & (share > 0)
+        share = np.rint(share * 65536) / 65536  # so that halves are equal, however they were summed
+        wins = (share >= np.minimum(self._best[box], 1 - share)) & (share > 0)
         self.labels[box][wins] = value
         self._best[box][wins] = share[wins]
         self._total[box] += share
@@ -209,3 +213,30 @@ class LabelPainter:
             if value not in present:
                 self.labels[place] = value
         return self.labels
+
+
+Mask = tuple[int, np.ndarray, np.ndarray]  # label, binary mask (its bounding box suffices), its affine
+
+
+def uncovered(masks: Sequence[Mask]) -> Iterator[Mask]:
+    """The boolean masks without what later ones of another label cover, each on its own grid."""
+    for number, (value, mask, affine) in enumerate(masks):
+        left = mask
+        for other, later, placed in masks[number + 1 :]:
+            steps, starts = _axis_maps(placed, affine)  # index in `mask` -> index in `later`
+            low = np.ceil((-0.5 - starts) / steps).astype(int).clip(0, mask.shape)
+            high = np.ceil((np.array(later.shape) - 0.5 - starts) / steps).astype(int).clip(low, mask.shape)
+            if other == value or (low == high).any():
+                continue
+            box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+            if (steps == 1).all() and (starts == np.rint(starts)).all():
+                ends = zip((low + starts).astype(int), (high + starts).astype(int), strict=True)
+                covered = later[tuple(slice(a, b) for a, b in ends)]
+            else:
+                part = affine.copy()
+                part[:3, 3] = affine[:3, :3] @ low + affine[:3, 3]
+                covered = resample(later, placed, tuple(high - low), part, kernel="linear") >= 0.5
+            if (left[box] & covered).any():
+                left = left.copy() if left is mask else left
+                left[box] &= ~covered
+        yield value, left, affine

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartlab.data.body import body_box, find_body, occupancy
-from smartlab.data.resample import LabelPainter, axis_weights, resample, target_grid
+from smartlab.data.resample import LabelPainter, axis_weights, resample, target_grid, uncovered
 from smartlab.errors import DataError
 from tests.data.store_cohort import person
 
@@ -156,15 +156,47 @@ def test_a_structure_too_small_for_the_grid_keeps_a_voxel():
     assert np.abs(at - [11, 13, 17]).max() <= 2.0
 
 
-def test_what_is_painted_later_wins_an_overlap():
-    organ, lesion = np.zeros((2, 12, 12, 12), bool)
-    organ[2:10, 2:10, 2:10] = True
-    lesion[4:6, 4:6, 4:6] = True
-    painter = LabelPainter(organ.shape, np.eye(4))
-    painter.paint(1, organ, np.eye(4))
-    painter.paint(2, lesion, np.eye(4))
-    labels = painter.finish()
-    assert (labels == 2).sum() == 8 and (labels == 1).sum() == 512 - 8
+@pytest.mark.parametrize("around", ["inside", "surface", "flush"])
+@pytest.mark.parametrize(("step", "spacing"), [(1.0, 1.0), (1.5, 2.0), (0.8, 2.0), (3.0, 2.0)])
+def test_what_is_painted_later_is_in_an_organ_what_it_is_on_background(step, spacing, around):
+    """Deep inside the organ, across its surface, and where both have the same surface."""
+    shape, source = (30,) * 3, np.diag([step, step, step, 1.0])
+    index = np.indices(shape) - np.array([15.2, 14.6, 14.9]).reshape(3, 1, 1, 1)
+    lesion = (index**2).sum(0) < 6**2
+    organ = {"inside": (index**2).sum(0) < 12**2, "surface": index[0] > 0, "flush": lesion & (index[1] > -3)}
+
+    def painted(*masks: np.ndarray) -> np.ndarray:
+        new, target = target_grid(shape, source, spacing)
+        painter = LabelPainter(new, target)
+        cut = [(value, mask, source) for value, mask in enumerate(masks, 1)]
+        for value, mask, affine in uncovered(cut):
+            painter.paint(value, mask, affine)
+        return painter.finish()
+
+    nothing = np.zeros_like(lesion)
+    alone = painted(nothing, lesion) == 2
+    both = painted(organ[around], lesion)
+    gained = (both == 2) & ~alone
+    assert alone.sum() > 20 and not (alone & (both != 2)).any()
+    # where organ and background share the rest of a voxel, less than half of it is the largest part
+    assert gained.sum() <= (0.02 * alone.sum() + 2 if around == "surface" else 0)
+    organ_alone = painted(organ[around], nothing) == 1
+    assert not (both == 1)[~organ_alone].any()  # nor does the organ grow where it gave way
+
+
+def test_a_mask_on_a_grid_of_its_own_covers_too():
+    """A finer outline, such as of a DICOM SEG, on an organ map of the scan's grid."""
+    organ, fine = np.ones((20,) * 3, bool), np.zeros((60,) * 3, bool)
+    fine[20:40, 20:40, 20:40] = True
+    coarse, small = np.diag([3.0, 3, 3, 1]), np.diag([1.0, 1, 1, 1])
+    shape, target = target_grid(organ.shape, coarse, 2.0)
+    counts = []
+    for first in (organ, ~organ):
+        painter = LabelPainter(shape, target)
+        for value, mask, affine in uncovered([(1, first, coarse), (2, fine, small)]):
+            painter.paint(value, mask, affine)
+        counts.append(int((painter.finish() == 2).sum()))
+    assert counts[0] == counts[1] and counts[1] * 8 == pytest.approx(8000, rel=0.1)
 
 
 # ---- the body

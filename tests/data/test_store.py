@@ -126,6 +126,26 @@ def test_label_maps_and_masks_become_one_volume_with_names(tmp_path):
     assert report.failed == 1 and "holds values the manifest does not name" in report.failures[0]["reason"]
 
 
+@pytest.mark.parametrize("surface", ["inside", "shared"])
+def test_a_tumour_in_an_organ_keeps_its_voxels(tmp_path, surface):
+    """At another voxel size than the scan's it is as large as with no organ around it."""
+    array = person()
+    x, y, z = np.indices(array.shape)
+    tumour = (x - 27) ** 2 + (y - 23) ** 2 + (z - 20) ** 2 < 12
+    organ = tumour | ((x < 40) if surface == "inside" else (x < 10))
+    for name, values in {"a": array, "organ": organ, "tumour": tumour}.items():
+        save(tmp_path / f"{name}.nii.gz", values.astype(np.int16))
+    bare = {"id": "a", "patient": "a", "image": "a.nii.gz", "masks": {"tumour": "tumour.nii.gz"}}
+    found = []
+    for case in (bare, {**bare, "label_map": "organ.nii.gz"}):
+        out = tmp_path / f"store-{len(found)}"
+        build((manifest([case], organs={1: "liver"}), tmp_path, out), crop_body=False)
+        store = sl.open_store(out)
+        value = {name: value for value, name in store.label_names.items()}["tumour"]
+        found.append(store.labels(0)[:] == value)
+    assert found[0].sum() > 100 and (found[0] == found[1]).all()
+
+
 def test_dicom_structures_are_stored_by_the_name_the_manifest_gives(tmp_path):
     uid = "1.9.8.7.1"
     write_series(tmp_path / "raw" / "ct", scan(12, 40, 40), uid=uid)

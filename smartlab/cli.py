@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from smartlab.cli_batch import batch, results
-from smartlab.cli_data import AsJson, data, say
+from smartlab.cli_data import WHAT, AsJson, Data, Place, one_of, say
+from smartlab.cli_data import data as data_commands
 from smartlab.errors import SmartlabError, UseError
 
 app = typer.Typer(
@@ -44,7 +45,7 @@ def _options(
     """Options of the program itself."""
 
 
-app.add_typer(data, name="data")
+app.add_typer(data_commands, name="data")
 app.command(epilog="Example: smartlab batch components seeds=1 steps=100 --dry-run")(batch)
 app.command(epilog="Example: smartlab results runs/components --metric auc --to auc.parquet")(results)
 
@@ -88,6 +89,7 @@ def demo(
 def pretrain(
     preset: Annotated[str, typer.Argument(help="Preset name or YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value.")] = None,
+    data: Data = None,
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/pretrain"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     allow_changes: Annotated[
@@ -95,11 +97,14 @@ def pretrain(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Pretrain an encoder; from the built-in phantom unless data.manifest says otherwise."""
+    """Pretrain an encoder; from the built-in phantom unless --data says otherwise."""
     from smartlab.config import load_config, parse_overrides
     from smartlab.training.loop import pretrain as train
 
-    cfg = load_config(preset, parse_overrides(overrides or []))
+    settings = parse_overrides(overrides or [])
+    if one_of(data, settings.get("data.manifest"), "data.manifest") and data:
+        settings["data.manifest"] = data
+    cfg = load_config(preset, settings)
     run = train(cfg, out, resume=resume, allow_changes=allow_changes, progress=not as_json)
     last = {k: v for k, v in run.history.iloc[-1].to_dict().items() if v == v} if len(run.history) else {}
     lines = [f"{run}"] + [f"  {name:<26} {value:.4g}" for name, value in last.items()]
@@ -130,6 +135,7 @@ def export(
     )
 
 
+DataOrRuns = Annotated[str | None, typer.Option("--data", help=f"{WHAT} Default: the data of the run.")]
 EVALUATE = """One example per task:
 
 \b
@@ -143,7 +149,8 @@ smartlab evaluate runs/x --task units labelled=4 "levels=[stage 2,tokens]"
 smartlab evaluate runs/x --task unsupervised stage=2
 smartlab evaluate runs/x --task heads sample=scans --json
 smartlab evaluate runs/x --task localize regions=lesion
-smartlab evaluate x.safetensors --task probe --manifest nodules-png --root nodules
+smartlab evaluate runs/x --task probe --label response --data scans
+smartlab evaluate x.safetensors --task probe --data nodules-png --root nodules
 
 A wrong setting is answered with those the task has. `smartlab compare` tells runs apart.
 """
@@ -165,25 +172,27 @@ def evaluate(
         str,
         typer.Option(help="probe, knn, fewshot, outcome, clusters, units, unsupervised, heads or localize."),
     ],
-    manifest: Annotated[str, typer.Option(help="Manifest name or path.")] = "phantom-ct",
     settings: Annotated[list[str] | None, typer.Argument(help="Settings of the task as key=value.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
+    data: DataOrRuns = None,
+    manifest: Annotated[str | None, typer.Option(help="The older name of --data.")] = None,
+    root: Place = None,
     store: Annotated[Path | None, typer.Option(help="A store of them; else one is built beside.")] = None,
     label: Annotated[str | None, typer.Option(help="What to predict; the first binary label.")] = None,
     out: Annotated[Path | None, typer.Option(help="Results; default RUN/evaluation/TASK.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge a frozen encoder on a downstream task, beside a random one and trivial baselines."""
-    _judge(run, task, manifest, settings, root, store, label, out, as_json)
+    _judge(run, task, one_of(data, manifest, "--manifest"), settings, root, store, label, out, as_json)
 
 
 @app.command(epilog=FINETUNE)
 def finetune(
     run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
     task: Annotated[str, typer.Option(help="classify or segment.")],
-    manifest: Annotated[str, typer.Option(help="Manifest name or path.")] = "phantom-ct",
     settings: Annotated[list[str] | None, typer.Argument(help="Settings of the task as key=value.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder of the images.")] = None,
+    data: DataOrRuns = None,
+    manifest: Annotated[str | None, typer.Option(help="The older name of --data.")] = None,
+    root: Place = None,
     store: Annotated[Path | None, typer.Option(help="A store of them; else one is built beside.")] = None,
     label: Annotated[str | None, typer.Option(help="classify: what to predict.")] = None,
     out: Annotated[
@@ -197,13 +206,24 @@ def finetune(
 
     if task not in FINE_TUNING:
         raise UseError(f"no task {task!r}", expected=" or ".join(FINE_TUNING))
-    _judge(run, task, manifest, settings, root, store, label, out, as_json, resume=resume)
+    _judge(
+        run,
+        task,
+        one_of(data, manifest, "--manifest"),
+        settings,
+        root,
+        store,
+        label,
+        out,
+        as_json,
+        resume=resume,
+    )
 
 
 def _judge(
     run: Path,
     task: str,
-    manifest: str,
+    data: str | None,
     settings: list[str] | None,
     root: Path | None,
     store: Path | None,
@@ -218,7 +238,7 @@ def _judge(
     from smartlab.evaluation.evaluate import evaluate as judge
 
     given = parse_overrides(settings or [])
-    if taken := set(given) & {"task", "manifest", "root", "store", "label", "out", *more}:
+    if taken := set(given) & {"task", "data", "manifest", "root", "store", "label", "out", *more}:
         raise UseError(f"{min(taken)} is an option here", fix=f"write --{min(taken)} …")
     if "progress" in given:
         raise UseError("progress is always shown, but for --json")
@@ -229,7 +249,7 @@ def _judge(
     result = judge(
         run,
         task,
-        manifest,
+        data,
         root=root,
         store=None if store is None else open_store(store),
         label=label,

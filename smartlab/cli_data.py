@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from smartlab.errors import UseError
+
+if TYPE_CHECKING:
+    from smartlab.data.manifest import Manifest
 
 data = typer.Typer(help="Datasets: list, fetch, verify, build.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -15,6 +20,27 @@ Root = Annotated[Path, typer.Option("--root", help="Folder that holds the raw im
 Name = Annotated[
     str, typer.Argument(help="Manifest: a shipped name, a .json file, or a folder with manifest.json.")
 ]
+WHAT = "A folder of scans, a manifest.json or its folder, or a shipped name."
+Data = Annotated[str | None, typer.Option("--data", help=WHAT)]
+Named = Annotated[str | None, typer.Argument(metavar="[DATA]", help=WHAT)]
+Place = Annotated[Path | None, typer.Option("--root", help="Folder of the images, if elsewhere.")]
+
+
+def one_of(data: str | None, other: str | None, option: str) -> str | None:
+    """The data, named by --data or the older way; not by both."""
+    if data is not None and other is not None:
+        raise UseError(f"--data and {option} both name the data", found=f"{data} and {other}", fix="give one")
+    return other if data is None else data
+
+
+def _located(name: str | None, data: str | None, root: Path | None, as_json: bool) -> tuple[Manifest, Path]:
+    from smartlab.data.prepare import find_data
+
+    named = one_of(data, name, "the name")
+    if named is None:
+        raise UseError("which data?", fix="give a folder of scans, a manifest.json or a shipped name")
+    man, place = find_data(named, root, progress=not as_json)
+    return (man, place) if place is not None else find_data(man, Path("data"))  # type: ignore[return-value]
 
 
 def say(as_json: bool, content: Any, text: str) -> None:
@@ -112,10 +138,11 @@ def data_fetch(
     raise typer.Exit(0 if result.ok else 1)
 
 
-@data.command("verify", epilog="Example: smartlab data verify my/manifest.json --root my/images --workers 2")
+@data.command("verify", epilog="Example: smartlab data verify scans/ --workers 2")
 def data_verify(
-    name: Name,
-    root: Root = Path("data"),
+    name: Named = None,
+    data: Data = None,
+    root: Place = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 runs in this one.")] = 2,
     checksums: Annotated[bool, typer.Option(help="Also compare SHA-256 where the manifest has it.")] = True,
     tilt: Annotated[str, typer.Option(help="Gantry-tilted series: refuse, or correct.")] = "refuse",
@@ -124,8 +151,9 @@ def data_verify(
     """Check that every image exists, reads, has sane geometry and fits its labels and masks."""
     from smartlab.data.verify import verify_manifest
 
+    man, place = _located(name, data, root, as_json)
     result = verify_manifest(
-        name, root, workers=workers, checksums=checksums, tilt=tilt, progress=not as_json
+        man, place, workers=workers, checksums=checksums, tilt=tilt, progress=not as_json
     )
     say(as_json, result.as_json(), str(result))
     raise typer.Exit(0 if result.ok else 1)
@@ -135,9 +163,10 @@ def data_verify(
     "build", epilog="Example: smartlab data build lidc-nodules --root data/lidc --out data/lidc-store"
 )
 def data_build(
-    name: Name,
-    root: Root = Path("data"),
-    out: Annotated[Path, typer.Option(help="Folder of the store.")] = Path("data/store"),
+    name: Named = None,
+    data: Data = None,
+    root: Place = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the store; default: beside the images.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 runs in this one.")] = 2,
     spacing: Annotated[
         float | None, typer.Option(help="Target voxel size, mm; default 2 for CT, 0.2 for mammograms.")
@@ -152,13 +181,14 @@ def data_build(
     as_json: AsJson = False,
 ) -> None:
     """Resample a cohort into a store of fast partial reads; resumable, bad cases set aside."""
-    from smartlab.data.manifest import load_manifest
+    from smartlab.data.prepare import store_place
     from smartlab.data.store import build_store
 
+    man, place = _located(name, data, root, as_json)
     result = build_store(
-        load_manifest(name),
-        root,
-        out,
+        man,
+        place,
+        out or store_place(man, place, spacing, grey),
         workers=workers,
         spacing=spacing,
         crop_body=crop,

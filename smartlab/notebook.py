@@ -83,7 +83,7 @@ class Cohort(NamedTuple):
 
 def phantom_folder(name: str, patients: int, seed: int = 0) -> Path:
     """Where the images of a phantom are kept for all notebooks."""
-    from smartlab.data.prepare import cache_folder
+    from smartlab.data.places import cache_folder
 
     return cache_folder() / f"{name}-{patients}-seed{seed}"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
@@ -21,6 +22,7 @@ from smartlab.data.ingest import files_present, ingest, lost_lesions
 from smartlab.data.jobs import Cohort
 from smartlab.data.manifest import Case, Manifest, load_manifest
 from smartlab.data.privacy import hashed, salt, scrub
+from smartlab.data.places import remember_store
 from smartlab.data.request import Failure, FlatSettings, Job, Outcome, Settings
 from smartlab.data.workers import Lost, draining, run_bounded
 from smartlab.errors import DataError, UseError
@@ -97,8 +99,8 @@ def build_store(
     >>> report.failed
     0
     """
-    man, root, out = load_manifest(manifest), Path(root), Path(out)
-    settings = _settings(man, spacing, crop_body, labels, tilt, grey)
+    man, root, out = load_manifest(manifest, root), Path(root), Path(out)
+    settings = settings_for(man, spacing, crop_body, labels, tilt, grey)
     _check_request(man, root, out, settings.spacing, workers)
     with index.locked(out), draining() as stop:
         build = _Build(man, root, out, settings)
@@ -239,11 +241,12 @@ class _Build:
             bytes=sum(map(_volume_bytes, rows)),
             failures=[{"case_number": number, **asdict(failure)} for number, failure in lost],
         )
-        header = {
+        header: dict[str, Any] = {
             "format": self.settings.format,
             "manifest": self.man.name,
             "complete": report.remaining == 0,
             "salt_check": salt_check(self.salt),
+            "made_from": made_from(self.man, self.cohort.root, self.settings, self.salt),
             "settings": asdict(self.settings),
             "label_names": {
                 str(v): name for name, v in sorted(self.cohort.values.items(), key=lambda i: i[1])
@@ -255,6 +258,7 @@ class _Build:
         report.interrupted = report.remaining > 0
         index.write_failures(self.out, lost)
         index.write_index(self.out, header, rows, cases)
+        remember_store(header["made_from"], self.out)
         self.journal.path.unlink()
         index.clean(self.out, rows)
         return report
@@ -316,9 +320,22 @@ def salt_check(key: bytes) -> str:
     return hashed(key, "store", "salt check")
 
 
-def _settings(
-    man: Manifest, spacing: float | None, crop: bool, labels: bool, tilt: str, grey: str
+def made_from(man: Manifest, root: Path, settings: Settings | FlatSettings, key: bytes) -> str:
+    """Tells stores apart by their images and voxel size; with other labels or splits it is the same store."""
+    images = [group.key for group in man.images()]
+    facts = [os.path.realpath(root), images, settings.spacing, settings.labels, getattr(settings, "grey", "")]
+    return hashed(key, "made from", json.dumps(facts))
+
+
+def settings_for(
+    man: Manifest,
+    spacing: float | None = None,
+    crop: bool = True,
+    labels: bool = True,
+    tilt: str = "refuse",
+    grey: str = "voi",
 ) -> Settings | FlatSettings:
+    """How a store is built: mammograms and CT differ in what there is to say."""
     if man.modality == "MG":
         pixel_mm = man.source.parameters.get("pixel_mm")
         return FlatSettings(float(spacing or 0.2), crop, labels, grey, pixel_mm)
@@ -371,6 +388,11 @@ def _fingerprint(
         [(r["array"], r["affine"], r["labels"] and r["labels"]["array"]) for r in images],
         [{**case, "key": "", "patient": patients[case["patient"]]} for case in cases],
     ]
+    return digest(facts)
+
+
+def digest(facts: Any) -> str:
+    """SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -297,7 +297,12 @@ def load_manifest(name: str | Path | Manifest, root: str | Path | None = None) -
 def _load(name: str | Path) -> Manifest:
     path = Path(name)
     if path.suffix != ".json":
-        path = path / "manifest.json" if path.is_dir() else manifest_folder() / f"{name}.json"
+        own, shipped = path / "manifest.json", manifest_folder() / f"{name}.json"
+        if path.is_dir() and not own.is_file() and not shipped.is_file():
+            raise UseError(
+                "no manifest.json in this folder", path=path, fix=f"make one: smartlab data scan {path}"
+            )
+        path = own if own.is_file() else shipped
     if not path.is_file():
         raise UseError(
             "no such manifest",

@@ -155,6 +155,14 @@ def _same_cohort(path: Path, manifest: Manifest) -> None:
                 fix="choose another folder, or the same settings",
             )
         return
+    if others := sorted(f.name for f in path.parent.glob("[!.]*")):
+        raise UseError(
+            "holds files that are no phantom, and none is drawn among them",
+            path=path.parent,
+            found=", ".join(others[:3]) + (" …" if len(others) > 3 else ""),
+            expected="a new or an empty folder, or one that holds this phantom",
+            fix=f"for data of your own name them instead of {manifest.name}: --data {path.parent}",
+        )
     with whole(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1) + "\n")
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from smartlab.data import index
 from smartlab.data.body import BLOCK
-from smartlab.data.building import StoreReport, build_store, salt_check
+from smartlab.data.building import StoreReport, build_store, digest, salt_check
 from smartlab.data.manifest import Case
 from smartlab.data.privacy import hashed, salt
 from smartlab.data.request import FORMAT
@@ -98,6 +98,13 @@ class Store:
         """Hash of voxels, geometry, labels and patients; the same whatever salt was used."""
         return self.header["fingerprint"]
 
+    @cached_property
+    def voxels(self) -> str:
+        """Hash of what pretraining sees: voxels and geometry, and the lesions of mammograms, but no label and no split."""
+        lesions = [(c["image"], c["center_mm"], c["box_mm"], c["diameter_mm"]) for c in self._case_rows]
+        images = [(row["array"], row["affine"]) for row in self.rows]
+        return digest([images, lesions if "grey" in self.header["settings"] else []])
+
     @property
     def spacing(self) -> float:
         """Voxel size in mm, the same along all axes."""
@@ -116,14 +123,17 @@ class Store:
         columns = ["key", "shape", "spacing", "affine", "bytes", "hu", "labels"]
         return pd.DataFrame(list(self.rows), columns=[*columns, "source_shape", "source_spacing", "notes"])
 
+    @property
+    def _case_rows(self) -> index.Rows:
+        return index.read_lines(self.path, self.header, "cases")
+
     @cached_property
     def cases(self) -> pd.DataFrame:
         """One row per case, by key: patient, image (position), split, fold, labels, center_mm (RAS), …"""
         import pandas as pd
 
         columns = ["patient", "image", "split", "fold", "labels", "center_mm", "box_mm", "diameter_mm"]
-        rows = index.read_lines(self.path, self.header, "cases")
-        return pd.DataFrame(list(rows), columns=["key", *columns]).set_index("key").astype(object)
+        return pd.DataFrame(list(self._case_rows), columns=["key", *columns]).set_index("key").astype(object)
 
     def key_of(self, case: Case | str) -> str:
         """The key of a manifest's case (or case id) in `cases`. Needs the salt the store was built with."""

@@ -82,7 +82,7 @@ def verify_manifest(
     import pandas as pd
     from tqdm.auto import tqdm
 
-    man = load_manifest(manifest)
+    man = load_manifest(manifest, root)
     groups = man.images()
     if not groups:
         raise DataError(

@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from smartlab.config import DataConfig
 from smartlab.data.manifest import Manifest, load_manifest
-from smartlab.data.prepare import locate_images, prepare_store
+from smartlab.data.prepare import locate_images, name_data, prepare_store
 from smartlab.errors import UseError
 from smartlab.evaluation.cases import write_keys
 from smartlab.evaluation.encoders import as_encoder, random_encoder
@@ -50,7 +50,7 @@ _PREPARED = {"beside", "label", "resume"}  # settings of tasks that are argument
 def evaluate(
     source: EncoderSource,
     task: str,
-    manifest: str | Path | Manifest = "phantom-ct",
+    manifest: str | Path | Manifest | None = None,
     *,
     root: str | Path | None = None,
     store: Store | None = None,
@@ -68,8 +68,9 @@ def evaluate(
 ) -> Result:
     """Evaluate an encoder (a run, its folder, an exported file or the encoder itself) on a task.
 
-    manifest: name or path; `root` is the folder of its images, `store` an open store of them (else the
-              one that belongs to the root is built or opened, at the voxel size of training).
+    manifest: the data, as in `find_data`: a name, a path, a folder of scans; by default those of the run (of an
+              encoder without a run: phantom-ct). `root` is the folder of the images where they are elsewhere, `store`
+              an open store of them (else the one that was made from them is built or opened, at training's spacing).
     label:    what to predict; by default the manifest's first binary label, for organs which one it is.
     rows:     "lesion", "image", "patient", or "organ" (a row per organ and scan, from its labels); by default
               lesions where the cases have them, and organs for label="organ".
@@ -91,21 +92,20 @@ def evaluate(
         raise UseError(f"{task} predicts no label", found=f"label={label!r}")
     settings = _checked(task, settings | {"seed": seed})
     encoder, facts = as_encoder(source, role)
-    given = manifest if isinstance(manifest, Manifest) else load_manifest(manifest)
+    data = _data(source, manifest, root, phantom_cases)
+    given, folder = name_data(data.manifest if manifest is None else manifest, data.root, progress)
     _check_dimensions(encoder, given)
-    data = DataConfig(
-        manifest=str(manifest) if not isinstance(manifest, Manifest) else given.name,
-        root=None if root is None else str(root),
-        spacing=encoder.config.data.spacing,
-        grey=encoder.config.data.grey,
-        phantom_cases=phantom_cases,
-        workers=workers,
-    )
+    if task not in LABELLED:
+        _check_whole(given)
+    given = load_manifest(given, folder)
+    own = encoder.config.data
+    more = {"root": folder and str(folder), "spacing": own.spacing, "grey": own.grey, "workers": workers}
+    data = data.model_copy(update=more)
     if store is not None and task in AS_STORED:
         _check_spacing(task, encoder, store)
     if label == "organ" and "organ" not in given.labels and task in LABELLED:
         rows = rows or "organ"
-    by_hand = isinstance(manifest, Manifest)
+    by_hand = isinstance(manifest, Manifest) or given.source.kind != "phantom"  # a phantom is made anew
     job = Job(encoder, facts, given, by_hand, data, store, rows, pooling, seed, progress)
     if task in LABELLED or task == "classify":
         label = job.label(label)
@@ -129,6 +129,19 @@ def evaluate(
     return result
 
 
+def _data(
+    source: EncoderSource, manifest: str | Path | Manifest | None, root: str | Path | None, cases: int | None
+) -> DataConfig:
+    """What was asked for; else what the run was trained on, whose images may have moved to `root`."""
+    run = _run_of(source) if manifest is None else None
+    data = run.data if run else DataConfig()
+    if manifest is not None:
+        data.manifest = manifest.name if isinstance(manifest, Manifest) else str(manifest)
+    if cases is not None and cases != data.phantom_cases:  # another phantom than the run's
+        data = data.model_copy(update={"phantom_cases": cases, "root": None, "store": None})
+    return data if root is None else data.model_copy(update={"root": str(root)})
+
+
 def _check_dimensions(encoder: Any, given: Manifest) -> None:
     """Refuse, before any work, an encoder of images for scans and one of scans for images."""
     images = encoder.config.encoder.kind == "vit"
@@ -139,6 +152,15 @@ def _check_dimensions(encoder: Any, given: Manifest) -> None:
             expected="mammograms (MG)" if images else "scans",
             fix=f"give a manifest of such, as manifest={'phantom-mammo' if images else 'phantom-ct'}",
         )
+
+
+def _is_stacks(given: Manifest) -> bool:
+    return "stacks" in given.source.parameters.get("layout", {})
+
+
+def _check_whole(given: Manifest) -> None:
+    if _is_stacks(given):
+        raise UseError(f"{given.name} holds nodules cut out, no scans: this task needs whole scans")
 
 
 def _check_spacing(task: str, encoder: Any, store: Store) -> None:
@@ -161,7 +183,7 @@ class Job:
     encoder: Any
     facts: dict[str, Any]
     given: Manifest
-    by_hand: bool  # whether that was given as an object, perhaps changed, and not by name
+    by_hand: bool  # whether that is taken as it is: given as an object, perhaps changed, or no phantom's
     data: DataConfig
     opened: Store | None
     rows: Rows | None
@@ -172,7 +194,7 @@ class Job:
     @property
     def stacks(self) -> bool:
         """Whether the dataset is a folder of PNG stacks, which needs no store."""
-        return "stacks" in self.given.source.parameters.get("layout", {})
+        return _is_stacks(self.given)
 
     @cached_property
     def located(self) -> tuple[Manifest, Path]:
@@ -191,8 +213,7 @@ class Job:
 
     @property
     def store(self) -> Store:
-        if self.stacks:
-            raise UseError(f"{self.given.name} holds nodules cut out, no scans: this task needs whole scans")
+        _check_whole(self.given)
         return self.prepared[1]
 
     def label(self, asked: str | None) -> str:

@@ -30,8 +30,8 @@ from smartlab.data.crops import CropLoader
 from smartlab.data.grid import AIR
 from smartlab.data.images import is_flat, lesion_crops
 from smartlab.data.manifest import LabelSpec, Manifest, load_manifest
+from smartlab.data.places import cache_folder
 from smartlab.data.png_stacks import BACKGROUND, to_hounsfield
-from smartlab.data.prepare import cache_folder
 from smartlab.data.regions import is_lesion
 from smartlab.data.resample import LabelPainter, resample, target_grid
 from smartlab.data.resample import to_hounsfield as rounded

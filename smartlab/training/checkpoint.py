@@ -114,6 +114,7 @@ def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
         "train.keep_last",
         "train.keep_every",
         "data.workers",
+        *("data.manifest", "data.root", "data.store"),  # names and places: what lies there has a fingerprint
     }
     defaults = dict(flatten(Config().model_dump(mode="json")))
     before = defaults | before  # a setting that is newer than the run had its default

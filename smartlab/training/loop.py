@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from smartlab.config import Config, load_config
 from smartlab.data.augment import window
 from smartlab.data.crops import CropLoader
-from smartlab.data.prepare import prepare_store
-from smartlab.errors import DataError, UseError
+from smartlab.data.manifest import load_manifest
+from smartlab.data.prepare import locate_images, prepare_store
+from smartlab.errors import DataError, SmartlabError, UseError
 from smartlab.methods.clock import Clock
 from smartlab.methods.distillation import mean_over_ranks
 from smartlab.models.reach import reach
@@ -97,20 +98,28 @@ class Trainer:
                 path=out,
                 fix="resume it with resume=True (--resume), or choose another folder",
             )
+        self.places: dict[str, str | None] | None
         if store is None:
             with accelerator.main_process_first():
-                _, store = prepare_store(config.data, progress and self.main)
+                located = locate_images(config.data, progress and self.main)
+                _, store = prepare_store(config.data, progress and self.main, located)
+            named, root = Path(config.data.manifest), located[1]
+            self.places = {"manifest": str(named.absolute() if named.exists() else named)}
+            self.places |= {"root": str(root.absolute()), "store": str(store.path)}
+        else:  # of the configuration, as far as one can tell
+            self.places = {} if _is_of(store, config.data.manifest) else None
         self.store = store
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.header = {"config": json.dumps(config.model_dump(mode="json")), "data": store.voxels}
+        weights, state = self._load(there[-1], allow_changes) if there else (None, None)
+        self.images, held_out = self._training_images(state)
         self.loader = self._make_loader()
         per_epoch = config.train.steps_per_epoch or max(1, len(self.loader) // config.train.accumulate)
         torch.manual_seed(config.seed)
         self.method = self.family.method(config)
-        self.per_epoch, self.step = per_epoch, 0
-        self.header = {"config": json.dumps(config.model_dump(mode="json")), "data": store.fingerprint}
-        state: dict[str, Any] | None = None
-        if there:
-            state = self._load(there[-1], allow_changes)
+        self.per_epoch, self.step = per_epoch, state["step"] if state else 0
+        if weights is not None:
+            self.method.load_state_dict(weights)
         self.method.to(accelerator.device)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
@@ -134,6 +143,11 @@ class Trainer:
         self.monitor.event(
             "resume" if state else "start", step=self.step, images=len(store), processes=self.world
         )
+        if held_out:
+            text = "the split changed since: the run goes on with the images it began with"
+            self.monitor.event("split", text=text, images=len(self.images), now_held_out=held_out)
+            if self.main:
+                print(f"{text}; {held_out} of them are held out by now", file=sys.stderr)
         self._batches = self._endless()
         self.requests = Requests(accelerator.device, self.world)
 
@@ -241,6 +255,7 @@ class Trainer:
             "optimiser": gathered(self.optimiser.state_dict()),
             "loader": self.loader.state_dict(),
             "skipped": self.skipped,
+            "images": self.images,
         }
         if self.device_run.scaler is not None:
             state["scaler"] = self.device_run.scaler.state_dict()
@@ -259,12 +274,19 @@ class Trainer:
 
     # ---- parts
 
+    def _training_images(self, state: dict[str, Any] | None) -> tuple[list[int], int]:
+        """Positions in the store of the images to train on, and how many of a run's own are no longer among them."""
+        cases = self.store.cases
+        now = sorted({int(i) for i in cases.image[(cases.split == "train") | cases.split.isna()]})
+        if state is None or state["header"]["data"] != self.header["data"] or "images" not in state:
+            return now, 0
+        return state["images"], len({*state["images"]} - {*now})
+
     def _make_loader(self) -> CropLoader:
-        train, cases = self.config.train, self.store.cases
-        training = sorted({int(i) for i in cases.image[(cases.split == "train") | cases.split.isna()]})
+        train = self.config.train
         least = train.batch * self.world * train.accumulate
         return CropLoader(
-            self.family.dataset(self.store, self.config, training, least),
+            self.family.dataset(self.store, self.config, self.images, least),
             train.batch,
             workers=self.config.data.workers,
             seed=self.config.seed,
@@ -356,14 +378,20 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "data": self.store.fingerprint,
             "images": len(self.store),
+            "places": self.places,
             "command": sys.argv[:1],
         }
         temporary = self.out / ".environment.tmp"
         temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
         os.replace(temporary, self.out / "environment.json")
 
-    def _load(self, step: int, allow_changes: bool) -> dict[str, Any]:
+    def _load(self, step: int, allow_changes: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights and training state of a checkpoint, if it is one of the same settings and data."""
         method, state = checkpoint.load(checkpoint.folder(self.out, step))
+        if (
+            state["header"]["data"] == self.store.fingerprint
+        ):  # as runs of 0.1 noted it, labels and splits included
+            state["header"]["data"] = self.header["data"]
         changed = checkpoint.differences(state["header"], self.header)
         if changed and not allow_changes:
             raise UseError(
@@ -372,9 +400,14 @@ class Trainer:
                 found="; ".join(changed),
                 fix="use the old settings, or allow_changes=True (--allow-changes) if you mean it",
             )
-        self.method.load_state_dict(method)
-        self.step = step
-        return state
+        return method, state
+
+
+def _is_of(store: Store, manifest: str) -> bool:
+    try:
+        return load_manifest(manifest).name == store.header["manifest"]
+    except SmartlabError:
+        return False
 
 
 def mix(*numbers: int) -> int:

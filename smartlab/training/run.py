@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smartlab.config import Config, load_config
-from smartlab.errors import DataError
+from smartlab.config import Config, DataConfig, load_config
+from smartlab.errors import DataError, UseError
 from smartlab.training import checkpoint
 
 if TYPE_CHECKING:
@@ -41,6 +41,18 @@ class Run:
         """What it ran on (environment.json): versions, device, fingerprint of the data; empty before it began."""
         path = self.path / "environment.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    @property
+    def data(self) -> DataConfig:
+        """The data it was trained on, by the places they had then: `evaluate` judges on these by default."""
+        places = self.facts.get("places", {})
+        if places is None:
+            raise UseError(
+                "was trained on an open store alone, whose manifest is not known",
+                path=self.path,
+                fix="say --data",
+            )
+        return self.config.data.model_copy(update=places)
 
     @property
     def history(self) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from smartlab.config import Config
-from smartlab.data.prepare import cache_folder
+from smartlab.data.places import cache_folder
 from smartlab.errors import UseError
 from smartlab.methods.clock import Clock
 from smartlab.training.families import family_of

@@ -72,6 +72,39 @@ def test_the_command_line_does_the_same(run, cohort, tmp_path, monkeypatch):  # 
     assert (run.path / "evaluation" / "heads" / "result.json").is_file()
 
 
+def test_a_run_is_judged_on_its_own_data_from_wherever_it_is_called(cohort, tmp_path, monkeypatch):  # noqa: F811
+    """Neither manifest nor store is drawn or built anew; of images that have moved the new place is told."""
+    _, images, store = cohort
+    monkeypatch.setenv("SMARTLAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(images.parent)
+    more = {"data.manifest": "images", "data.store": "store", "train.steps": 1}
+    run = sl.pretrain(sl.load_config("tiny", SMALL | more), tmp_path / "r", progress=False)
+    monkeypatch.chdir(tmp_path)
+    again = sl.Run(tmp_path / "r")
+    assert (again.data.manifest, again.data.root, again.data.store) == tuple(
+        map(str, (images, images, store))
+    )
+    quick = {"views": 1, "draws": 20, "noise": 0, "progress": False}
+    for source in (run, str(tmp_path / "r")):
+        assert sl.evaluate(source, "heads", **quick).facts["data"] == sl.open_store(store).fingerprint
+    (tmp_path / "moved").symlink_to(images)
+    moved = sl.evaluate(run, "heads", root=tmp_path / "moved", **quick)
+    assert moved.facts["data"] == sl.open_store(store).fingerprint
+    assert not list((tmp_path / "cache").glob("phantom*")), "no phantom was drawn"
+
+
+def test_a_run_on_an_open_store_alone_asks_which_data(cohort, tmp_path):  # noqa: F811
+    opened = sl.open_store(cohort[2])
+    run = sl.pretrain(
+        sl.load_config("tiny", SMALL | {"train.steps": 1, "data.manifest": "amos22"}),
+        tmp_path / "r",
+        store=opened,
+        progress=False,
+    )
+    with pytest.raises(UseError, match=r"whose manifest is not known.*--data"):
+        sl.evaluate(run, "heads", progress=False)
+
+
 def test_help_shows_an_example_of_every_task_and_bad_use_has_its_exit_code(tmp_path, monkeypatch, capsys):
     from smartlab.cli import main
     from smartlab.evaluation.evaluate import FINE_TUNING, TASKS

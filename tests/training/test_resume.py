@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -15,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 import smartlab as sl
+from smartlab.data.manifest import Source
 from smartlab.errors import DataError, UseError
 from smartlab.training import checkpoint
 from smartlab.training.monitor import COLUMNS, columns, rewind
@@ -191,6 +193,39 @@ def test_a_folder_with_a_run_is_not_overwritten_and_changes_are_told(settings, t
     with pytest.raises(UseError, match=r"mask\.ratio: 0\.7 → 0\.5.*train\.steps: 3 → 4|train\.steps: 3 → 4"):
         sl.pretrain(changed, tmp_path / "r", resume=True, progress=False)
     assert sl.pretrain(changed, tmp_path / "r", resume=True, allow_changes=True, progress=False).step == 4
+
+
+def test_a_label_or_split_that_was_added_stops_no_run_and_changes_no_step(settings, cohort, tmp_path, capsys):
+    """The run goes on with the images it began with, and says how many of them are held out by now."""
+    man = sl.load_manifest(cohort[0]).model_copy(update={"source": Source(kind="local")})
+    for case in man.all_cases:
+        case.split = "test" if case.patient in man.patients[4:] else "train"
+    plain = man.model_copy(update={"labels": {}}, deep=True)
+    for case in plain.all_cases:
+        case.labels, case.split = {}, None
+    plain.save(tmp_path / "plain.json")
+    own = {"data.manifest": str(tmp_path / "plain.json"), "data.store": str(tmp_path / "store")}
+    config = sl.load_config("tiny", settings | own | {"train.steps": 6})
+    sl.pretrain(config, tmp_path / "whole", progress=False)
+    shutil.copytree(tmp_path / "whole", tmp_path / "halfway")
+    shutil.rmtree(checkpoint.folder(tmp_path / "halfway", 6))
+    man.save(tmp_path / "plain.json")
+    run = sl.pretrain(config, tmp_path / "halfway", resume=True, progress=False)
+    assert_same_run(tmp_path / "whole", tmp_path / "halfway", 6)
+    event = next(e for e in run.events if e["event"] == "split")
+    assert (event["images"], event["now_held_out"]) == (6, 2)
+    assert "2 of them are held out by now" in capsys.readouterr().err
+
+
+def test_a_run_from_before_labels_were_left_out_of_its_fingerprint_resumes(settings, tmp_path):
+    config = sl.load_config("tiny", settings | {"train.steps": 3})
+    run = sl.pretrain(config, tmp_path / "r", progress=False)
+    path = checkpoint.folder(run.path, 3) / "state.pt"
+    state = torch.load(path, weights_only=True)
+    state["header"]["data"] = sl.open_store(settings["data.store"]).fingerprint
+    del state["images"]
+    torch.save(state, path)
+    assert sl.pretrain(config, tmp_path / "r", resume=True, progress=False).finished
 
 
 def test_a_damaged_checkpoint_is_named(settings, tmp_path):

@@ -15,6 +15,7 @@ _PUBLIC = {
     "load_config": "smartlab.config",
     "Config": "smartlab.config",
     "read_volume": "smartlab.data.readers",
+    "read_labels": "smartlab.data.readers",
     "Volume": "smartlab.data.readers",
     "read_mammogram": "smartlab.data.mammography",
     "scan_folder": "smartlab.data.scan",
@@ -53,7 +54,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.data.mammography import read_mammogram
     from smartlab.data.manifest import Manifest, load_manifest
     from smartlab.data.phantom import make_phantom
-    from smartlab.data.readers import Volume, read_volume
+    from smartlab.data.readers import Volume, read_labels, read_volume
     from smartlab.data.scan import scan_folder
     from smartlab.data.sources import fetch
     from smartlab.data.store import build_store, open_store

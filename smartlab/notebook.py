@@ -93,25 +93,31 @@ def open_cohort(
 ) -> Cohort:
     """Manifest, store and image folder, making what is missing; all notebooks share it through the cache.
 
-    manifest: a shipped name or a path;  root: folder of its images, "" for phantoms only.
+    manifest: a folder of scans, a manifest.json or its folder, or a shipped name, as `--data` takes them;
+    root: folder of the images, if elsewhere.
     patients: of a phantom; a real cohort is taken whole.
 
     >>> cohort, store, root = open_cohort("phantom-ct")
     """
     from smartlab.config import DataConfig
     from smartlab.data.index import read_header
-    from smartlab.data.manifest import load_manifest
-    from smartlab.data.prepare import prepare_store
+    from smartlab.data.prepare import find_data, locate_images, prepare_store, store_place
 
-    found = load_manifest(manifest)
-    if found.source.kind == "phantom" and not root:
-        root = str(phantom_folder(found.name, patients, int(found.source.parameters["seed"])))
+    found, place = find_data(manifest, root or None, progress)
+    drawn = found.source.kind == "phantom"
+    if drawn and place is None:
+        place = phantom_folder(found.name, patients, int(found.source.parameters["seed"]))
     data = DataConfig(
-        manifest=manifest, root=root or None, spacing=SPACING, phantom_cases=patients, workers=workers
+        manifest=manifest,
+        root=None if place is None else str(place),
+        spacing=SPACING,
+        phantom_cases=patients,
+        workers=workers,
     )
-    finished = read_header(Path(root).parent / f"{Path(root).name}-store-{SPACING:g}mm") is not None
-    made, store = prepare_store(data, progress and not finished)
-    return Cohort(made, store, Path(root))
+    located = locate_images(data, progress, None if drawn else found)
+    finished = read_header(store_place(*located, SPACING)) is not None
+    made, store = prepare_store(data, progress and not finished, located)
+    return Cohort(made, store, located[1])
 
 
 def default_encoder() -> Path:

@@ -162,15 +162,15 @@ def data_digest(parameters: Mapping[str, Any]) -> str:
 
 @lru_cache(maxsize=256)
 def _cohort(manifest: str, root: str) -> str:
-    from smartlab.data.manifest import load_manifest
+    from smartlab.data.prepare import find_data, name_data
 
-    man = load_manifest(manifest)
-    described = man.model_dump_json()
-    if man.source.kind == "phantom" or not root:
+    named, place = name_data(manifest, root or None, progress=False)
+    described = named.model_dump_json()
+    if named.source.kind == "phantom" or place is None:
         return _digest(described)
     sizes = []
-    for group in load_manifest(man, root).images():
-        path = group.cases[0].locate(root)
+    for group in find_data(named, place)[0].images():
+        path = group.cases[0].locate(place)
         if path.is_dir():
             sizes.append(f"{group.key}:{sum(1 for _ in path.iterdir())}")
         else:

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smartlab.data import index
+from smartlab.data.grid import told
 from smartlab.data.ingest import files_present, ingest, lost_lesions
 from smartlab.data.jobs import Cohort
 from smartlab.data.manifest import Case, Manifest, load_manifest
-from smartlab.data.privacy import hashed, salt, scrub
 from smartlab.data.places import remember_store
+from smartlab.data.privacy import hashed, salt, scrub
 from smartlab.data.request import Failure, FlatSettings, Job, Outcome, Settings
 from smartlab.data.workers import Lost, draining, run_bounded
 from smartlab.errors import DataError, UseError
@@ -51,6 +52,7 @@ class StoreReport:
     interrupted: bool
     remaining: int  # not tried because of the interruption
     failures: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # on images that are in the store, and on how many
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,6 +69,7 @@ class StoreReport:
         lines += [f"  left     {self.remaining:6d}"] if self.remaining else []
         lines += [f"    case {f['case_number']}: {f['reason']}" for f in self.failures[:5]]
         lines += [f"    … and {len(self.failures) - 5} more"] if len(self.failures) > 5 else []
+        lines += self.notes
         return "\n".join(lines)
 
 
@@ -239,6 +242,7 @@ class _Build:
             failed=sum(bool(found) for found in self.failures.values()),
             remaining=len(self.cohort.groups) - len(tried),
             bytes=sum(map(_volume_bytes, rows)),
+            notes=told(row["notes"] for row in rows),
             failures=[{"case_number": number, **asdict(failure)} for number, failure in lost],
         )
         header: dict[str, Any] = {

@@ -10,6 +10,8 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smartlab.errors import DataError
+
 if TYPE_CHECKING:
     from smartlab.data.manifest import Case, LabelValue
 
@@ -67,11 +69,37 @@ def _text(value: Any) -> str:
 
 def cases_from_csv(path: Path, labels: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the table as nested fields; `labels` (name -> spec) says how to read label values."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            _nested({k: v for k, v in row.items() if v not in ("", None)}, labels)
-            for row in csv.DictReader(file)
-        ]
+    cases = []
+    for line, row in read_rows(path):
+        if lacking := [name for name in ("id", "patient") if not row.get(name)]:
+            raise DataError(
+                f"a case has no {lacking[0]}",
+                path=path,
+                found=f"line {line}",
+                expected="id and patient in every row",
+            )
+        cases.append(_nested({name: text for name, text in row.items() if text}, labels))
+    return cases
+
+
+def read_rows(path: Path, separator: str | None = None) -> list[tuple[int, dict[str, str]]]:
+    """(line, column -> text) of a CSV as spreadsheets write it, with a byte order mark, semicolons, empty rows or not."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            head = file.readline().strip()
+            separator = separator or next((s for s in ";\t" if "id" in head.replace('"', "").split(s)), ",")
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=separator)
+            rows = [(reader.line_num, row) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError("is not a CSV in UTF-8", path=path, found=error, fix="save it as CSV UTF-8") from None
+    for line, row in rows:
+        if any(row.pop(None, [])):  # type: ignore[call-overload]
+            raise DataError(
+                "has more cells than columns", path=path, found=f"line {line}", fix="quote texts with commas"
+            )
+    texts = [(line, {name: text or "" for name, text in row.items()}) for line, row in rows]
+    return [(line, row) for line, row in texts if "".join(row.values()).strip()]
 
 
 def _nested(row: dict[str, str], labels: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import importlib
 import inspect
@@ -19,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from smartlab.data.case_table import says_missing
+from smartlab.data.case_table import read_rows, says_missing
 from smartlab.data.manifest import Case, LabelSpec, LabelValue, Lesion, Manifest
 from smartlab.errors import DataError, UseError
 
@@ -139,8 +138,7 @@ def _idc_patients(series_uids: list[str]) -> dict[str, str]:
 
 def _rows(path: Path, separator: str = ",") -> list[dict[str, str]]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file, delimiter=separator))
+        return [row for _, row in read_rows(path, separator)]
     except OSError as error:
         raise DataError("cannot read this table", path=path, found=error) from None
 

@@ -6,6 +6,8 @@ position its file gave it.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from itertools import permutations, product
 from pathlib import Path
 
@@ -130,3 +132,9 @@ def clip_notes(below: int, above: int, floor: int = AIR) -> list[str]:
     """What `to_int16` changed, in words."""
     notes = [f"{below} padding voxels set to {floor}"] if below else []
     return notes + ([f"{above} voxels above 32767 clipped"] if above else [])
+
+
+def told(notes: Iterable[Iterable[str]]) -> list[str]:
+    """What was noted on each of many images as lines for a report: once each, the commonest first."""
+    counts = Counter(note for one in notes for note in one)
+    return [f"  note on {number} image(s): {note}" for note, number in counts.most_common(5)]

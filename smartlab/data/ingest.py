@@ -177,7 +177,7 @@ def _masks(job: Job, volume: Volume) -> Iterable[Mask]:
 
 def _read_mask(source: LabelSource, volume: Volume) -> Volume:
     if source.series is None:
-        return read_labels(source.path)
+        return read_labels(source.path, binary=source.value is not None)
     from smartlab.data.dicom_masks import read_mask
 
     return read_mask(source.path, volume, source.roi, series=source.series)

@@ -122,7 +122,7 @@ def prepare_store(
         progress=progress,
         **_as_built(store),
     )
-    if progress and report.failed:
+    if progress and (report.failed or (report.built and report.notes)):
         print(report)
     return man, open_store(store)
 

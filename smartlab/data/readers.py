@@ -122,10 +122,11 @@ def read_volume(
     return _finish(array, affine, path, modality, notes + clip_notes(below, above, floor))
 
 
-def read_labels(path: str | Path) -> Volume:
+def read_labels(path: str | Path, *, binary: bool = False) -> Volume:
     """Read a label image (any of the non-DICOM formats) on the same RAS+ convention.
 
     Values are kept: uint8 where they fit, else int16. Whole numbers stored as floats are accepted.
+    binary: it is the mask of one structure; several values are refused rather than taken for one.
     """
     path = Path(path)
     with _opening(path):
@@ -147,6 +148,14 @@ def read_labels(path: str | Path) -> Volume:
     array, below, above = to_int16(values, path, floor=-32768)
     if below or above:
         raise DataError("label values do not fit 16 bits", path=path, expected="at most 32767 labels")
+    if binary and len(several := np.setdiff1d(np.unique(array), [0])) > 1:
+        raise DataError(
+            "the mask of one structure holds several values",
+            path=path,
+            found=", ".join(map(str, several[:5])) + (f" … of {len(several)}" if len(several) > 5 else ""),
+            expected="0 and one other",
+            fix="give it as `label_map`, with a name for every value under `organs`, or split it into masks",
+        )
     if array.min() >= 0 and array.max() <= 255:
         array = array.astype(np.uint8)
     return _finish(array, affine, path, "SEG", notes)
@@ -245,6 +254,10 @@ def _check_hounsfield(values: np.ndarray, path: Path) -> list[str]:
             expected="HU, about −1000 for air and 0 for water",
             fix="give the scan before intensity normalisation",
         )
+    if low >= 0 and high <= 255:
+        return [
+            f"values from {low:g} to {high:g}: grey levels, not Hounsfield units; set data.window to these"
+        ]
     return ["no value below 0: these may not be Hounsfield units"] if low >= 0 else []
 
 

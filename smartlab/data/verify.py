@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from smartlab.data.grid import told
 from smartlab.data.manifest import Case, ImageGroup, Manifest, load_manifest
 from smartlab.data.png_stacks import read_stack
 from smartlab.errors import DataError, SmartlabError
@@ -33,7 +34,7 @@ class VerifyReport:
     """One row per image, in manifest order. `ok` when no row has a problem."""
 
     name: str
-    table: pd.DataFrame  # image, cases, shape, spacing_mm, problem
+    table: pd.DataFrame  # image, cases, shape, spacing_mm, problem, remark
 
     @property
     def bad(self) -> pd.DataFrame:
@@ -56,6 +57,7 @@ class VerifyReport:
             f"{self.name}: {len(self.table)} images, {len(self.table) - len(self.bad)} good, {len(self.bad)} bad"
         ]
         lines += [f"  {row.image}: {row.problem}" for row in self.bad.itertuples()]
+        lines += told(filter(None, remark.split(" | ")) for remark in self.table.remark)
         if self.ok and len(self.table):
             shown = self.table.head(5).to_string(
                 index=False, columns=["image", "cases", "shape", "spacing_mm"]
@@ -121,7 +123,7 @@ def _run(check: Any, groups: list[ImageGroup], workers: int) -> Iterator[tuple[i
     for result in run_bounded(partial(_numbered, check), enumerate(groups), workers, None, StopRequest()):
         if isinstance(result, Lost):
             number, group = result.job
-            row = {"image": group.key, "cases": len(group.cases), "shape": "", "spacing_mm": ""}
+            row = {"image": group.key, "cases": len(group.cases), "shape": "", "spacing_mm": "", "remark": ""}
             died = "the process died on this image: out of memory, or a damaged file. Use fewer workers"
             result = number, row | {"problem": died}
         yield result
@@ -142,7 +144,14 @@ def check_image(
     stacks: bool = False,
 ) -> dict[str, Any]:
     """One row of the report. Problems are collected, never raised."""
-    row = {"image": group.key, "cases": len(group.cases), "shape": "", "spacing_mm": "", "problem": ""}
+    row = {
+        "image": group.key,
+        "cases": len(group.cases),
+        "shape": "",
+        "spacing_mm": "",
+        "problem": "",
+        "remark": "",
+    }
     try:
         path = group.cases[0].locate(root)
         if checksums:
@@ -163,6 +172,7 @@ def check_image(
 
             volume = read_volume(path, series=group.cases[0].series_uid, tilt=tilt)
             row["shape"], row["spacing_mm"] = _by(volume.shape), _by(np.round(volume.spacing, 3))
+            row["remark"] = " | ".join(volume.notes)
             for case in group.cases:
                 _check_case(case, volume, organs, segments, root)
     except SmartlabError as error:
@@ -206,7 +216,7 @@ def _check_case(
             roi = segments.get(name, name if several else None)
             read_mask(find_series(root, uid), volume, roi=roi, series=uid)
             continue
-        mask = read_labels(_below(root, place))
+        mask = read_labels(_below(root, place), binary=True)
         _check_grid(place, mask, volume)
 
 

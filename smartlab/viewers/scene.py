@@ -141,7 +141,7 @@ def build(
     step = 1
     while np.prod([-(-n // step) for n in whole.shape]) > limit:
         step += 1
-    thin = (slice(None, None, step),) * 3
+    thin, image_affine = (slice(None, None, step),) * 3, affine
     affine = affine @ np.diag([step, step, step, 1.0])
     sx, sy, sz = (float(s) * step for s in spacing)
     scene = Scene(Packed.of(whole[thin]), (sx, sy, sz), affine, [], flat=flat)
@@ -150,9 +150,20 @@ def build(
         scene.notes.append(
             f"too large to send whole: every {_ordinal(step)} voxel is shown; pass a crop for all"
         )
+    for panel in panels:
+        shape = as_array(getattr(panel.mask, "array", panel.mask)).shape
+        if hasattr(panel.mask, "array") or (shape == whole.shape and unit is None and not flat):
+            raise UseError(
+                "mask= shows the units that a method hides, and this one has a value for every voxel",
+                found=shape,
+                fix="give a segmentation as labels=; hidden units of one voxel with unit=1",
+            )
     _set_grid(scene, panels, whole.shape, unit)
     scene.layers = [_layer(panel, scene, array.shape, thin) for panel in panels]
     if labels is not None:
+        apart = np.abs(getattr(labels, "affine", image_affine) - image_affine)
+        if apart.max() > 0.5 * min(spacing):
+            raise UseError("the labels do not lie where the image lies", found=f"{apart.max():.1f} mm apart")
         scene.labels, scene.names = _labels(labels, label_names, array.shape, flat, thin)
     return scene
 
@@ -272,6 +283,7 @@ def _layer(panel: Panel, scene: Scene, shape: tuple[int, ...], thin: tuple[slice
 def _labels(
     labels: Any, names: Any, shape: tuple[int, ...], flat: bool, thin: tuple[slice, ...]
 ) -> tuple[np.ndarray, dict[int, str]]:
+    labels = getattr(labels, "array", labels)  # what `read_labels` and `read_mask` give
     array = _squeeze(np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels), len(shape))
     if array.shape != shape or array.dtype.kind not in "biu" or array.min() < 0 or array.max() > 65535:
         raise UseError(

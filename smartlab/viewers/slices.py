@@ -234,7 +234,8 @@ def view(
     image:   a `Volume`, a `Mammogram`, an array (X, Y, Z) in HU and RAS order, or a 2D image (rows, columns).
     window:  "lung", "soft tissue", "bone" or (low, high); default soft tissue for HU, else the whole range.
     plane:   the plane that several panels show; one panel shows all three.
-    labels:  whole numbers of the image's shape, 0 for none; label_names: number -> name.
+    labels:  a segmentation: what `read_labels` and `read_mask` give, or whole numbers of the image's shape, 0 for none;
+             label_names: number -> name.
     mask, attention, reconstruction: as in `Panel`, or panels for several side by side.
     unit:    voxels of one mask unit along each axis; default: the image divided by the grid, where that is 1, 2, 4, …
 

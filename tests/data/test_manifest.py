@@ -139,6 +139,34 @@ def test_what_is_saved_is_what_is_read(tmp_path_factory, rows, as_csv):
     assert load_manifest(path).all_cases == man.all_cases
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_case_table_is_read_as_spreadsheets_write_it(tmp_path, separator, mark, end):
+    man = make([Case(id=i, patient=i, image=f"{i}.nii") for i in "ab"], cases_file="toy.csv")
+    path = man.save(tmp_path / "toy.json")
+    text = (tmp_path / "toy.csv").read_text() + ",,\n\n"
+    text = mark + text.replace(",", separator).replace("\n", end)
+    (tmp_path / "toy.csv").write_text(text, encoding="utf-8", newline="")
+    assert load_manifest(path).all_cases == man.all_cases
+
+
+@pytest.mark.parametrize(
+    ("table", "hint"),
+    [
+        (b"id,patient\na,p\nb,q,r,s\n", "more cells than columns.*line 3"),
+        (b"id,patient\na,p\n\n,q\n", "no id.*line 4"),
+        (b"id,image\na,a.nii\n", "no patient.*line 2"),
+        ("id,patient\né,p\n".encode("latin-1"), "not a CSV in UTF-8.*CSV UTF-8"),
+    ],
+)
+def test_what_is_wrong_in_a_case_table_is_named_with_file_and_line(tmp_path, table, hint):
+    make([], cases_file="toy.csv").save(tmp_path / "toy.json")
+    (tmp_path / "toy.csv").write_bytes(table)
+    with pytest.raises(DataError, match=rf"toy\.csv: .*{hint}"):
+        load_manifest(tmp_path / "toy.json")
+
+
 @pytest.mark.parametrize(
     ("change", "hint"),
     [

@@ -12,7 +12,7 @@ import pydicom
 import pytest
 from typer.testing import CliRunner
 
-from smartlab import DataError, read_volume, verify_manifest
+from smartlab import DataError, build_store, read_volume, verify_manifest
 from smartlab.cli import app
 from smartlab.data.manifest import Case, LabelSpec, Lesion, Manifest, Source
 from smartlab.data.verify import summary
@@ -50,6 +50,32 @@ def root(tmp_path):
 def problem(root, **fields):
     case = Case(**({"id": "a", "patient": "p", "image": "scan.nii.gz"} | fields))
     return verify_manifest(manifest([case]), root, workers=0, progress=False).table.problem[0]
+
+
+def test_several_values_in_the_mask_of_one_structure_are_refused(root, tmp_path):
+    """Not merged without a word: in checking and in building alike, and named with what to do."""
+    several = np.zeros((12, 10, 8), np.uint8)
+    several[2:4], several[6:8], several[9:11] = 1, 2, 7
+    write(root / "several.nii.gz", several)
+    write(root / "bright.nii.gz", np.where(several == 1, 255, 0).astype(np.uint8))
+    assert "holds several values (found 1, 2, 7; expected 0 and one other)" in problem(
+        root, masks={"x": "several.nii.gz"}
+    )
+    assert problem(root, masks={"x": "bright.nii.gz"}) == ""
+    case = Case(id="a", patient="p", image="scan.nii.gz", masks={"x": "several.nii.gz"})
+    report = build_store(manifest([case]), root, tmp_path / "s", workers=0, progress=False)
+    assert report.failed == 1 and "holds several values" in report.failures[0]["reason"]
+
+
+def test_grey_levels_in_place_of_hounsfield_units_are_told(root, tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (12, 10, 8)).astype(np.uint8)
+    cases = [Case(id=name, patient=name, image=write(root / f"{name}.nii.gz", grey)) for name in "ab"]
+    said = "note on 2 image(s): values from 0 to 255: grey levels, not Hounsfield units"
+    assert said in str(verify_manifest(manifest(cases), root, workers=0, progress=False))
+    assert said in str(build_store(manifest(cases), root, tmp_path / "s", workers=0, progress=False))
+    assert "note" not in str(
+        verify_manifest(manifest([Case(id="c", patient="c", image="scan.nii.gz")]), root, workers=0)
+    )
 
 
 def test_a_good_cohort_is_good(root):

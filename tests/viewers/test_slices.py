@@ -49,6 +49,27 @@ def test_a_hidden_unit_is_coloured_exactly_over_its_voxels():
     assert not other.any()
 
 
+def test_a_segmentation_is_shown_as_the_readers_return_it(tmp_path):
+    """`labels=sl.read_labels(…)` over the scan it belongs to; as `mask=` it is no pattern of hidden units."""
+    import nibabel as nib
+
+    affine = np.diag([2.0, 2, 3, 1])
+    drawn = np.zeros(SHAPE, np.uint8)
+    drawn[4:9, 3:8, 2:5] = 3
+    for name, array, moved in (("ct", IMAGE, 0), ("seg", drawn, 0), ("off", drawn, 40)):
+        affine[0, 3] = moved
+        nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{name}.nii.gz")
+    ct, seg = sl.read_volume(tmp_path / "ct.nii.gz"), sl.read_labels(tmp_path / "seg.nii.gz")
+    viewer = sl.view(ct, labels=seg, label_names={3: "liver"})
+    assert np.array_equal(viewer.scene.labels, drawn) and viewer.scene.names == {3: "liver"}
+    with pytest.raises(sl.UseError, match=r"labels do not lie where the image lies.*40\.0 mm"):
+        sl.view(ct, labels=sl.read_labels(tmp_path / "off.nii.gz"))
+    for segmentation in (seg, seg.array):
+        with pytest.raises(sl.UseError, match="Give a segmentation as labels="):
+            sl.view(ct, mask=segmentation)
+    assert sl.view(ct, mask=seg.array, unit=1).scene.grid == SHAPE
+
+
 def test_units_may_reach_beyond_the_image_when_their_size_is_said():
     mask = np.ones((2, 2, 2), bool)
     with pytest.raises(sl.UseError, match=r"does not follow.*unit=16"):

@@ -147,14 +147,14 @@ def own(tmp_path):
 @pytest.mark.parametrize(
     ("given", "asked", "words"),
     [
-        ({"values": ["yes", "no"] * 10}, "respnse", "no label 'respnse'.*did you mean 'response'"),
+        ({"values": ["yes", "no"] * 10}, "respnse", "no label 'respnse'.*Did you mean 'response'"),
         ({"values": ["yes", "no"] * 10 + ["NA"]}, "response", "says it is missing.*'NA'"),
         ({"values": ["yes", "no"] * 10 + ["Yes"]}, "response", "binary and has 3 values"),
         ({"values": ["yes"] * 20, "classes": ["no", "yes"]}, "response", "only one class"),
         ({"values": ["yes"] * 17 + ["no"] * 3}, "response", "too few patients for 5 folds"),
         ({"values": [None] * 20}, "response", "no case has the label"),
         ({"values": ["2021-03-04"] * 20, "kind": "text"}, "response", "kind text"),
-        ({"values": [4.5] * 20, "kind": "time"}, "response", "cannot predict.*use the task outcome"),
+        ({"values": [4.5] * 20, "kind": "time"}, "response", "cannot predict.*Use the task outcome"),
     ],
 )
 def test_a_label_that_cannot_be_judged_is_told_before_any_scan_is_read(

@@ -52,27 +52,26 @@ def test_nothing_is_learned_from_the_cases_that_are_predicted():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("patients", "share"), [(20, 0.5), (30, 0.5), (40, 0.25)])
-def test_useless_features_have_an_auc_of_one_half_in_small_cohorts(patients, share):
-    """Pooled over folds it is about 0.45, for each fold is scored around a mean that leaves it out."""
+@pytest.mark.parametrize(("patients", "share", "width"), [(22, 0.5, 16), (24, 0.25, 64)])
+def test_useless_features_have_an_auc_of_one_half_in_small_cohorts(patients, share, width):
+    """Over all folds together it is below 0.45, for each fold is scored around a mean that leaves it out."""
     within, pooled, below = [], [], 0
-    for seed in range(150):
+    for seed in range(300):
         r = np.random.default_rng(seed)
         truth = r.permutation(np.arange(patients) < share * patients)
         names = [f"p{i}" for i in range(patients)]
         about = pd.DataFrame({"case": names, "patient": names, "split": None, "fold": np.nan})
         about["label:malignancy"] = np.where(truth, "malignant", "benign")
-        x = r.normal(size=(patients, 12)).astype(np.float32)
-        result = knn(
-            FeatureTable(x, about, lesions(2).specs), "malignancy", neighbours=5, draws=100, seed=seed
-        )
+        x = r.normal(size=(patients, width)).astype(np.float32)
+        features = FeatureTable(x, about, lesions(2).specs)
+        result = probe(features, "malignancy", draws=100, seed=seed)
         table = result.table
         pooled.append(auc(truth[[names.index(c) for c in table.case]].astype(int), table["p:malignant"]))
         within.append(result.metrics["auc"].value)
         below += result.metrics["auc"].high < 0.5
     error = np.std(within) / np.sqrt(len(within))
-    assert abs(np.mean(within) - 0.5) < 3 * error and below <= 8  # 2.5% are 4 of 150
-    assert np.mean(pooled) < 0.475  # the simulation is one in which pooling is wrong
+    assert abs(np.mean(within) - 0.5) < 3 * error and below < 0.06 * 300
+    assert np.mean(pooled) < 0.46  # the simulation is one in which pooling is wrong
 
 
 def test_lesions_of_a_patient_do_not_give_each_other_away():

@@ -343,7 +343,7 @@ def test_coverage_of_every_score_of_few_patients_and_good_predictions(n, area):
 
     narrow: list[bool] = []
     at_least(map(one, STUDIES))
-    assert np.mean(narrow) < 0.92  # the simulation is one in which a bootstrap is too narrow
+    assert np.mean(narrow) < 0.94  # the simulation is one in which a bootstrap is too narrow
 
 
 @pytest.mark.slow
@@ -357,7 +357,7 @@ def test_coverage_of_the_mean_dice_of_a_few_scans(scans):
 
     narrow: list[bool] = []
     at_least(map(one, range(1000)))
-    assert np.mean(narrow) < 0.92
+    assert np.mean(narrow) < 0.93  # what a bootstrap covers
 
 
 @pytest.mark.slow

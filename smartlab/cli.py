@@ -260,7 +260,8 @@ def _judge(
     from smartlab.evaluation.result import clean
 
     content = {"out": str(out), "metrics": {k: clean(v._asdict()) for k, v in result.metrics.items()}}
-    say(as_json, content, f"{result}\n{out / 'figure.png'}")
+    names = f"\n{result.facts['names']}" if "names" in result.facts else ""
+    say(as_json, content, f"{result}\n{out / 'figure.png'}{names}")
 
 
 @app.command(epilog="Example: smartlab compare runs/smart runs/smit --task probe --metric auc")

@@ -229,12 +229,9 @@ def attach_table(
     lacking = len({c.patient for c in manifest.all_cases}) - len(matched)
     note = f"Labels {', '.join(columns)} from {Path(table).name}; {lacking} patient(s) have no row in it."
     for label, spec in specs.items():
-        unread = [
-            row[label] for row in used if row[label] and spec.kind in NUMERIC and _number(row[label]) is None
-        ]
-        note += (
-            f" {len(unread)} value(s) of {label} are not numbers, such as {unread[0]!r}." if unread else ""
-        )
+        unread = [row[label] for row in used if row[label] and _value(row[label], spec) is None]
+        why = "are not numbers" if spec.kind in NUMERIC else "say that there is none"
+        note += f" {len(unread)} value(s) of {label} {why}, such as {unread[0]!r}." if unread else ""
     return Manifest.model_validate(
         dict(manifest)
         | {"labels": manifest.labels | specs, "all_cases": cases, "notes": [*manifest.notes, note]}
@@ -282,13 +279,16 @@ def _spec(label: str, texts: list[str], kind: str | None) -> LabelSpec:
 def _labelled(case: Case, row: Mapping[str, str], specs: Mapping[str, LabelSpec]) -> Case:
     labels: dict[str, LabelValue] = dict(case.labels)
     for label, spec in specs.items():
-        if text := row.get(label):
-            value = _number(text) if spec.kind in NUMERIC else text
-            if spec.classes and text not in spec.classes:
-                continue
-            if value is not None:  # "N/A", "Not collected": a missing value, spelt out
-                labels[label] = value
+        if (text := row.get(label)) and (value := _value(text, spec)) is not None:
+            labels[label] = value
     return case.model_copy(update={"labels": labels})
+
+
+def _value(text: str, spec: LabelSpec) -> LabelValue:
+    """What a cell says; None where it spells out a missing value ("N/A", "Not collected")."""
+    if spec.kind in NUMERIC:
+        return _number(text)
+    return text if not spec.classes or text in spec.classes else None
 
 
 def _number(text: str) -> float | None:

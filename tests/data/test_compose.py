@@ -371,3 +371,12 @@ def test_without_key_and_columns_the_manifest_s_own_are_used(tmp_path):
 def test_a_manifest_that_states_no_table_needs_key_and_columns(small, tmp_path):
     with pytest.raises(UseError, match="`key` and `columns`"):
         attach_table(small, table(tmp_path, "ID,Days\nA,1\n"))
+
+
+def test_two_values_are_a_binary_label_and_na_is_none(small, tmp_path):
+    path = table(tmp_path, "ID,Died,Grade\nA,0,NA\nB,1,low\nC,0,high\n")
+    man = attach_table(small, path, "ID", {"died": "Died", "grade": "Grade"})
+    assert man.labels["died"].kind == "binary" and man.labels["died"].classes == ["0", "1"]
+    assert man.labels["grade"].classes == ["high", "low"]
+    assert [case.labels["died"] for case in man.cases] == ["0", "0", "1", "1", "0", "0"]
+    assert "grade" not in next(case for case in man.cases if case.patient == "A").labels

@@ -23,6 +23,7 @@ from distributed import LocalCluster
 import smartlab as sl
 from smartlab.data import building, index, store, workers
 from smartlab.data.ingest import write_bytes
+from smartlab.data.manifest import LabelSpec
 from smartlab.data.readers import read_volume
 from smartlab.errors import DataError, UseError
 from tests.conftest import REPO
@@ -670,3 +671,20 @@ def test_every_real_scan_is_built_and_the_store_is_small(real_data, tmp_path):
         mm3 = (np.asarray(mask.dataobj) != 0).sum() * np.prod(mask.header.get_zooms())
         value = next(v for v, name in st.label_names.items() if name == "tumour")
         assert abs(st.rows[i]["labels"]["voxels"][str(value)] * 8 / mm3 - 1) < 0.05
+
+
+def test_free_text_stays_out_of_the_store(tmp_path):
+    """What somebody wrote about a patient, and classes that nobody listed and that look like it."""
+    man = make_cohort(tmp_path / "images", 1)
+    cases = [c.model_copy(update={"labels": {"note": "Jane Doe, 3 May"}}) for c in man.cases]
+    labels = {"note": LabelSpec(kind="text"), "seen": LabelSpec(kind="multiclass")}
+    written = man.model_copy(update={"labels": labels, "all_cases": cases})
+    sl.build_store(written, tmp_path / "images", tmp_path / "store", workers=0, spacing=4.0, progress=False)
+    assert list(sl.open_store(tmp_path / "store").cases.labels) == [{}, {}]
+    assert not any(b"Doe" in content for content in snapshot(tmp_path / "store").values())
+    for values, words in ((["1970-05-03"], "a date"), ([f"name {i}" for i in range(30)], "30 values")):
+        many = [c.model_copy(update={"labels": {"seen": v}}) for c in man.cases[:1] for v in values]
+        telling = man.model_copy(update={"labels": labels, "all_cases": many})
+        with pytest.raises(DataError, match=f"'seen' looks like text that could identify.*{words}"):
+            sl.build_store(telling, tmp_path / "images", tmp_path / "other", workers=0, progress=False)
+        assert not list((tmp_path / "other").glob("[!.]*"))

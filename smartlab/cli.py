@@ -109,7 +109,9 @@ def pretrain(
     last = {k: v for k, v in run.history.iloc[-1].to_dict().items() if v == v} if len(run.history) else {}
     lines = [f"{run}"] + [f"  {name:<26} {value:.4g}" for name, value in last.items()]
     lines.append(
-        f"resume with: smartlab pretrain {preset} … --out {out} --resume" if not run.finished else "finished"
+        f"resume with: smartlab pretrain {preset} … --out {out} --resume"
+        if not run.finished
+        else f"finished; next: smartlab evaluate {out}"
     )
     say(
         as_json, {"out": str(out), "step": run.step, "finished": run.finished, "last": last}, "\n".join(lines)
@@ -171,7 +173,7 @@ def evaluate(
     task: Annotated[
         str,
         typer.Option(help="probe, knn, fewshot, outcome, clusters, units, unsupervised, heads or localize."),
-    ],
+    ] = "probe",
     settings: Annotated[list[str] | None, typer.Argument(help="Settings of the task as key=value.")] = None,
     data: DataOrRuns = None,
     manifest: Annotated[str | None, typer.Option(help="The older name of --data.")] = None,

@@ -56,8 +56,10 @@ def estimate(
         return {n: v for n, v in _scorer(one)(truth, probability).items() if n not in known}
 
     scores = _scorer(one)(one.truth, one.probability)
-    more = {"draws": draws, "seed": seed, "bounded": _fewest(one, list(scores))}
-    drawn = stats.bootstrap(others, one.patient, one.truth, one.probability, **more)
+    bounded = _fewest(one, list(scores))
+    drawn = stats.bootstrap(
+        others, one.patient, one.truth, one.probability, draws=draws, seed=seed, bounded=bounded
+    )
     return {name: known.get(name) or drawn[name] for name in scores}
 
 
@@ -156,10 +158,11 @@ def compare(
 def _area_difference(a: Predictions, b: Predictions, metric: str) -> stats.Difference:
     """An AUC of `a` less that of `b`: of one class, or the mean over those for which both are defined."""
     found, k, name = areas(a, b), len(a.ranked), metric.partition(":")[2]
-    which = [a.ranked.index(name)] if name else np.flatnonzero(np.isfinite(found.auc[:k] + found.auc[k:]))
-    if not len(which):
+    both = np.isfinite(found.auc[:k] + found.auc[k:])
+    which = [a.ranked.index(name)] if name else np.flatnonzero(both).tolist()
+    if not which:
         return stats.Difference(math.nan, math.nan, math.nan, math.nan, found.n)
-    return stats.area_difference(found, list(which), [k + i for i in which])
+    return stats.area_difference(found, which, [k + i for i in which])
 
 
 def _table(name: str, source: Source, task: str | None) -> pd.DataFrame:

@@ -15,7 +15,7 @@ import pandas as pd
 from smartlab.data.case_table import says_missing
 from smartlab.data.manifest import Case, LabelSpec, Manifest
 from smartlab.errors import DataError, UseError
-from smartlab.evaluation.folds import make_plan
+from smartlab.evaluation.folds import Split, make_plan
 from smartlab.evaluation.table import FeatureTable, spec_of
 
 CLASSED = ("binary", "multiclass", "multilabel")
@@ -85,15 +85,16 @@ def check_label(man: Manifest, task: str, label: str, settings: dict[str, Any], 
         }
     )
     table = FeatureTable(np.zeros((len(cases), 1), np.float32), about, man.labels)
+    split: Split = "cross"
     if task == "outcome":
         from smartlab.evaluation.outcome import target_of
 
         _, patients, target, classes = target_of(table, label, settings.get("event"))
-        about, y, how = pd.DataFrame({"patient": patients}), target.stratum, {"split": "cross"}
+        about, y = pd.DataFrame({"patient": patients}), target.stratum
     else:
         from smartlab.evaluation.probe import labelled
 
         kept, y, classes, _ = labelled(table, label)
-        about, how = kept.about, {"split": settings.get("split", "auto")}
+        about, split = kept.about, settings.get("split", "auto")
     folds = settings.get("test_folds" if task == "fewshot" else "folds", 3 if task == "fewshot" else 5)
-    make_plan(about, y, classes, folds=folds, **how)
+    make_plan(about, y, classes, folds=folds, split=split)

@@ -307,7 +307,8 @@ def _report_follow_up(
     from scipy.stats import CensoredData, logrank
 
     standing = {name: _standing(found, tests) for name, found in scores.items()}
-    shares = stats.pair_shares(*_in_order(target, scores, tests), fewest=int(target.stratum.sum()))
+    right, pairs_of = _in_order(target, scores, tests)
+    shares = stats.pair_shares(right, pairs_of, fewest=int(target.stratum.sum()))
     place = {name: i for i, name in enumerate(scores)}
     estimates: dict[str, dict[str, Estimate]] = {}
     results: dict[str, Estimate] = {}

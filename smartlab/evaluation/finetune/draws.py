@@ -51,7 +51,9 @@ def places(store: Store, about: pd.DataFrame, size: int, spacing: float | None) 
 
 def _middle_of_mask(store: Store, image: int, wanted: list[int]) -> list[float] | None:
     stored = store.labels(image) if wanted else None
-    parts, number = ndimage.label(np.isin(stored[:], wanted)) if stored is not None else (None, 0)
+    if stored is None:
+        return None
+    parts, number = ndimage.label(np.isin(stored[:], wanted))
     if not number:
         return None
     largest = 1 + int(np.bincount(parts.ravel())[1:].argmax())
@@ -100,7 +102,7 @@ def crops_of(
     """The crops of the cases in `about`, around its lesions or at given places; of mammograms without
     lesions the whole image."""
     if where is not None:
-        table = about.iloc[where.case].assign(center_mm=where.center_mm, labels=None)
+        table = about.iloc[where.case].assign(center_mm=pd.Series(where.center_mm).to_numpy(), labels=None)
         return PlacedCrops(store, table.set_index("case"), size, spacing)
     if about.center_mm.notna().all():
         return lesion_crops(store, size, spacing, cases=list(about.case), margin=margin)

@@ -35,6 +35,7 @@ _PUBLIC = {
     "load_encoder": "smartlab.interop",
     "export": "smartlab.interop",
     "evaluate": "smartlab.evaluation.evaluate",
+    "plan_protocol": "smartlab.evaluation.protocols.plan",
     "compare": "smartlab.evaluation.compare",
     "Result": "smartlab.evaluation.result",
     "load_results": "smartlab.batch.results",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.errors import DataError, SmartlabError, UseError
     from smartlab.evaluation.compare import compare
     from smartlab.evaluation.evaluate import evaluate
+    from smartlab.evaluation.protocols.plan import plan_protocol
     from smartlab.evaluation.result import Result
     from smartlab.interop import export, load_encoder
     from smartlab.training.loop import pretrain

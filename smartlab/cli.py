@@ -154,6 +154,14 @@ smartlab evaluate runs/x --task localize regions=lesion
 smartlab evaluate runs/x --task probe --label response --data scans
 smartlab evaluate x.safetensors --task probe --data nodules-png --root nodules
 
+The DAGMaN paper's downstream tasks by name, its figures beside yours; first what they would cost:
+
+
+smartlab evaluate runs/x --protocol dagman-nodules --root data/lidc --dry-run
+smartlab evaluate runs/x --protocol dagman-segment --root data/segment shares=[1]
+smartlab evaluate runs/x --protocol dagman-outcome --manifest my/manifest.json --label response --root my/images
+smartlab evaluate runs/x --protocol dagman-organs --root data/organ3d
+
 A wrong setting is answered with those the task has. `smartlab compare` tells runs apart.
 """
 FINETUNE = """One example per task:
@@ -171,9 +179,13 @@ Stopped, it goes on with --resume and gives what it would have given.
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
     task: Annotated[
-        str,
+        str | None,
         typer.Option(help="probe, knn, fewshot, outcome, clusters, units, unsupervised, heads or localize."),
-    ] = "probe",
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="Instead: dagman-nodules, dagman-segment, dagman-outcome or dagman-organs."),
+    ] = None,
     settings: Annotated[list[str] | None, typer.Argument(help="Settings of the task as key=value.")] = None,
     data: DataOrRuns = None,
     manifest: Annotated[str | None, typer.Option(help="The older name of --data.")] = None,
@@ -181,10 +193,47 @@ def evaluate(
     store: Annotated[Path | None, typer.Option(help="A store of them; else one is built beside.")] = None,
     label: Annotated[str | None, typer.Option(help="What to predict; the first binary label.")] = None,
     out: Annotated[Path | None, typer.Option(help="Results; default RUN/evaluation/TASK.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Of a protocol: only tell the plan and what it would cost.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Judge a frozen encoder on a downstream task, beside a random one and trivial baselines."""
-    _judge(run, task, one_of(data, manifest, "--manifest"), settings, root, store, label, out, as_json)
+    source = one_of(data, manifest, "--manifest")
+    if task is not None and protocol is not None:
+        raise UseError("what to evaluate?", expected="either --task or --protocol")
+    if protocol is not None:
+        _follow(run, protocol, source, settings, root, store, label, out, dry_run, as_json)
+    elif dry_run:
+        raise UseError("--dry-run is of protocols", found=f"--task {task or 'probe'}")
+    else:
+        _judge(run, task or "probe", source, settings, root, store, label, out, as_json)
+
+
+def _follow(
+    run: Path,
+    protocol: str,
+    data: str | None,
+    settings: list[str] | None,
+    root: Path | None,
+    store: Path | None,
+    label: str | None,
+    out: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    from smartlab.evaluation.protocols.plan import plan_protocol
+
+    given = _settings(settings, {"data", "manifest", "root", "store", "label", "out"})
+    out = out or _home(run) / "evaluation" / protocol
+    plan = plan_protocol(run, protocol, data, root=root, label=label, **given)
+    if dry_run:
+        say(as_json, plan.as_json(), str(plan))
+        return
+    print(plan, file=sys.stderr)
+    result = plan.run(out, store=store, progress=not as_json)
+    figures = result.facts["figures"]
+    _tell(as_json, {"out": str(out), "figures": figures}, f"{result}\n{out / 'figure.png'}")
 
 
 @app.command(epilog=FINETUNE)
@@ -234,20 +283,14 @@ def _judge(
     as_json: bool,
     **more: Any,
 ) -> None:
-    from smartlab.config import parse_overrides
     from smartlab.data.store import open_store
     from smartlab.evaluation.evaluate import FINE_TUNING
     from smartlab.evaluation.evaluate import evaluate as judge
 
-    given = parse_overrides(settings or [])
-    if taken := set(given) & {"task", "data", "manifest", "root", "store", "label", "out", *more}:
-        raise UseError(f"{min(taken)} is an option here", fix=f"write --{min(taken)} …")
-    if "progress" in given:
-        raise UseError("progress is always shown, but for --json")
+    given = _settings(settings, {"task", "data", "manifest", "root", "store", "label", "out", *more})
     if out is None:
-        home = run if run.is_dir() else run.parent / run.stem
         name = task if label is None else f"{task}-{label}"
-        out = home / ("finetune" if task in FINE_TUNING else "evaluation") / name
+        out = _home(run) / ("finetune" if task in FINE_TUNING else "evaluation") / name
     result = judge(
         run,
         task,
@@ -259,11 +302,32 @@ def _judge(
         progress=not as_json,
         **(given | more),
     )
+    content = {"out": str(out), "metrics": {k: v._asdict() for k, v in result.metrics.items()}}
+    names = f"\n{result.facts['names']}" if "names" in result.facts else ""
+    _tell(as_json, content, f"{result}\n{out / 'figure.png'}{names}")
+
+
+def _settings(words: list[str] | None, options: set[str]) -> dict[str, Any]:
+    """Settings of a task from key=value, none of which is an option of the command."""
+    from smartlab.config import parse_overrides
+
+    given = parse_overrides(words or [])
+    if taken := set(given) & options:
+        raise UseError(f"{min(taken)} is an option here", fix=f"write --{min(taken)} …")
+    if "progress" in given:
+        raise UseError("progress is always shown, but for --json")
+    return given
+
+
+def _home(run: Path) -> Path:
+    """Where results of a run folder, or of an exported file, go."""
+    return run if run.is_dir() else run.parent / run.stem
+
+
+def _tell(as_json: bool, content: Any, text: str) -> None:
     from smartlab.evaluation.result import clean
 
-    content = {"out": str(out), "metrics": {k: clean(v._asdict()) for k, v in result.metrics.items()}}
-    names = f"\n{result.facts['names']}" if "names" in result.facts else ""
-    say(as_json, content, f"{result}\n{out / 'figure.png'}{names}")
+    say(as_json, clean(content), text)
 
 
 @app.command(epilog="Example: smartlab compare runs/smart runs/smit --task probe --metric auc")

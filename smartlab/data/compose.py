@@ -40,26 +40,31 @@ BUILDERS = {
     "medmnist-nodule3d": "archives.medmnist_nodule3d",
     "medmnist-organ3d": "archives.medmnist_organ3d",
 }
+BESIDE_IMAGES = {"dagman-segment": "dagman.segment"}  # not shipped: they write masks below the root
 
 
 def compose(name: str, out: str | Path | None = None, **inputs: Any) -> Manifest:
-    """Build one of `BUILDERS`; with `out`, a folder, also write it there.
+    """Build one of `BUILDERS` or `BESIDE_IMAGES`; with `out`, a folder, also write it there.
 
-    inputs: `annotations` (lidc-nodules), `tables` (cbis-ddsm), `rules` (ct-open).
+    inputs: `annotations` (lidc-nodules), `tables` (cbis-ddsm), `rules` (ct-open), `root` and `annotations`
+    (dagman-segment).
     """
-    if name not in BUILDERS:
-        near = difflib.get_close_matches(name, BUILDERS, 1)
+    builders = BUILDERS | BESIDE_IMAGES
+    if name not in builders:
+        near = difflib.get_close_matches(name, builders, 1)
         raise UseError(
             "no such manifest to compose",
             path=name,
-            expected=f"one of {', '.join(BUILDERS)}",
+            expected=f"one of {', '.join(builders)}",
             fix=f"did you mean {near[0]}?" if near else None,
         )
-    module, function = BUILDERS[name].split(".")
+    module, function = builders[name].split(".")
     build = getattr(importlib.import_module(f"smartlab.data.cohorts.{module}"), function)
-    accepted = list(inspect.signature(build).parameters)
+    accepted = inspect.signature(build).parameters
     if unknown := [key for key in inputs if key not in accepted]:
-        raise UseError(f"{name} does not take `{unknown[0]}`", expected=accepted or "no inputs")
+        raise UseError(f"{name} does not take `{unknown[0]}`", expected=list(accepted) or "no inputs")
+    if "root" in accepted and "root" not in inputs:
+        raise UseError(f"{name} is composed beside its images: where are they?", fix="give root (--root)")
     manifest: Manifest = build(**inputs)
     if out is not None:
         manifest.save(Path(out) / f"{name}.json")

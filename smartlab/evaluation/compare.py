@@ -188,10 +188,10 @@ def _table(name: str, source: Source, task: str | None) -> pd.DataFrame:
 
 def _first_training(table: pd.DataFrame) -> pd.DataFrame:
     """Of several trainings of fine-tuning, the first way to start with the most cases."""
-    of_most = {"shots": "all"} if "shots" in table else {"fraction": table.fraction.max()}
-    for column, value in ({"mode": table["mode"].iloc[0]} | of_most).items():
-        table = table[table[column] == value]
-    return table
+    table = table[table["mode"] == table["mode"].iloc[0]]
+    if "shots" in table:
+        table = table[table.shots == "all"]
+    return table[table.fraction == table.fraction.max()] if "fraction" in table else table
 
 
 def _per_case(tables: dict[str, pd.DataFrame], task: str, metrics: Sequence[str] | None) -> pd.DataFrame:

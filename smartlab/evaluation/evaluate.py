@@ -90,11 +90,11 @@ def evaluate(
         raise UseError(f"{task} trains and needs a folder", fix="give out=…")
     if label is not None and task not in (*LABELLED, "clusters", "classify"):
         raise UseError(f"{task} predicts no label", found=f"label={label!r}")
-    settings = _checked(task, settings | {"seed": seed})
+    settings = checked(task, settings | {"seed": seed})
     encoder, facts = as_encoder(source, role)
     data = _data(source, manifest, root, phantom_cases)
     given, folder = name_data(data.manifest if manifest is None else manifest, data.root, progress)
-    _check_dimensions(encoder, given)
+    check_dimensions(encoder, given)
     if task not in LABELLED:
         _check_whole(given)
     given = load_manifest(given, folder)
@@ -120,7 +120,7 @@ def evaluate(
         looked_at: EncoderSource = encoder
         if task == "heads":
             looked_at, settings["role"] = _run_of(source) or encoder, role
-        result = _function(task)(looked_at, job.store, progress=progress, **settings)
+        result = function_of(task)(looked_at, job.store, progress=progress, **settings)
     result.facts = {**facts, "manifest": given.name, **result.facts}
     if given.source.kind == "local" and job.root is not None and (keys := write_keys(given, Path(job.root))):
         result.facts["names"] = f"{keys} beside the images says which scan each key is"
@@ -142,7 +142,7 @@ def _data(
     return data if root is None else data.model_copy(update={"root": str(root)})
 
 
-def _check_dimensions(encoder: Any, given: Manifest) -> None:
+def check_dimensions(encoder: Any, given: Manifest) -> None:
     """Refuse, before any work, an encoder of images for scans and one of scans for images."""
     images = encoder.config.encoder.kind == "vit"
     if images != (given.modality == "MG"):
@@ -295,18 +295,18 @@ class Job:
         return self.data.root
 
 
-def _function(task: str) -> Callable[..., Result]:
+def function_of(task: str) -> Callable[..., Result]:
     """The function of a task, imported when needed."""
     where = {"knn": "probe", "classify": "finetune.classify", "segment": "finetune.segment"}.get(task, task)
     return getattr(import_module(f"smartlab.evaluation.{where}"), task)
 
 
-def _checked(task: str, settings: dict[str, Any]) -> dict[str, Any]:
+def checked(task: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings in the types that the task declares; unknown names and values that do not fit are refused.
 
     What else fine-tuning takes (steps, lr, …) is checked there.
     """
-    function = _function(task)
+    function = function_of(task)
     known = {n: p for n, p in signature(function).parameters.items() if p.kind is Parameter.KEYWORD_ONLY}
     rest = any(p.kind is Parameter.VAR_KEYWORD for p in signature(function).parameters.values())
     hints = vars(sys.modules[function.__module__])
@@ -333,7 +333,7 @@ def _labelled(job: Job, task: str, label: str | None, beside: bool, settings: di
     assert label is not None  # `evaluate` has chosen and checked it
     others = job.beside() if beside else None
     table = job.table(job.encoder)
-    result = _function(task)(table, label, beside=others, **settings)
+    result = function_of(task)(table, label, beside=others, **settings)
     if (
         not job.stacks
         and job.rows != "organ"
@@ -347,16 +347,19 @@ def _clusters(job: Job, beside: bool, settings: dict[str, Any]) -> Result:
     """Organs in feature space, and beside them those of a random encoder."""
     from smartlab.evaluation.clusters import clusters
 
-    random = job.organs(random_encoder(job.encoder.config, job.seed)) if beside else None
-    return clusters(job.organs(job.encoder), beside={"random": random} if random else None, **settings)
+    rows = job.organs
+    if "organ" in job.given.labels:  # every image shows one organ and is a row, as in OrganMNIST3D
+        job.pooling, rows = job.pooling or "tokens", job.table
+    random = rows(random_encoder(job.encoder.config, job.seed)) if beside else None
+    return clusters(rows(job.encoder), beside={"random": random} if random else None, **settings)
 
 
 def _fine_tune(job: Job, task: str, label: str | None, out: Path, settings: dict[str, Any]) -> Result:
     store, man = job.store, job.prepared[0]
     more = {"progress": job.progress, **settings}
     if task == "classify":
-        return _function(task)(job.encoder, store, man, out, label=label, **more)
-    return _function(task)(job.encoder, store, man, out, root=job.root, **more)
+        return function_of(task)(job.encoder, store, man, out, label=label, **more)
+    return function_of(task)(job.encoder, store, man, out, root=job.root, **more)
 
 
 def _run_of(source: EncoderSource) -> Run | None:

@@ -3,7 +3,8 @@
 Where the manifest has an official test split, train and val learn and test is predicted; where it has
 official folds, those are used; else patients are dealt to folds, stratified by their labels, and every
 row is predicted by the model that did not see its patient. A cross-validation may be repeated with
-other deals; predictions of a row are then averaged.
+other deals; predictions of a row are then averaged. Where a manifest has a test split and folds of the
+rest, "held-out" predicts the test by a model for each fold, none of which saw it, and averages.
 
 Models of different folds do not share a zero: each has learned the mean of the others' patients, so that a
 patient is scored against a mean without itself. Over all folds together scores then lie on the wrong side
@@ -26,7 +27,7 @@ import pandas as pd
 from smartlab.data.manifest import LabelSpec
 from smartlab.errors import DataError, UseError
 
-Split = Literal["auto", "official", "folds", "cross"]
+Split = Literal["auto", "official", "folds", "cross", "held-out"]
 Rows = np.ndarray  # positions of rows
 Part = tuple[Rows, np.ndarray]  # one fold: rows, and their predictions by one model
 
@@ -90,6 +91,21 @@ def splits(patients: np.ndarray, y: np.ndarray, folds: int, seed: int) -> Iterat
         yield np.flatnonzero(fold != k), np.flatnonzero(fold == k)
 
 
+def nested(patients: np.ndarray, y: np.ndarray, rows: Rows, fraction: float, seed: int) -> Rows:
+    """Rows of a share of the patients, stratified by their labels: a smaller share lies in every larger."""
+    names, owner = np.unique(patients[rows], return_inverse=True)
+    strata = _strata(owner, y[rows])
+    members: dict[tuple[int, ...], int] = {}
+    place = np.empty(len(names))  # of a patient in its stratum, 0 to 1
+    order = np.random.default_rng(seed).permutation(len(names))
+    for patient in order:
+        members[strata[patient]] = members.get(strata[patient], 0) + 1
+        place[patient] = members[strata[patient]] - 0.5
+    place /= [members[stratum] for stratum in strata]
+    first = order[np.argsort(place[order], kind="stable")][: max(1, round(fraction * len(names)))]
+    return rows[np.isin(owner, first)]
+
+
 def make_plan(
     about: pd.DataFrame,
     y: np.ndarray,
@@ -103,7 +119,7 @@ def make_plan(
     """The plan for rows with columns patient, split and fold; refuses what cannot be evaluated.
 
     split: "official" and "folds" are the manifest's, "cross" deals patients anew; "auto" takes the first
-    of these that there is.
+    of these that there is. "held-out" is both of the manifest's: its test, and its folds of the others.
     """
     if split not in get_args(Split):
         raise UseError(f"split={split!r}", expected=f"one of {', '.join(get_args(Split))}")
@@ -117,6 +133,13 @@ def make_plan(
         test = np.flatnonzero(known == "test")
         train = np.flatnonzero(np.isin(known.astype(str), ["train", "val"]))
         plan = Plan([(train, test)], "official split: learned on train and val, predicted test")
+    elif split == "held-out":
+        held = (about["split"] == "test").to_numpy()
+        values = sorted(fold[~held].dropna().unique())
+        pairs = [(np.flatnonzero(~held & (fold != k) & fold.notna()), np.flatnonzero(held)) for k in values]
+        plan = Plan(
+            pairs, f"test set held out, predicted by the mean of {len(values)} models, each without a fold"
+        )
     elif split == "folds" or (split == "auto" and fold.notna().all() and fold.nunique() > 1):
         values = sorted(fold.dropna().unique())
         pairs = [(np.flatnonzero((fold != k) & fold.notna()), np.flatnonzero(fold == k)) for k in values]

@@ -14,7 +14,6 @@ from smartlab.data.crops import CropDataset
 from smartlab.errors import DataError, UseError
 from smartlab.evaluation.finetune.classifier import Classifier
 from smartlab.evaluation.finetune.draws import rounds
-from smartlab.evaluation.finetune.segment import nested
 from smartlab.evaluation.finetune.trainer import (
     Stopped,
     Trainer,
@@ -229,16 +228,6 @@ def test_held_out_patients_are_whole_and_official_where_there_are_any():
     assert set(patients[hold_out(patients, y, rows, official, 0)[1]]) == {"p3"}
     few = rows[:18]  # six patients: none to spare
     assert len(hold_out(patients, y, few, nothing, 0)[1]) == 0
-
-
-def test_smaller_parts_of_the_patients_lie_inside_larger_ones():
-    patients = np.repeat([f"p{i}" for i in range(20)], 2)
-    rows = np.arange(10, 40)
-    parts = [set(nested(patients, rows, f, 5).tolist()) for f in (0.1, 0.25, 0.5, 1.0)]
-    assert parts[0] < parts[1] < parts[2] < parts[3] == set(rows.tolist())
-    assert [len({patients[i] for i in part}) for part in parts] == [2, 4, 8, 15]
-    assert nested(patients, rows, 0.5, 6).tolist() != nested(patients, rows, 0.5, 5).tolist()
-    assert len(nested(patients, rows, 0.001, 5)) == 2  # one patient at least
 
 
 def test_every_case_comes_once_per_round():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartlab.errors import DataError, UseError
-from smartlab.evaluation.folds import deal, make_plan, present_classes, splits
+from smartlab.evaluation.folds import deal, make_plan, nested, present_classes, splits
 from tests.evaluation.made_up import CLASSES, GRADES, lesions, with_labels
 
 
@@ -150,3 +150,45 @@ def test_an_unknown_way_to_split_is_refused_and_never_taken_for_another(wrong):
     _, y, _ = table.labelled("malignancy")
     with pytest.raises(UseError, match=next(iter(wrong))):
         make_plan(table.about, y, CLASSES, **wrong)
+
+
+def test_smaller_parts_of_the_patients_lie_inside_larger_ones():
+    patients, alike = np.repeat([f"p{i}" for i in range(20)], 2), np.zeros(40)
+    rows = np.arange(10, 40)
+    parts = [set(nested(patients, alike, rows, f, 5).tolist()) for f in (0.1, 0.25, 0.5, 1.0)]
+    assert parts[0] < parts[1] < parts[2] < parts[3] == set(rows.tolist())
+    assert [len({patients[i] for i in part}) for part in parts] == [2, 4, 8, 15]
+    other = nested(patients, alike, rows, 0.5, 6)
+    assert other.tolist() != nested(patients, alike, rows, 0.5, 5).tolist()
+    assert len(nested(patients, alike, rows, 0.001, 5)) == 2  # one patient at least
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
+def test_parts_of_the_patients_hold_every_class_in_its_share(fraction):
+    """Whatever the seed: a class that a tenth of the patients have must not be missing from a quarter of them."""
+    patients = np.array([f"p{i}" for i in range(80)])
+    y = (np.arange(80) % 8 == 0).astype(int)
+    for seed in range(20):
+        part = nested(patients, y, np.arange(80), fraction, seed)
+        assert len(part) == 80 * fraction and abs(y[part].sum() - 10 * fraction) <= 1
+
+
+def test_a_held_out_test_is_predicted_by_a_model_for_each_fold_of_the_others():
+    table = lesions(60)
+    y = table.labelled("malignancy")[1]
+    patients = table.about.patient.to_numpy()
+    test, fold = np.isin(patients, np.unique(patients)[:20]), deal(patients, y, 3, 0)
+    told = with_labels(
+        table,
+        split=np.where(test, "test", "train"),
+        fold=np.where(test, None, fold),
+    )
+    plan = make_plan(told.about, y, CLASSES, split="held-out")
+    assert len(plan.pairs) == 3 and plan.predicted.tolist() == np.flatnonzero(test).tolist()
+    for k, (train, predicted) in enumerate(plan.pairs):
+        assert predicted.tolist() == plan.predicted.tolist()
+        assert train.tolist() == np.flatnonzero(~test & (fold != k)).tolist()
+    with pytest.raises(UseError, match="no folds"):
+        make_plan(with_labels(told, fold=None).about, y, CLASSES, split="held-out")
+    with pytest.raises(DataError, match="nothing to predict"):
+        make_plan(with_labels(told, split="train").about, y, CLASSES, split="held-out")

@@ -4,7 +4,7 @@ The network sees lesion-centred crops and is tested on patients it has not learn
 where its lesion is, the middle of the lesion's mask is taken; where there is no mask either, the label is of
 the scan: training draws from windows over it, and a prediction is the mean over all of them. Three ways to
 start are compared: "full", "frozen" (only the head learns) and "scratch"; with all training patients,
-or with k patients per class (few-shot), drawn several times.
+a share of them, or k patients per class (few-shot), drawn several times.
 
 Classes are rarely balanced. `balance="sampling"` shows every class equally often, "loss" weighs cases
 instead (multi-label always does, having no one class per case). Either way the network learns a world
@@ -40,6 +40,7 @@ from smartlab.evaluation.finetune.draws import LesionDraws, Places, crops_of, pl
 from smartlab.evaluation.finetune.trainer import (
     Mode,
     Settings,
+    check_fractions,
     check_modes,
     device_of,
     fit,
@@ -47,7 +48,7 @@ from smartlab.evaluation.finetune.trainer import (
     make_settings,
     weights_hash,
 )
-from smartlab.evaluation.folds import Part, Plan, Split, averaged, make_plan, present_classes
+from smartlab.evaluation.folds import Part, Plan, Split, averaged, make_plan, nested, present_classes
 from smartlab.evaluation.predictions import to_table
 from smartlab.evaluation.report import comparisons, differences
 from smartlab.evaluation.result import Estimate, Result
@@ -57,6 +58,23 @@ if TYPE_CHECKING:
     from smartlab.evaluation.encoders import AnyEncoder
 
 Balance = Literal["sampling", "loss", "none"]
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much of the training part is learned from: a share of its patients, or k of each class."""
+
+    fraction: float = 1.0
+    shots: int | None = None
+
+    def of(self, mode: Mode) -> str:
+        """The name of a way to start with this much, "full, 25%"; with everything "full"."""
+        share = "" if self.fraction == 1 else f", {100 * self.fraction:g}%"
+        return mode + (share if self.shots is None else f", {self.shots} per class")
+
+    def folder(self, mode: Mode, draw: int) -> str:
+        share = "all" if self.fraction == 1 else f"{100 * self.fraction:g}pct"
+        return f"{mode}-{share if self.shots is None else f'{self.shots}shot-draw{draw}'}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,7 @@ def classify(
     *,
     label: str,
     modes: Sequence[Mode] = ("full",),
+    fractions: Sequence[float] = (1.0,),
     shots: Sequence[int] = (),
     draws: int = 5,
     split: Split = "auto",
@@ -122,6 +141,7 @@ def classify(
 
     out:     folder of the trainings and histories; `resume=True` goes on in it.
     label:   a binary, multiclass or multilabel label of the manifest.
+    fractions: shares of the training patients, each smaller one inside the larger, stratified by label.
     shots:   also train on k patients per class, for each k, `draws` times; scored by the mean over draws.
     split:   as in `make_plan`: the manifest's split or folds, else `folds` patient folds.
     size, spacing: of the crops in voxels and mm; by default 64, of mammograms the training view, and
@@ -135,6 +155,7 @@ def classify(
     man = load_manifest(manifest)
     size = size or (encoder.config.data.view if is_flat(store) else 64)
     check_modes(modes, size, encoder)
+    check_fractions(fractions)
     if balance not in ("sampling", "loss", "none"):
         raise UseError(f"balance={balance!r}", expected="sampling, loss or none")
     about, y, kind, classes = _cases(store, man, label)
@@ -167,7 +188,9 @@ def classify(
         "draws": draws,
         "crops": how,
     }
-    return _compare(task, plan, modes, (None, *sorted(set(shots), reverse=True)), draws, bootstraps, facts)
+    amounts = [Amount(fraction=f) for f in sorted(fractions, reverse=True)]
+    amounts += [Amount(shots=k) for k in sorted(set(shots), reverse=True)]
+    return _compare(task, plan, modes, amounts, draws, bootstraps, facts)
 
 
 def _facts(task: Task) -> dict[str, Any]:
@@ -188,32 +211,32 @@ def _compare(
     task: Task,
     plan: Plan,
     modes: Sequence[Mode],
-    shots: Sequence[int | None],
+    amounts: Sequence[Amount],
     draws: int,
     bootstraps: int,
     facts: dict[str, Any],
 ) -> Result:
-    """Every way to start, with all training patients (None) and with k per class; ways to start compared."""
+    """Every way to start, with every amount of training patients; ways to start compared with the most."""
     runs: list[tuple[str, str]] = []  # name on the axis, suffix of its metrics
     estimates: dict[str, Estimate] = {}
     tables: list[pd.DataFrame] = []
-    whole: dict[str, pd.DataFrame] = {}  # predictions of each way to start with all training patients
+    whole: dict[str, pd.DataFrame] = {}  # predictions of each way to start with the most patients
     histories: dict[str, pd.DataFrame] = {}
     for mode in modes:
-        for k in shots:
-            suffix = "" if not runs else f" ({mode}{'' if k is None else f', {k} per class'})"
+        for amount in amounts:
+            suffix = f" ({amount.of(mode)})" if runs else ""
             predictions = []
-            for draw in range(1 if k is None else draws):
-                name = f"{mode}-{'all' if k is None else f'{k}shot-draw{draw}'}"
-                parts, history = _predict(task, plan, mode, name, k, draw)
+            for draw in range(1 if amount.shots is None else draws):
+                parts, history = _predict(task, plan, mode, amount, draw)
                 histories |= history if draw == 0 else {}
                 table = _table(task, plan, parts)
                 predictions.append(table)
-                whole |= {mode: table} if k is None else {}
-                tables.append(table.assign(mode=mode, shots="all" if k is None else str(k), draw=draw))
+                whole |= {mode: table} if amount == amounts[0] else {}
+                shots = "all" if amount.shots is None else str(amount.shots)
+                tables.append(table.assign(mode=mode, shots=shots, fraction=amount.fraction, draw=draw))
             found = _estimates(task, predictions, bootstraps)
             estimates |= {name + suffix: value for name, value in found.items()}
-            runs.append((mode if k is None else f"{mode}, k = {k}", suffix))
+            runs.append((amount.of(mode), suffix))
     pairs = [(modes[0], other) for other in modes[1:]]
     compared = comparisons(whole, task.kind, pairs, bootstraps, task.seed)
     estimates |= differences(compared, modes[0])
@@ -251,34 +274,39 @@ def _cases(store: Store, man: Manifest, label: str) -> tuple[pd.DataFrame, np.nd
 
 
 def _predict(
-    task: Task, plan: Plan, mode: Mode, name: str, k: int | None, draw: int
+    task: Task, plan: Plan, mode: Mode, amount: Amount, draw: int
 ) -> tuple[list[Part], dict[str, pd.DataFrame]]:
     """Probabilities of the predicted rows, fold by fold, and the history of every training."""
     histories: dict[str, pd.DataFrame] = {}
+    name = amount.folder(mode, draw)
 
     def fit_and_predict(train: np.ndarray, test: np.ndarray) -> np.ndarray:
         fold = f"{name}-fold{len(histories)}" if len(plan.pairs) > 1 else name
-        probability, histories[fold] = _one(task, fold, train, test, mode, k, draw)
+        probability, histories[fold] = _one(task, fold, train, test, mode, amount, draw)
         return probability
 
     return plan.run(fit_and_predict), histories
 
 
 def _one(
-    task: Task, name: str, train: np.ndarray, test: np.ndarray, mode: Mode, k: int | None, draw: int
+    task: Task, name: str, train: np.ndarray, test: np.ndarray, mode: Mode, amount: Amount, draw: int
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """One training -> probabilities of the test rows, and its history."""
     s = task.settings
     device, hu_window = device_of(s), task.encoder.config.data.window
     frequency = task.targets[train].mean(0)
-    if k is None:
-        split = task.about["split"].to_numpy()
-        train, held_out = hold_out(task.about.patient.to_numpy(), task.y, train, split, task.seed)
+    patients = task.about.patient.to_numpy()
+    if amount.shots is None:
+        train, held_out = hold_out(patients, task.y, train, task.about["split"].to_numpy(), task.seed)
+        train = nested(patients, task.y, train, amount.fraction, task.seed)
+        if not task.targets[train].any(0).all():
+            raise DataError(
+                f"a class cannot be learned from {100 * amount.fraction:g}% of the training patients",
+                found=f"{len(train)} cases",
+                fix="ask for a larger fraction",
+            )
     else:  # few-shot: no cases to spare for choosing when to stop
-        train, held_out = (
-            few(task.about.patient.to_numpy(), task.targets, train, k, task.seed + draw),
-            train[:0],
-        )
+        train, held_out = few(patients, task.targets, train, amount.shots, task.seed + draw), train[:0]
     share = task.targets[train].mean(0)
     by_loss = task.balance == "loss" or (task.balance == "sampling" and task.kind == "multilabel")
     by_sampling = task.balance == "sampling" and not by_loss

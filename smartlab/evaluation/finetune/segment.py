@@ -33,6 +33,7 @@ from smartlab.evaluation.finetune.trainer import (
     Fitted,
     Mode,
     Settings,
+    check_fractions,
     check_modes,
     device_of,
     fit,
@@ -40,7 +41,7 @@ from smartlab.evaluation.finetune.trainer import (
     make_settings,
     weights_hash,
 )
-from smartlab.evaluation.folds import Plan, Split, make_plan
+from smartlab.evaluation.folds import Plan, Split, make_plan, nested
 from smartlab.evaluation.means import patient_means
 from smartlab.evaluation.result import Estimate, Result
 
@@ -174,8 +175,9 @@ def _one(
     """One training and its test scans."""
     store, s, hu_window = job.store, job.settings, job.encoder.config.data.window
     official = about["split"].to_numpy()
-    train, held_out = hold_out(about.patient.to_numpy(), np.zeros(len(about)), train, official, job.seed)
-    train = nested(about.patient.to_numpy(), train, fraction, job.seed)
+    patients, alike = about.patient.to_numpy(), np.zeros(len(about))
+    train, held_out = hold_out(patients, alike, train, official, job.seed)
+    train = nested(patients, alike, train, fraction, job.seed)
     images = about.image.to_numpy()
     net = segmenter.build(job.encoder, 1 + len(job.names), pretrained=mode != "scratch", seed=job.seed)
     crops = {
@@ -275,14 +277,6 @@ def _voxels(store: Store, images: np.ndarray, names: dict[int, str]) -> np.ndarr
     return np.array([total - sum(each), *each], float)
 
 
-def nested(patients: np.ndarray, rows: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Rows of the first share of the patients, in an order by seed: a smaller part lies in every larger."""
-    names = np.unique(patients[rows])
-    order = np.random.default_rng(seed).permutation(len(names))
-    chosen = names[order[: max(1, round(fraction * len(names)))]]
-    return rows[np.isin(patients[rows], chosen)]
-
-
 def _estimates(table: pd.DataFrame, modes: Sequence[Mode], largest: float) -> dict[str, Estimate]:
     """Means over scans with intervals over patients; the first mode on all patients has the plain names."""
     out: dict[str, Estimate] = {}
@@ -320,10 +314,7 @@ def _check(modes: Sequence[str], fractions: Sequence[float], size: int, encoder:
             f"crops of {size} voxels are one token in the deepest stage, which cannot be normalised",
             expected=f"at least {2 * encoder.config.encoder.stride(4)}",
         )
-    if not fractions or not all(0 < f <= 1 for f in fractions) or len(set(fractions)) < len(fractions):
-        raise UseError(
-            "fractions of the training patients", found=fractions, expected="each above 0, up to 1"
-        )
+    check_fractions(fractions)
 
 
 def _names(store: Store, man: Manifest, labels: Sequence[str] | None) -> dict[int, str]:

@@ -91,6 +91,13 @@ def check_modes(modes: Sequence[str], size: int, encoder: AnyEncoder) -> None:
         raise UseError(f"crops of {size} voxels", expected=f"a multiple of the encoder's stride {stride}")
 
 
+def check_fractions(fractions: Sequence[float]) -> None:
+    if not fractions or not all(0 < f <= 1 for f in fractions) or len(set(fractions)) < len(fractions):
+        raise UseError(
+            "fractions of the training patients", found=fractions, expected="each above 0, up to 1"
+        )
+
+
 class Stopped(SystemExit):
     """The run was asked to stop, and saved itself. Uncaught, the process ends with exit code 0."""
 

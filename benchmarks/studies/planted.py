@@ -51,6 +51,7 @@ SETTINGS: dict[str, Any] = {
     "data.region": UNIT * GRID,
     "semantic.stage": 1,  # units of 4 voxels: 512 in a view
     "mask.warmup_epochs": 0,
+    "mask.informativeness": 0,  # guided from the first step, as published
     "teacher.momentum": 0.99,
     "train.batch": 4,
     "train.lr": 2e-3,

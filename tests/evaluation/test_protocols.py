@@ -27,7 +27,7 @@ from tests.shared import once, phantoms
 from tests.training.conftest import SMALL
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-QUICK = ["steps=1", "batch=2", "size=32", "bootstraps=100", "workers=0"]
+QUICK = ["steps=1", "batch=8", "size=32", "bootstraps=100", "workers=0"]
 DRAWS = "draws=100"
 SHALLOW = {"data.spacing": 8.0, "encoder.depths": [1, 1, 1, 1]}
 ASSET = Path(__file__).parents[1] / "assets" / "lidc_0001_nodule.json"
@@ -102,6 +102,7 @@ def check(said, name, out, parts):
     assert (out / "figure.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_nodules_as_the_paper_from_one_command(encoder, nodules, linked, tmp_path):
     where = ["--manifest", nodules, "--root", linked, "--out", tmp_path / "out"]
     said = command(encoder, "dagman-nodules", *where, *QUICK, DRAWS, "shares=[1]")
@@ -140,13 +141,22 @@ def test_the_real_nodules_are_split_so_that_every_part_has_its_share_of_patients
         assert len(part & malignant) / len(part) == pytest.approx(share, abs=0.01)
 
 
+@pytest.mark.slow
 def test_segmentation_as_the_paper_from_one_command(encoder, linked, tmp_path):
     parts = ["train"] * 14 + ["val"] * 4 + ["test"] * 6
     patients = sl.load_manifest(linked).patients
     manifest = save(tmp_path, linked, lambda k, c: {"split": parts[patients.index(c.patient)]})
     where = ["--manifest", manifest, "--root", linked, "--out", tmp_path / "out"]
     said = command(
-        encoder, "dagman-segment", *where, *QUICK, "size=64", "labels=[liver]", "overlap=0", "shares=[0.5]"
+        encoder,
+        "dagman-segment",
+        *where,
+        *QUICK,
+        "batch=2",
+        "size=64",
+        "labels=[liver]",
+        "overlap=0",
+        "shares=[0.5]",
     )
     check(said, "dagman-segment", tmp_path / "out", ["fine-tuned, 50%"])
     assert all(row["n"] == 6 and row["untrained"] is not None for row in said["figures"])
@@ -159,6 +169,7 @@ def test_outcome_as_the_paper_from_one_command(encoder, linked, tmp_path):
     assert json.loads((tmp_path / "out" / "result.json").read_text())["changed"]["label"] == "outcome"
 
 
+@pytest.mark.slow
 def test_organs_as_the_paper_from_one_command(encoder, tmp_path):
     """Samples as in the archive of OrganMNIST3D: bright boxes, a place for each organ."""
     man, rng = sl.load_manifest("medmnist-organ3d"), np.random.default_rng(0)

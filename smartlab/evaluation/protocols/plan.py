@@ -52,9 +52,10 @@ def plan_protocol(
     manifest: in place of the protocol's own.   label: in place of its label.   root: folder of the images.
     settings: `Own`, and those of the tasks in place of the protocol's: steps=100, modes=["full"], draws=200, …
 
+    Then `plan.run("results/nodules")` does it.
+
     >>> plan = sl.plan_protocol("runs/a", "dagman-nodules", root="data/lidc")
     >>> print(plan)
-    >>> plan.run("results/nodules").table
     """
     if name not in protocols():
         raise UseError(f"no protocol {name!r}", expected=f"one of {', '.join(protocols())}")

@@ -91,9 +91,11 @@ def evaluate(
     if label is not None and task not in (*LABELLED, "clusters", "classify"):
         raise UseError(f"{task} predicts no label", found=f"label={label!r}")
     settings = checked(task, settings | {"seed": seed})
-    encoder, facts = as_encoder(source, role)
     data = _data(source, manifest, root, phantom_cases)
     given, folder = name_data(data.manifest if manifest is None else manifest, data.root, progress)
+    if task in LABELLED or task == "classify":
+        label = _checked_label(given, task, label, rows, folder, settings)
+    encoder, facts = as_encoder(source, role)
     check_dimensions(encoder, given)
     if task not in LABELLED:
         _check_whole(given)
@@ -107,9 +109,6 @@ def evaluate(
         rows = rows or "organ"
     by_hand = isinstance(manifest, Manifest) or given.source.kind != "phantom"  # a phantom is made anew
     job = Job(encoder, facts, given, by_hand, data, store, rows, pooling, seed, progress)
-    if task in LABELLED or task == "classify":
-        label = job.label(label)
-        job.check(task, label, settings)
     if task in LABELLED:
         result = _labelled(job, task, label, beside, settings)
     elif task == "clusters":
@@ -140,6 +139,28 @@ def _data(
     if cases is not None and cases != data.phantom_cases:  # another phantom than the run's
         data = data.model_copy(update={"phantom_cases": cases, "root": None, "store": None})
     return data if root is None else data.model_copy(update={"root": str(root)})
+
+
+def _checked_label(
+    given: Manifest,
+    task: str,
+    asked: str | None,
+    rows: Rows | None,
+    root: str | Path | None,
+    settings: dict[str, Any],
+) -> str:
+    """The label, by default the first binary one; what cannot be judged is refused before any image is read."""
+    if rows == "organ" or (asked == "organ" and "organ" not in given.labels and task in LABELLED):
+        return asked or "organ"
+    label = asked or next((name for name, spec in given.labels.items() if spec.kind == "binary"), None)
+    if label is None:
+        known = ", ".join(given.labels) or "none"
+        raise UseError(f"which label? {given.name} has no binary one", expected=f"label= one of {known}")
+    check_name(given.labels, label, task)
+    whole = load_manifest(given, root)
+    if whole.source.kind != "phantom" and whole.all_cases:  # phantoms are drawn later, with labels of ours
+        check_label(whole, task, label, settings, lesions=rows in (None, "lesion"))
+    return label
 
 
 def check_dimensions(encoder: Any, given: Manifest) -> None:
@@ -215,26 +236,6 @@ class Job:
     def store(self) -> Store:
         _check_whole(self.given)
         return self.prepared[1]
-
-    def label(self, asked: str | None) -> str:
-        if asked is not None or self.rows == "organ":
-            return asked or "organ"
-        first = next((name for name, spec in self.given.labels.items() if spec.kind == "binary"), None)
-        if first is None:
-            known = ", ".join(self.given.labels) or "none"
-            raise UseError(
-                f"which label? {self.given.name} has no binary one", expected=f"label= one of {known}"
-            )
-        return first
-
-    def check(self, task: str, label: str, settings: dict[str, Any]) -> None:
-        """Refuse a label that cannot be judged, before any image is read."""
-        if self.rows == "organ":
-            return
-        check_name(self.given.labels, label, task)
-        if self.given.source.kind != "phantom":  # whose cases are there once they are drawn, and are ours
-            man = self.given if self.given.all_cases else load_manifest(self.given, self.root)
-            check_label(man, task, label, settings, lesions=self.rows in (None, "lesion"))
 
     def table(self, encoder: Any) -> FeatureTable:
         """Features of the rows asked for."""

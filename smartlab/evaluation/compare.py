@@ -45,12 +45,12 @@ def estimate(
 ) -> dict[str, Estimate]:
     """Every score of a table of predictions, with intervals over patients.
 
-    AUC within folds, after DeLong; means of errors by t; other scores between 0 and 1 on the logit scale, by
+    AUC within folds, after DeLong; means of errors by t on the log scale; other scores between 0 and 1 on the logit scale, by
     the variance of a bootstrap; the rest by the percentiles of one.
     """
     one = from_table(table, kind=kind)
     errors = scoring.errors(one.kind, one.truth, one.probability)
-    known = _areas(one) | {n: stats.t_interval(e, one.patient).clipped(0) for n, e in errors.items()}
+    known = _areas(one) | {n: stats.log_interval(e, one.patient) for n, e in errors.items()}
 
     def others(truth: np.ndarray, probability: np.ndarray) -> dict[str, float]:
         return {n: v for n, v in _scorer(one)(truth, probability).items() if n not in known}

@@ -4,6 +4,7 @@
 - `logit_interval`       a score between 0 and 1 from its variance; Wilson's where all are right or all wrong
 - `paired_bootstrap`     the difference of two runs' scores on the same cases
 - `t_interval`           a mean over draws or seeds, or over cases that patients share
+- `log_interval`         a mean of errors, such as Brier's score
 - `paired_mean`          the mean difference of a score per case, such as Dice
 - `wilson`               a proportion of independent cases
 - `auc_interval`, `delong_test`   AUC after DeLong et al. 1988; Obuchowski 1997 where patients have several rows
@@ -279,6 +280,15 @@ def t_interval(values: Sequence[float] | np.ndarray, patients: Labels | None = N
     mean, error, n = _mean(values, np.arange(len(values)) if patients is None else patients)
     half = error * float(distributions.t.ppf((1 + LEVEL) / 2, n - 1))
     return Estimate(mean, mean - half, mean + half, n)
+
+
+def log_interval(values: np.ndarray, patients: Labels) -> Estimate:
+    """The mean of errors, which are positive and have a long tail: t on the log scale."""
+    found = t_interval(values, patients)
+    if not found.value > 0:
+        return found
+    factor = math.exp((found.high - found.value) / found.value)
+    return found._replace(low=found.value / factor, high=found.value * factor)
 
 
 def paired_mean(

@@ -78,7 +78,7 @@ def test_estimate_gives_every_score_over_patients():
     assert all(e.low <= e.value <= e.high for e in found.values())
     one = from_table(run(1))
     assert found["auc"] == stats.auc_interval(one.truth, one.probability, one.patient)
-    assert found["brier"] == stats.t_interval((one.probability - one.truth) ** 2, one.patient)
+    assert found["brier"] == stats.log_interval((one.probability - one.truth) ** 2, one.patient)
 
 
 def test_pairs_are_compared_within_folds_and_the_table_remembers_it():

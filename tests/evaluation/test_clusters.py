@@ -168,7 +168,7 @@ def test_the_interval_of_the_ratio_covers_it():
         table = blobs(3, seed=seed, patients=80)
         y = table.about["label:organ"].map(ORGANS.index).to_numpy()
         patients = table.about.patient.to_numpy()
-        found.append(estimates(separation(table.x, y, patients, 5, 200, seed), patients, seed)["ratio"])
+        found.append(estimates(separation(table.x, y, patients, 5, 200, seed), patients)["ratio"])
     expected = np.mean([e.value for e in found])
     assert 0.92 <= np.mean([e.low <= expected <= e.high for e in found]) <= 0.98
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,18 +104,11 @@ class Prepared:
 
     def __str__(self) -> str:
         cases, hours = self.manifest.cases, self.cost.gpu_hours.sum()
-        told = {"label": self.label, "split": "split"}
-        values: dict[str, list[Any]] = {
-            "label": [case.labels.get(self.label or "") for case in cases],
-            "split": [case.split for case in cases],
-        }
-        counts = [
-            f"  {told[of]}: " + ", ".join(f"{values[of].count(v)} {v}" for v in sorted(map(str, found)))
-            for of in told
-            if (found := {v for v in values[of] if v is not None})
-        ]
-        number = f"{len(cases) or self.protocol.cases:,} cases"
-        lines = [f"{self.name} on {self.manifest.name}, {number}", *counts]
+        lines = [f"{self.name} on {self.manifest.name}, {len(cases) or self.protocol.cases:,} cases"]
+        labels = [case.labels.get(self.label or "") for case in cases]
+        for what, values in ((self.label, labels), ("split", [case.split for case in cases])):
+            if counts := Counter(str(value) for value in values if value is not None):
+                lines.append(f"  {what}: " + ", ".join(f"{n} {value}" for value, n in counts.most_common()))
         lines += [
             f"  {row.part:<18} {row.what}, {row.tflop:.2g} TFLOP each: {row.gpu_hours:.2g} h"
             for row in self.cost.itertuples()
@@ -144,14 +138,8 @@ class Prepared:
             raise UseError(f"no case of {man.name} is listed", path=root, fix=fix)
         data.store = str(store or root.parent / f"{root.name}-store-{spacing:g}mm-{self.name}")
         man, opened = prepare_store(data, progress, (man, root))
-        label = {} if self.label is None else {"label": self.label}
-        more: dict[str, Any] = {
-            "root": root,
-            "store": opened,
-            "seed": self.seed,
-            "progress": progress,
-            **label,
-        }
+        more: dict[str, Any] = {"root": root, "store": opened, "seed": self.seed, "progress": progress}
+        more |= {} if self.label is None else {"label": self.label}
         results = {
             part.name: evaluate(
                 self.encoder, part.task, man, out=out / part.folder, **more, **self.settings(part)

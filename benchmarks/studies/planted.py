@@ -1,6 +1,6 @@
 """Planted co-occurrence: do masks that hide whole objects teach what goes with what, where that is what there is to learn?
 
-    python -m benchmarks.studies.planted                    # 4 arms × 3 seeds, about an hour on one core
+    python -m benchmarks.studies.planted                    # 4 arms × 3 seeds, 5 to 8 minutes each on one core
     python -m benchmarks.studies.planted --seeds 1 --steps 300
 
 A view is noise with two objects side by side, each of 4×4×4 mask units; the brightness of one (four

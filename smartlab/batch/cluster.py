@@ -7,6 +7,7 @@ workers offer them.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,8 @@ from typing import Any
 
 from smartlab.batch.plan_file import Resources
 from smartlab.batch.runs import BatchRun
-from smartlab.batch.worker import execute
-from smartlab.data.workers import local_cluster
+from smartlab.batch.worker import end_launcher, execute
+from smartlab.data.workers import connect as workers_of
 from smartlab.errors import DataError, UseError
 
 FIRST = 8  # runs sent to a cluster that has no workers yet: an adaptive one starts some when it is asked
@@ -95,23 +96,13 @@ class Place:
 @contextmanager
 def connect(runs: Sequence[BatchRun], workers: int | None, scheduler: str | None) -> Iterator[Place]:
     """A place for these runs, after checking that each of them fits."""
-    from distributed import Client
+    from distributed import Client, LocalCluster
 
     wanted = [run.resources for run in runs]
     if scheduler is not None:
         if workers is not None:
             raise UseError("workers are those of the scheduler", fix="leave out --workers or --scheduler")
-        if "://" not in scheduler:
-            raise UseError(
-                "not the address of a Dask scheduler", found=scheduler, expected="such as tcp://10.0.0.5:8786"
-            )
-        try:
-            client = Client(scheduler, timeout=15)
-        except OSError as error:
-            raise UseError(
-                "no Dask scheduler answers", found=scheduler, fix="check the address and that it is running"
-            ) from error
-        with client:
+        with workers_of(scheduler) as client:
             there = client.scheduler_info(n_workers=-1)["workers"].values()
             offers = [dict(worker["resources"]) for worker in there]
             _check_fit(runs, offers)
@@ -122,9 +113,23 @@ def connect(runs: Sequence[BatchRun], workers: int | None, scheduler: str | None
     if workers:  # said so: cores are shared
         has["CORES"] = max(has["CORES"], workers * max(one.cores for one in wanted))
     _check_fit(runs, [has])
-    # one worker process with a thread per run: it only waits, the runs are processes of their own
-    with local_cluster(1, at_once, resources=has) as cluster, Client(cluster) as client:
-        yield Place(client, set(has), at_once)
+    # a thread per run in this process, which listens to nobody: it only waits, the runs are processes
+    with (
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=at_once,
+            processes=False,
+            dashboard_address=None,
+            resources=has,
+            memory_limit=None,
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        try:
+            yield Place(client, set(has), at_once)
+        finally:
+            end_launcher()
 
 
 def _check_fit(runs: Sequence[BatchRun], offers: list[dict[str, float]]) -> None:

@@ -20,8 +20,8 @@ from typing import Any, cast
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import LocalProvisioner
 
-from smartlab.batch.kernel import die_with
 from smartlab.batch.notebook_run import BatchKernel
+from smartlab.data.workers import die_with
 
 _PRELOAD = [  # without umap, whose first import in a new environment compiles for most of a minute
     "torch._dynamo",  # optimisers import it when they first step

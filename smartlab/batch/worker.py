@@ -102,7 +102,7 @@ class Devices:
             self.changed.notify_all()
 
 
-_shared: dict[str, Any] = {}
+_shared: dict[str, Any] = {}  # of this process, be it a worker of a cluster or the batch itself
 _shared_lock = threading.Lock()
 
 
@@ -111,6 +111,15 @@ def _launcher() -> Launcher:
         if "launcher" not in _shared or _shared["launcher"].ended:
             _shared["launcher"] = Launcher()
         return _shared["launcher"]
+
+
+def end_launcher() -> None:
+    """End the launcher of this process, and with it what it still runs."""
+    with _shared_lock:
+        if launcher := _shared.pop("launcher", None):
+            launcher.process.stdin.close()
+            launcher.process.wait()
+        _shared.clear()
 
 
 def _devices(worker: Any) -> Devices:

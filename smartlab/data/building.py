@@ -134,7 +134,7 @@ def _numbered(result: tuple[int, Outcome] | Lost[Task]) -> tuple[int, Outcome]:
     if not isinstance(result, Lost):
         return result
     number, job, _ = result.job
-    reason = "the worker died on this image three times; out of memory, or a damaged file. Use fewer workers"
+    reason = "the worker died on this image twice: out of memory, or a damaged file. Use fewer workers"
     return number, Outcome(None, (Failure(job.key if isinstance(job, Job) else job.image, None, reason),))
 
 

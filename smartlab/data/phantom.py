@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -25,7 +22,8 @@ from tqdm.auto import tqdm
 
 from smartlab.data.manifest import Manifest, Source
 from smartlab.data.phantoms.grid import Grid, whole
-from smartlab.errors import UseError
+from smartlab.data.workers import Lost, run_bounded
+from smartlab.errors import DataError, UseError
 
 Format = Literal["nifti", "dicom"]
 _KINDS = {"ct": "smartlab.data.phantoms.ct", "mammo": "smartlab.data.phantoms.mammo"}
@@ -59,7 +57,11 @@ def make_phantom(
     with tqdm(
         total=n, initial=n - len(todo), desc=manifest.name, unit="patient", disable=not progress
     ) as bar:
-        for _ in _run(write, todo, workers):
+        for done in run_bounded(write, todo, min(workers, len(todo)) if workers > 1 else 0):
+            if isinstance(done, Lost):
+                raise DataError(
+                    "the process died on this patient twice", found=done.job, fix="use fewer workers"
+                )
             bar.update()
     manifest.save(root / "manifest.json")
     return manifest
@@ -165,18 +167,3 @@ def _same_cohort(path: Path, manifest: Manifest) -> None:
         )
     with whole(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1) + "\n")
-
-
-def _run(write: Any, todo: list[int], workers: int) -> Iterator[None]:
-    if workers <= 1 or len(todo) < 2:
-        for index in todo:
-            yield write(index)
-        return
-    # forked where possible, like the workers that build a store: a new interpreter would import for seconds
-    method = "fork" if "fork" in get_all_start_methods() else "spawn"
-    pool = ProcessPoolExecutor(min(workers, len(todo)), mp_context=get_context(method))
-    try:
-        for future in as_completed([pool.submit(write, index) for index in todo]):
-            yield future.result()
-    finally:  # a cell that is interrupted does not wait for patients not yet begun
-        pool.shutdown(cancel_futures=True)

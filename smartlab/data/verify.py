@@ -118,9 +118,9 @@ def _run(check: Any, groups: list[ImageGroup], workers: int) -> Iterator[tuple[i
     if workers == 0 or len(groups) < 3:
         yield from ((i, check(group)) for i, group in enumerate(groups))
         return
-    from smartlab.data.workers import Lost, StopRequest, run_bounded
+    from smartlab.data.workers import Lost, run_bounded
 
-    for result in run_bounded(partial(_numbered, check), enumerate(groups), workers, None, StopRequest()):
+    for result in run_bounded(partial(_numbered, check), enumerate(groups), workers):
         if isinstance(result, Lost):
             number, group = result.job
             row = {"image": group.key, "cases": len(group.cases), "shape": "", "spacing_mm": "", "remark": ""}

@@ -1,22 +1,24 @@
-"""Run one function over a long list of jobs on Dask, with few of them in flight.
+"""Run one function over a long list of jobs in processes, with few of them in flight.
 
 The jobs may be a generator over 10,000 images: at any time only twice as many as there are workers
 have been submitted, so memory does not grow with the cohort. SIGTERM and Ctrl-C stop submission and
-let what is running finish; a second Ctrl-C breaks off.
+let what is running finish; a second Ctrl-C breaks off. Who asks for a Dask scheduler gets its workers.
 """
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
+import ctypes
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from itertools import chain, islice
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing import get_all_start_methods, get_context
 from typing import Any, Generic, TypeVar
 
 from smartlab.errors import UseError
@@ -24,7 +26,23 @@ from smartlab.errors import UseError
 T = TypeVar("T")
 R = TypeVar("R")
 
-CLOSING = 30.0  # seconds that a cluster of processes is given to end
+PR_SET_PDEATHSIG = 1
+
+
+def die_with(parent: int) -> None:
+    """End this process when `parent` does, even if that is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before we asked
+            os._exit(1)
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class StopRequest:
@@ -55,35 +73,78 @@ def draining() -> Iterator[StopRequest]:
 
 
 class Lost(Generic[T]):
-    """The worker died with this job and no other, again and again: out of memory, or a crash in a codec."""
+    """The worker died with this job and no other, twice: out of memory, or a crash in a codec."""
 
     def __init__(self, job: T) -> None:
         self.job = job
 
 
 def run_bounded(
-    function: Callable[[T], R], jobs: Iterable[T], workers: int, scheduler: str | None, stop: StopRequest
+    function: Callable[[T], R],
+    jobs: Iterable[T],
+    workers: int,
+    scheduler: str | None = None,
+    stop: StopRequest | None = None,
 ) -> Generator[R | Lost[T], None, None]:
     """Results in order of completion. workers=0 without a scheduler runs here, one by one.
 
     The function must catch its own errors: an exception of it is a fault of the program.
     """
-    if workers == 0 and scheduler is None:
+    stop = stop or StopRequest()
+    if scheduler:
+        yield from _on_cluster(function, jobs, workers, scheduler, stop)
+    elif workers == 0:
         for job in jobs:
             if stop.asked:
                 return
             yield function(job)
-        return
-    waiting = iter(jobs)
-    if (first := list(islice(waiting, 1))) == []:
-        return  # no cluster for nothing
+    else:
+        waiting, suspects = iter(jobs), list[T]()
+        while found := (yield from _in_processes(function, waiting, workers, stop)):
+            suspects += found
+        for job in suspects:  # each alone: who dies now is guilty
+            if (yield from _in_processes(function, iter([job]), 1, stop)):
+                yield Lost(job)
+
+
+def _in_processes(
+    function: Callable[[T], R], waiting: Iterator[T], workers: int, stop: StopRequest
+) -> Generator[R, None, list[T]]:
+    """Results from one pool of processes, until all is done or a process dies: then it returns the jobs in hand.
+
+    Forked where possible: a spawned worker imports the user's script again, which for a script without
+    a main guard starts the work again. The workers touch neither torch nor a GPU. They inherit the
+    draining handlers, so a Ctrl-C that reaches the whole group does not kill them; and they end with us.
+    """
+    running: dict[Future[R], T] = {}
+    in_hand: list[T] = []
+    method = "fork" if "fork" in get_all_start_methods() else "spawn"
+    pool = ProcessPoolExecutor(workers, get_context(method), initializer=die_with, initargs=(os.getpid(),))
+    try:
+        while True:
+            for job in () if stop.asked else islice(waiting, 2 * workers - len(running)):
+                in_hand.append(job)
+                running[pool.submit(function, job)] = job
+            if not running:
+                return []
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                result = future.result()
+                in_hand.remove(running.pop(future))
+                yield result
+    except BrokenProcessPool:
+        return in_hand
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _on_cluster(
+    function: Callable[[T], R], jobs: Iterable[T], workers: int, scheduler: str, stop: StopRequest
+) -> Generator[R | Lost[T], None, None]:
     from distributed import KilledWorker, as_completed
 
-    with ExitStack() as stack:
-        cluster = _connect(scheduler) if scheduler else stack.enter_context(local_cluster(workers))
-        client = stack.enter_context(_client(cluster))
+    waiting, jobs_of = iter(jobs), dict[str, T]()
+    with connect(scheduler) as client:
         width = 2 * (workers or sum(client.nthreads().values()) or 1)
-        jobs_of = {}
 
         def submit(job: T) -> Any:
             future = client.submit(function, job, pure=False)
@@ -91,7 +152,7 @@ def run_bounded(
             return future
 
         suspects = []  # a dying worker also takes the jobs that waited on it
-        running = as_completed([submit(job) for job in chain(first, islice(waiting, width - 1))])
+        running = as_completed([submit(job) for job in islice(waiting, width)])
         for future in running:
             job = jobs_of.pop(future.key)
             try:
@@ -110,61 +171,17 @@ def run_bounded(
                 yield Lost(job)
 
 
-@contextmanager
-def local_cluster(workers: int, threads: int = 1, **options: Any) -> Iterator[Any]:
-    """Worker processes on this machine.
-
-    Forked where possible: a spawned worker imports the user's script again, which for a script
-    without a main guard starts the build again. The workers touch neither torch nor a GPU. They
-    inherit the draining handlers, so a Ctrl-C that reaches the whole group does not kill them. No
-    memory limit: a forked worker shares its parent's pages, which Dask would count as its own. Closing is
-    not waited for without end: seldom, after a worker died, Dask waits for a process that is gone.
-    """
-    import dask
-    from distributed import LocalCluster
-
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    with dask.config.set({"distributed.worker.multiprocessing-method": method}):
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=threads,
-            memory_limit=None,
-            dashboard_address="127.0.0.1:0",  # any free port: several builds may run
-            silence_logs=logging.CRITICAL,
-            **options,
-        )
-        try:
-            yield cluster
-        finally:
-            with suppress(TimeoutError):
-                cluster.close(timeout=CLOSING)
-
-
-def _renew_helper_thread() -> None:
-    """Dask hands large messages to one helper thread of the process. A fork of a process that has it already
-    believes in a thread that was not forked along, and waits for it forever."""
-    if utils := sys.modules.get("distributed.utils"):
-        utils._offload_executor = ThreadPoolExecutor(1, thread_name_prefix="Dask-Offload")  # type: ignore[attr-defined]
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_helper_thread)
-
-
-def _client(cluster: Any) -> Any:
+def connect(scheduler: str) -> Any:
+    """A client of the Dask scheduler at this address."""
     from distributed import Client
 
-    try:
-        return Client(cluster, timeout=15)
-    except OSError as error:
-        raise UseError(
-            "no Dask scheduler answers", found=cluster, fix="check the address and that it is running"
-        ) from error
-
-
-def _connect(scheduler: str) -> str:
     if "://" not in scheduler:
         raise UseError(
             "not the address of a Dask scheduler", found=scheduler, expected="such as tcp://10.0.0.5:8786"
         )
-    return scheduler
+    try:
+        return Client(scheduler, timeout=15)
+    except OSError as error:
+        raise UseError(
+            "no Dask scheduler answers", found=scheduler, fix="check the address and that it is running"
+        ) from error

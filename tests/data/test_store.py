@@ -16,6 +16,7 @@ from collections import namedtuple
 
 import nibabel as nib
 import numpy as np
+import psutil
 import pydicom
 import pytest
 from distributed import LocalCluster
@@ -345,11 +346,12 @@ def wait_for(condition, process, timeout=60):
 
 
 @pytest.fixture
-def larger(tmp_path):
+def larger(tmp_path, request):
     """A cohort that takes some seconds: the same people at finer spacing."""
+    n = getattr(request, "param", 10)
     root = tmp_path / "raw"
-    man = make_cohort(root, 10)
-    for i in range(10):
+    man = make_cohort(root, n)
+    for i in range(n):
         save(root / f"p{i}" / "ct.nii.gz", person((96, 80, 72), seed=i), spacing=(1.8, 1.8, 2.3))
         (root / f"p{i}" / "tumour.nii.gz").unlink()
     man = manifest([c.model_dump() | {"masks": {}, "lesion": None, "labels": {}} for c in man.cases])
@@ -357,7 +359,18 @@ def larger(tmp_path):
     return man, root, tmp_path / "store", tmp_path / "manifest.json"
 
 
+def test_workers_end_with_a_parent_that_is_killed(larger):
+    _, root, out, path = larger
+    process = start_build(path, root, out)
+    wait_for(lambda: len(psutil.Process(process.pid).children()) == 2, process)
+    children = psutil.Process(process.pid).children()
+    process.kill()
+    assert process.communicate(timeout=10) and not psutil.wait_procs(children, timeout=10)[1]
+    assert len(children) == 2
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("larger", [30], indirect=True)
 def test_killed_at_random_moments_and_run_again_gives_the_same_store(larger, tmp_path):
     man, root, out, path = larger
     build((man, root, tmp_path / "whole"))
@@ -378,7 +391,7 @@ def test_killed_at_random_moments_and_run_again_gives_the_same_store(larger, tmp
                 os.killpg(process.pid, signal.SIGKILL)
         else:
             process.kill()
-        process.communicate()
+        process.communicate(timeout=30)
     assert killed_inside >= 3
     final = start_build(path, root, out)
     text, _ = final.communicate(timeout=120)
@@ -436,7 +449,7 @@ def test_a_running_dask_cluster_does_the_work(cohort, tmp_path):
 @pytest.mark.slow
 def test_a_worker_that_dies_costs_one_image(monkeypatch):
     with workers.draining() as stop:
-        results = list(workers.run_bounded(_die_on_two, range(5), 2, None, stop))
+        results = list(workers.run_bounded(_die_on_two, range(5), 2, stop=stop))
     lost = [r.job for r in results if isinstance(r, workers.Lost)]
     assert lost == [2] and sorted(r for r in results if not isinstance(r, workers.Lost)) == [0, 1, 3, 4]
 
@@ -450,21 +463,9 @@ def test_few_jobs_are_in_flight_however_many_there_are():
     taken = []
     with workers.draining() as stop:
         jobs = (taken.append(i) or i for i in range(60))
-        for done, _ in enumerate(workers.run_bounded(_nap, jobs, 2, None, stop), 1):
+        for done, _ in enumerate(workers.run_bounded(_nap, jobs, 2, stop=stop), 1):
             assert len(taken) - done <= 4
     assert done == 60
-
-
-def test_a_second_build_in_one_process_does_not_wait_for_a_thread_that_was_not_forked():
-    from distributed import utils
-
-    utils._offload_executor.submit(int).result()  # as Dask does with a large message
-    child = multiprocessing.get_context("fork").Process(
-        target=lambda: utils._offload_executor.submit(int).result(10)
-    )
-    child.start()
-    child.join(30)
-    assert child.exitcode == 0
 
 
 def test_one_build_at_a_time(cohort):

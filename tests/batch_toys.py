@@ -104,11 +104,9 @@ def processes_in(out: Path) -> list[psutil.Process]:
     return found
 
 
-def dask_worker(batch: subprocess.Popen) -> psutil.Process:
-    """The worker process of a local batch: the parent of the launcher."""
-    for process in psutil.Process(batch.pid).children(recursive=True):
-        parent = process.parent()
-        ours = "smartlab.batch.launcher" in process.cmdline()
-        if ours and parent is not None and "smartlab.batch.launcher" not in parent.cmdline():
-            return parent
+def launcher(batch: subprocess.Popen) -> psutil.Process:
+    """The process that all runs of a local batch are forked from."""
+    for process in psutil.Process(batch.pid).children():
+        if "smartlab.batch.launcher" in process.cmdline():
+            return process
     raise LookupError("no launcher yet")

@@ -11,13 +11,13 @@ import pytest
 
 import smartlab as sl
 from smartlab.batch import expand, load_plan, load_runs, run_batch
-from tests.batch_toys import attempts, dask_worker, ended, processes_in, start, wait_for, write_plan
+from tests.batch_toys import attempts, ended, launcher, processes_in, start, wait_for, write_plan
 
 PATIENT = {"memory": 0.1, "minutes": 10}
 
 
 @pytest.mark.slow
-def test_a_batch_survives_the_death_of_its_worker_and_of_itself(tmp_path):
+def test_a_batch_survives_the_death_of_its_launcher_and_of_itself(tmp_path):
     grid = {"x": [0, 1, 2, 3], "kind": ["a", "b"]}
     path = write_plan(
         tmp_path, grid=grid, parameters={"wait": 0.2, "fail": "3b1"}, seeds=2, resources=PATIENT
@@ -25,8 +25,8 @@ def test_a_batch_survives_the_death_of_its_worker_and_of_itself(tmp_path):
     out = tmp_path / "out"
     batch = start(path, out, "--workers", "2")
     wait_for(lambda: ended(out) >= 3, what="three runs")
-    dask_worker(batch).kill()
-    wait_for(lambda: ended(out) >= 7, what="runs after the worker's death")
+    launcher(batch).kill()
+    wait_for(lambda: ended(out) >= 7, what="runs after the launcher's death")
     batch.kill()
     batch.wait(30)
     wait_for(lambda: not processes_in(out), 20, "orphans to end")

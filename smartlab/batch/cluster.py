@@ -119,7 +119,8 @@ def connect(runs: Sequence[BatchRun], workers: int | None, scheduler: str | None
             n_workers=1,
             threads_per_worker=at_once,
             processes=False,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # these show numbers and take no orders
+            worker_dashboard_address="127.0.0.1:0",
             resources=has,
             memory_limit=None,
             silence_logs=logging.CRITICAL,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from smartlab.data.manifest import Case, LabelValue
 
 MISSING = {
+    "",
     "na",
     "n/a",
     "nan",
@@ -30,12 +32,13 @@ MISSING = {
     "--",
     ".",
 }
+SHOWN = 20  # problems of a file told at once
 _LESION = ("center_mm", "box_mm", "diameter_mm", "frame")
 
 
 def says_missing(text: str) -> bool:
     """Whether a value is one of the usual words for having none."""
-    return text.strip().lower() in MISSING
+    return text.strip().casefold() in MISSING
 
 
 def cases_to_csv(cases: list[Case]) -> str:
@@ -82,24 +85,53 @@ def cases_from_csv(path: Path, labels: dict[str, Any]) -> list[dict[str, Any]]:
     return cases
 
 
-def read_rows(path: Path, separator: str | None = None) -> list[tuple[int, dict[str, str]]]:
-    """(line, column -> text) of a CSV as spreadsheets write it, with a byte order mark, semicolons, empty rows or not."""
+Row = tuple[int, dict[str, str]]  # line in the file, column -> text
+
+
+def read_rows(path: Path, separator: str | None = None) -> list[Row]:
+    """The rows of a CSV as spreadsheets write it: byte order mark, semicolons, tabs, empty rows or not."""
+    raw = path.read_bytes()
+    if raw[:2] == b"PK":
+        raise DataError("is a workbook, not a CSV", path=path, fix="save it as CSV UTF-8")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            head = file.readline().strip()
-            separator = separator or next((s for s in ";\t" if "id" in head.replace('"', "").split(s)), ",")
-            file.seek(0)
-            reader = csv.DictReader(file, delimiter=separator)
-            rows = [(reader.line_num, row) for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError("is not a CSV in UTF-8", path=path, found=error, fix="save it as CSV UTF-8") from None
-    for line, row in rows:
-        if any(row.pop(None, [])):  # type: ignore[call-overload]
-            raise DataError(
-                "has more cells than columns", path=path, found=f"line {line}", fix="quote texts with commas"
-            )
-    texts = [(line, {name: text or "" for name, text in row.items()}) for line, row in rows]
-    return [(line, row) for line, row in texts if "".join(row.values()).strip()]
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise DataError(
+            "is not a CSV in UTF-8", path=path, found=f"line {line}", fix="save it as CSV UTF-8"
+        ) from None
+    separator = separator or max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+        lines = [(reader.line_num, cells) for cells in reader if "".join(cells).strip()]
+    except csv.Error as error:
+        raise DataError("is not a CSV", path=path, found=f"line {reader.line_num}: {error}") from None
+    while columns and not columns[-1]:
+        columns.pop()
+    again = Counter(map(str.casefold, columns))
+    problems = [f"column {name!r} is there {n} times" for name, n in again.items() if name and n > 1]
+    problems += ["a column has no name"] if "" in columns else []
+    problems += [
+        f"line {line} has {len(cells)} cells for {len(columns)} columns: quote texts with commas"
+        for line, cells in lines
+        if any(cells[len(columns) :])
+    ]
+    if problems:
+        raise all_at_once("is no table", path, problems)
+    width = len(columns)
+    return [(line, dict(zip(columns, (cells + [""] * width)[:width], strict=True))) for line, cells in lines]
+
+
+def all_at_once(what: str, path: Path, problems: list[str]) -> DataError:
+    """One error of everything that is wrong in a file."""
+    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return DataError(
+        what,
+        path=path,
+        found="; ".join([*problems[:SHOWN], *more]),
+        fix="correct the table, nothing was written",
+    )
 
 
 def _nested(row: dict[str, str], labels: dict[str, Any]) -> dict[str, Any]:

@@ -28,14 +28,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from smartlab.data.case_table import cases_from_csv, cases_to_csv
+from smartlab.data.case_table import SHOWN, cases_from_csv, cases_to_csv
 from smartlab.errors import DataError, UseError
 
 if TYPE_CHECKING:
     from smartlab.data.readers import Volume
 
 LabelValue = int | float | str | list[str] | list[float] | None
-SHOWN = 20  # problems told at once
 UID = re.compile(r"^[0-9]+(\.[0-9]+)+$")
 
 

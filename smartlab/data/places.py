@@ -6,6 +6,8 @@ import contextlib
 import os
 from pathlib import Path
 
+KEYS = "smartlab_keys.csv"  # beside the user's own images: which key in results is which case
+
 
 def cache_folder() -> Path:
     """Where phantoms and stores go when the configuration names no place."""

@@ -7,7 +7,6 @@ was made from them is known. Public cohorts must be on disk: `smartlab data fetc
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -21,8 +20,6 @@ from smartlab.data.places import cache_folder, remembered_store
 from smartlab.data.privacy import salt
 from smartlab.data.store import Store, build_store, open_store
 from smartlab.errors import UseError
-
-SCANS = "smartlab.data.scan"  # named, not imported: it is needed for folders without a manifest only
 
 
 def find_data(
@@ -58,11 +55,9 @@ def name_data(
 
 
 def _scanned(folder: Path, progress: bool) -> Manifest:
-    try:
-        scan = importlib.import_module(SCANS)
-    except ModuleNotFoundError:
-        return load_manifest(folder)  # which says what is missing
-    return scan.scan_folder(folder, progress=progress)
+    from smartlab.data.scan import scan_folder  # it imports what opens every format
+
+    return scan_folder(folder, progress=progress)
 
 
 def _home(path: Path, man: Manifest) -> Path | None:

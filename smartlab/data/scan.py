@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from smartlab.data.manifest import Case, Manifest, Source, load_manifest
+from smartlab.data.places import KEYS
 from smartlab.data.png_stacks import natural, scan_png_stacks
 from smartlab.data.request import files_of
 from smartlab.data.scan_files import MAMMOGRAM, PICTURE, SERIES, Contents, Found, look_into
@@ -122,7 +123,7 @@ def scan(
     """`scan_folder` with its report."""
     root, out = Path(folder), None if out is None else Path(out)
     _check_request(root, labels, out)
-    ignore = {root / "manifest.json", *(Path(p) for p in (labels, out) if p)}
+    ignore = {root / "manifest.json", root / KEYS, *(Path(p) for p in (labels, out) if p)}
     ignore |= {root / path.resolve().relative_to(root.resolve()) for path in ignore if _below(path, root)}
     contents = look_into(root, ignore, progress)
     report = ScanReport(Manifest(name=slug(root.resolve().name) or "own-data"), root, left=contents.left)

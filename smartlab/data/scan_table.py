@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -19,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from smartlab.data.manifest import SHOWN, Case, LabelSpec, LabelValue
+from smartlab.data.case_table import Row, all_at_once, read_rows, says_missing
+from smartlab.data.manifest import Case, LabelSpec, LabelValue
 from smartlab.data.scan_files import hashed_patient
 from smartlab.errors import DataError
 
-MISSING = {"", "na", "n/a", "nan", "null", "none", "-", "--", ".", "?", "unknown", "missing"}
 PATIENT = re.compile(r"(patient|subject|person)([_ -]?(id|no|nr|number|name|key))?|mrn|pid", re.IGNORECASE)
 PRIVATE = re.compile(
     r"((first|last|file|image|scan|case)[_ -]?)?name|surname|(.*[_ -])?u?id|.*birth.*|dob|(e[_ -]?)?mail|address"
@@ -43,9 +42,6 @@ MOST_CLASSES, LONGEST = 20, 40  # what is more, or longer, is text
 AN_ID = 10_000  # whole numbers from here on, all different, are identifiers
 
 
-Row = tuple[int, dict[str, str]]  # line in the file, column -> text
-
-
 @dataclass
 class Joined:
     """Cases with what a table says of them, what its labels are, and (what, reason) of what was not taken."""
@@ -62,7 +58,7 @@ class Joined:
 
     def texts(self, column: str) -> dict[str, str]:
         """Case id -> what the table has in a column, where it has something."""
-        return {case: row[column] for case, (_, row) in self.own.items() if not _missing(row[column])}
+        return {case: row[column] for case, (_, row) in self.own.items() if not says_missing(row[column])}
 
     def line(self, column: str, text: str) -> int:
         return next(line for line, row in self.own.values() if row[column] == text)
@@ -78,7 +74,15 @@ class Joined:
 
 def join_table(path: Path, root: Path, cases: list[Case]) -> Joined:
     """The cases with the labels, splits and patients of a table."""
-    columns, rows = read_rows(path)
+    rows = [(line, {name: text.strip() for name, text in row.items()}) for line, row in read_rows(path)]
+    columns = list(rows[0][1]) if rows else []
+    if len(columns) < 2:
+        raise DataError(
+            "is no table of labels",
+            path=path,
+            found=f"{len(columns)} columns, {len(rows)} rows",
+            expected="a column that names the scans, one for each label, and a row for each scan or patient",
+        )
     finder = _Finder(path, root, cases)
     key = max(columns, key=lambda column: _coverage(finder, [row[column] for _, row in rows]))
     problems: list[str] = []
@@ -100,67 +104,10 @@ def join_table(path: Path, root: Path, cases: list[Case]) -> Joined:
         reasons = [f"{what}: {why}" for what, why in joined.left if what.startswith("column")]
         problems.append("no column is a label: " + ("; ".join(reasons) or "there is none beside the key"))
     if problems:
-        raise _all_at_once(path, problems)
+        raise all_at_once("cannot be joined to the scans", path, problems)
     _time_to_event(joined)
     joined.finish()
     return joined
-
-
-# ---- the file ------------------------------------------------------------------------------------
-
-
-def read_rows(path: Path) -> tuple[list[str], list[Row]]:
-    """Columns and rows of a CSV: UTF-8 with or without byte order mark, commas, semicolons or tabs."""
-    raw = path.read_bytes()
-    if raw[:2] == b"PK":
-        raise DataError("is a workbook, not a CSV", path=path, fix="save it as CSV UTF-8")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise DataError("is not UTF-8", path=path, found=f"line {line}", fix="save it as CSV UTF-8") from None
-    first = next(iter(text.splitlines()), "")
-    delimiter = max(",;\t", key=first.count)
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=delimiter)
-    columns = [name.strip() for name in next(reader, [])]
-    while columns and not columns[-1]:
-        columns.pop()
-    again = [name for name, count in Counter(map(str.casefold, columns)).items() if count > 1]
-    problems = [
-        f"column {name!r} is there {columns.count(name) or 'twice in two spellings'} times" for name in again
-    ]
-    problems += ["a column has no name"] if "" in columns else []
-    rows = []
-    for cells in reader:
-        cells = [cell.strip() for cell in cells]
-        if not any(cells):
-            continue
-        if any(cells[len(columns) :]):
-            problems.append(f"line {reader.line_num} has {len(cells)} cells for {len(columns)} columns")
-        cells += [""] * (len(columns) - len(cells))
-        rows.append((reader.line_num, dict(zip(columns, cells, strict=False))))
-    if problems:
-        raise _all_at_once(path, problems)
-    if len(columns) < 2 or not rows:
-        raise DataError(
-            "is no table of labels",
-            path=path,
-            found=f"{len(columns)} columns, {len(rows)} rows",
-            expected="a column that names the scans, one for each label, and a row for each scan or patient",
-        )
-    return columns, rows
-
-
-def _all_at_once(path: Path, problems: list[str]) -> DataError:
-    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-    found = "; ".join([*problems[:SHOWN], *more])
-    return DataError(
-        "cannot be joined to the scans", path=path, found=found, fix="correct the table, nothing was written"
-    )
-
-
-def _missing(text: str) -> bool:
-    return text.casefold() in MISSING
 
 
 # ---- rows and scans ------------------------------------------------------------------------------
@@ -178,7 +125,7 @@ class _Finder:
 
     def find(self, text: str) -> list[Case]:
         """The cases a text can mean."""
-        if _missing(text):
+        if says_missing(text):
             return []
         found = self.by_name.get(_plain(text)) or self.by_name.get(hashed_patient(text))
         if not found and re.search(r"[\\/]", text):

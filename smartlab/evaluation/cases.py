@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from smartlab.data.manifest import Manifest, load_manifest
+from smartlab.data.places import KEYS
 from smartlab.data.png_stacks import explain, read_stack
 from smartlab.data.privacy import hashed, salt, scrub
 from smartlab.data.store import Store
@@ -51,9 +52,6 @@ def scan_rows(store: Store, images: Sequence[int], manifest: Manifest, by: str) 
             "rows": [[place[i] for i in dict.fromkeys(own.image)] for _, own in groups],
         }
     )
-
-
-KEYS = "smartlab_keys.csv"
 
 
 def write_keys(manifest: Manifest, root: Path) -> str | None:

@@ -154,7 +154,7 @@ def test_a_case_table_is_read_as_spreadsheets_write_it(tmp_path, separator, mark
 @pytest.mark.parametrize(
     ("table", "hint"),
     [
-        (b"id,patient\na,p\nb,q,r,s\n", "more cells than columns.*line 3"),
+        (b"id,patient\na,p\nb,q,r,s\n", "line 3 has 4 cells for 2 columns"),
         (b"id,patient\na,p\n\n,q\n", "no id.*line 4"),
         (b"id,image\na,a.nii\n", "no patient.*line 2"),
         ("id,patient\né,p\n".encode("latin-1"), "not a CSV in UTF-8.*CSV UTF-8"),

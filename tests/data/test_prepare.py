@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +11,7 @@ from typer.testing import CliRunner
 import smartlab as sl
 from smartlab import cli
 from smartlab.config import DataConfig
-from smartlab.data import prepare
+from smartlab.data import prepare, scan
 from smartlab.data.prepare import find_data, locate_images, prepare_store
 from smartlab.errors import UseError
 from tests.data.store_cohort import make_cohort, manifest, snapshot
@@ -65,14 +63,10 @@ def test_a_manifest_is_found_by_its_folder_its_file_and_from_elsewhere(scans, tm
         locate_images(DataConfig(manifest=str(tmp_path / "elsewhere" / "m.json")))
 
 
-def test_a_folder_without_a_manifest_is_scanned_or_says_how_to(scans, monkeypatch):
+def test_a_folder_without_a_manifest_is_scanned(scans, monkeypatch):
     folder, man = scans
-    monkeypatch.setitem(sys.modules, prepare.SCANS, None)
-    with pytest.raises(UseError, match=r"no manifest\.json in this folder.*smartlab data scan"):
-        find_data(folder)
     asked = []
-    fake = SimpleNamespace(scan_folder=lambda place, progress: asked.append(place) or man)
-    monkeypatch.setitem(sys.modules, prepare.SCANS, fake)
+    monkeypatch.setattr(scan, "scan_folder", lambda place, progress: asked.append(place) or man)
     made, root = locate_images(DataConfig(manifest=str(folder)), progress=False)
     assert made.cases == man.cases and root == folder and asked == [folder]
 

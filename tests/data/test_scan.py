@@ -347,7 +347,7 @@ def a_workbook(folder):
     return with_table(folder, "PK\3\4", encoding="latin-1")
 
 
-@wrong("is not UTF-8", "line 2", "CSV UTF-8", code=1)
+@wrong("is not a CSV in UTF-8", "line 2", "CSV UTF-8", code=1)
 def another_encoding(folder):
     return with_table(folder, "id,y\np1,für\n", encoding="latin-1")
 
@@ -488,6 +488,12 @@ def test_what_spreadsheets_save_is_read(folder):
     report = scan(folder.path, table, progress=False)
     assert [case.labels for case in report.manifest.cases] == [{"size": 1.5}, {"size": 70.0}, {"size": 2.0}]
     assert not report.left
+
+
+def test_the_keys_that_results_wrote_beside_the_scans_are_no_stray_file(folder):
+    folder.ct("p1.nii.gz")
+    (folder.path / "smartlab_keys.csv").write_text("case_key,case\n")
+    assert not scan(folder.path, progress=False).left
 
 
 def test_missing_values_are_no_class(folder):

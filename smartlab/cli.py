@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from smartlab.cli_batch import batch, results
 from smartlab.cli_data import WHAT, AsJson, Data, Place, one_of, say
 from smartlab.cli_data import data as data_commands
 from smartlab.errors import SmartlabError, UseError
+
+if TYPE_CHECKING:
+    from smartlab.config import Config
 
 app = typer.Typer(
     name="smartlab",
@@ -111,11 +114,24 @@ def pretrain(
     lines.append(
         f"resume with: smartlab pretrain {preset} … --out {out} --resume"
         if not run.finished
-        else f"finished; next: smartlab evaluate {out}"
+        else f"finished; next: {_judged_by(cfg, out)}"
     )
     say(
         as_json, {"out": str(out), "step": run.step, "finished": run.finished, "last": last}, "\n".join(lines)
     )
+
+
+def _judged_by(config: Config, out: Path) -> str:
+    """The command that judges a run by what its own data tell: a label, masks, or nothing at all."""
+    from smartlab.data.prepare import name_data
+
+    man = name_data(config.data.manifest, config.data.root, progress=False)[0]
+    label = next((name for name, spec in man.labels.items() if spec.kind in ("binary", "multiclass")), None)
+    if label:
+        return f"smartlab evaluate {out} --label {label}"
+    if any(case.masks or case.label_map for case in man.cases):
+        return f"smartlab finetune {out} --task segment"
+    return f"smartlab evaluate {out} --task heads"
 
 
 @app.command(epilog="Example: smartlab export runs/x --to monai --out encoder.pt")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 
+import smartlab as sl
 from smartlab import cli
 
 PHANTOM = ["data", "phantom", "ct", "--n", "1"]
@@ -36,3 +38,21 @@ def test_a_reader_that_has_read_enough_is_no_error():
     listing = f"{sys.executable} -m smartlab.cli data fetch ct-open --dry-run --json | head -1"
     done = subprocess.run(["bash", "-c", listing], capture_output=True, text=True)
     assert done.stdout.strip() == "{" and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("facts", "rest"),
+    [
+        (
+            {"labels": {"age": {"kind": "number"}, "response": {"kind": "binary"}}},
+            "evaluate a --label response",
+        ),
+        ({"masks": {"tumour": "m.nii.gz"}}, "finetune a --task segment"),
+        ({}, "evaluate a --task heads"),
+    ],
+)
+def test_what_comes_after_a_pretraining_fits_its_data(tmp_path, facts, rest):
+    case = {"id": "p", "patient": "p", "image": "p.nii.gz", "masks": facts.pop("masks", {})}
+    (tmp_path / "manifest.json").write_text(json.dumps({"name": "own", "cases": [case], **facts}))
+    config = sl.load_config("tiny", {"data.manifest": str(tmp_path)})
+    assert cli._judged_by(config, "a") == f"smartlab {rest}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -143,12 +143,18 @@ def data_verify(
     name: Named = None,
     data: Data = None,
     root: Place = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Instead: a built store, whose volumes are compared with their checksums."),
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 runs in this one.")] = 2,
     checksums: Annotated[bool, typer.Option(help="Also compare SHA-256 where the manifest has it.")] = True,
     tilt: Annotated[str, typer.Option(help="Gantry-tilted series: refuse, or correct.")] = "refuse",
     as_json: AsJson = False,
 ) -> None:
     """Check that every image exists, reads, has sane geometry and fits its labels and masks."""
+    if store is not None:
+        _verify_store(store, one_of(data, name, "the name"), as_json)
     from smartlab.data.verify import verify_manifest
 
     man, place = _located(name, data, root, as_json)
@@ -157,6 +163,22 @@ def data_verify(
     )
     say(as_json, result.as_json(), str(result))
     raise typer.Exit(0 if result.ok else 1)
+
+
+def _verify_store(store: Path, named: str | None, as_json: bool) -> NoReturn:
+    from smartlab.data.store import open_store
+
+    if named is not None:
+        raise UseError(
+            "--store is checked alone", found=f"--store {store} and {named}", fix="give one of them"
+        )
+    opened = open_store(store)
+    damaged = opened.verify(progress=not as_json)
+    fix = "delete these files and run the build again, which makes them anew"
+    told = [*(f"  {file}: not what was written" for file in damaged), *([fix] if damaged else [])]
+    text = "\n".join([f"store {store}: {len(opened)} images, {len(damaged)} damaged files", *told])
+    say(as_json, {"store": str(store), "ok": not damaged, "images": len(opened), "damaged": damaged}, text)
+    raise typer.Exit(1 if damaged else 0)
 
 
 @data.command(

@@ -24,7 +24,7 @@ from smartlab.data.jobs import Cohort
 from smartlab.data.manifest import Case, Manifest, load_manifest
 from smartlab.data.places import remember_store
 from smartlab.data.privacy import hashed, salt, scrub
-from smartlab.data.request import Failure, FlatSettings, Job, Outcome, Settings
+from smartlab.data.request import Failure, FlatSettings, Job, Outcome, Settings, cohort_state
 from smartlab.data.workers import Lost, draining, run_bounded
 from smartlab.errors import DataError, UseError
 
@@ -151,6 +151,9 @@ class _Build:
         self.failures: dict[int, tuple[Failure, ...]] = {}
         self.report = StoreReport(str(out), 0, 0, 0, 0, 0, 0, 0, False, 0)
         self.journal = index.Journal(out)
+        self.state = _state(
+            man, root, self.salt
+        )  # before any of it is read: what changes meanwhile is seen next time
 
     # ---- what is there already
 
@@ -182,9 +185,12 @@ class _Build:
     def pending(self, number: int) -> bool:
         """Whether this image needs work. Looks at names, sizes and times, reads no image."""
         job, row = self.cohort.job(number), self.stale.get(self.cohort.keys[number])
-        if not isinstance(job, Job) or row is None or row["request"] != job.request:
-            return True
-        if not files_present(self.out, row) or row["stat"] != job.stat:
+        try:
+            if not isinstance(job, Job) or row is None or row["request"] != job.request:
+                return True
+            if not files_present(self.out, row) or row["stat"] != job.stat:
+                return True
+        except OSError:  # a file that is there and cannot be looked at: the worker says why
             return True
         self._keep(number, row)
         self.failures[number] = lost_lesions(row)
@@ -251,6 +257,8 @@ class _Build:
             "complete": report.remaining == 0,
             "salt_check": salt_check(self.salt),
             "made_from": made_from(self.man, self.cohort.root, self.settings, self.salt),
+            "failed": report.failed,
+            "state": self.state,
             "settings": asdict(self.settings),
             "label_names": {
                 str(v): name for name, v in sorted(self.cohort.values.items(), key=lambda i: i[1])
@@ -331,6 +339,34 @@ def made_from(man: Manifest, root: Path, settings: Settings | FlatSettings, key:
     return hashed(key, "made from", json.dumps(facts))
 
 
+def _state(man: Manifest, root: Path, key: bytes) -> str | None:
+    state = cohort_state(man, root)
+    return None if state is None else hashed(key, "state", state)
+
+
+def is_current(out: Path, man: Manifest, root: Path, settings: Settings | FlatSettings) -> bool:
+    """Whether a build would change nothing here: told by names, sizes and times, in under a second for 10,000 images."""
+    header, key = index.read_header(out) or {}, salt()
+    wanted = {
+        "complete": True,
+        "failed": 0,
+        "format": settings.format,
+        "settings": asdict(settings),
+        "made_from": made_from(man, root, settings, key),
+        "state": _state(man, root, key),
+    }
+    if wanted["state"] is None or any(header.get(name) != value for name, value in wanted.items()):
+        return False
+    try:
+        with os.scandir(out / "volumes") as entries:
+            sizes = {f"volumes/{entry.name}": entry.stat().st_size for entry in entries}
+    except OSError:
+        return False
+    rows = index.read_lines(out, header, "images")
+    parts = [part for row in rows for part in (row, row["labels"]) if part]
+    return all(sizes.get(part["file"]) == part["bytes"] for part in parts)
+
+
 def settings_for(
     man: Manifest,
     spacing: float | None = None,
@@ -342,8 +378,8 @@ def settings_for(
     """How a store is built: mammograms and CT differ in what there is to say."""
     if man.modality == "MG":
         pixel_mm = man.source.parameters.get("pixel_mm")
-        return FlatSettings(float(spacing or 0.2), crop, labels, grey, pixel_mm)
-    return Settings(float(spacing or 2.0), crop, labels, tilt)
+        return FlatSettings(0.2 if spacing is None else float(spacing), crop, labels, grey, pixel_mm)
+    return Settings(2.0 if spacing is None else float(spacing), crop, labels, tilt)
 
 
 def _check_request(man: Manifest, root: Path, out: Path, spacing: float, workers: int) -> None:

@@ -51,6 +51,8 @@ _TAGS = [
     "ImageType",
     "GantryDetectorTilt",
     "LossyImageCompression",
+    "PatientID",
+    "StudyInstanceUID",
 ]
 
 
@@ -114,6 +116,7 @@ def read_dicom(
     """
     scan = scan_headers(path, modality, series, files)
     headers = _choose(scan, path, series, modality)
+    _check_one_series(scan, headers, path)
     planes = [plane for header in headers for plane in _planes(header, modality)]
     if path.is_file() and len(planes) == 1:
         raise DataError(
@@ -362,6 +365,34 @@ def _choose(scan: Scan, path: Path, series: str | None, modality: str) -> list[D
     if len(scan.volumes) > 1:
         raise several_series(path, [_info(headers, "volume") for headers in scan.volumes.values()])
     return next(iter(scan.volumes.values()))
+
+
+def _check_one_series(scan: Scan, headers: list[Dataset], path: Path) -> None:
+    """Refuse what one series UID holds of two patients or studies, and slices among which others were set aside."""
+    owners = {(str(h.get("PatientID", "") or ""), str(h.get("StudyInstanceUID", "") or "")) for h in headers}
+    if len(owners) > 1:
+        patients, studies = (len(set(ids)) for ids in zip(*owners, strict=True))
+        raise DataError(
+            "one series UID for slices of several patients or studies",
+            path=path,
+            found=f"{patients} patient ids, {studies} studies",
+            expected="one of each",
+            fix="separate them, each with a series UID of its own; an anonymiser may have given them one",
+        )
+    first = headers[0]
+    for kind, aside in scan.aside.items():
+        like = [h for h in aside if kind != "localizer" and _looks_like(h, first)]
+        if len(like) > max(2, len(headers) // 4):  # a page or two of screen shots are nothing unusual
+            raise DataError(
+                "slices of one series are of two kinds",
+                path=path,
+                found=f"{len(headers)} images and {len(like)} × {kind} of the same size",
+                fix="export the series again: without the others the scan would have gaps",
+            )
+
+
+def _looks_like(header: Dataset, slice_: Dataset) -> bool:
+    return all(header.get(name) == slice_.get(name) for name in ("SeriesInstanceUID", "Rows", "Columns"))
 
 
 def _notes(scan: Scan, headers: list[Dataset], tilt_degrees: float) -> list[str]:

@@ -7,7 +7,6 @@ frame by frame. Nothing is assumed: a missing position, spacing or rescale is an
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from itertools import groupby
@@ -75,10 +74,70 @@ _HU_TYPES = {
 }  # US is "unspecified", common on plain CT; a dose or iodine map is not HU
 
 
+_CODES = {  # of modalities, ImageType, PhotometricInterpretation and RescaleType; anything else may be somebody's name
+    *[
+        "CT",
+        "MR",
+        "PT",
+        "NM",
+        "US",
+        "CR",
+        "DX",
+        "MG",
+        "XA",
+        "RF",
+        "OT",
+        "SC",
+        "SEG",
+        "RTSTRUCT",
+        "RTDOSE",
+        "RTPLAN",
+        "RTIMAGE",
+        "SR",
+        "PR",
+        "KO",
+        "REG",
+        "DOC",
+        "ES",
+        "SM",
+        "PX",
+        "IO",
+    ],
+    *[
+        "ORIGINAL",
+        "DERIVED",
+        "PRIMARY",
+        "SECONDARY",
+        "AXIAL",
+        "LOCALIZER",
+        "VOLUME",
+        "NONE",
+        "OTHER",
+        "MIXED",
+        "RESAMPLED",
+        "MPR",
+        "MIP",
+        "REFORMATTED",
+    ],
+    *[
+        "HELIX",
+        "SUBTRACTION",
+        "AVERAGE",
+        "PROJECTION_IMAGE",
+        "MONOCHROME1",
+        "MONOCHROME2",
+        "RGB",
+        "YBR_FULL",
+        "YBR_FULL_422",
+        "YBR_ICT",
+    ],
+    *["YBR_RCT", "HU", "HU_MOD", "MGML", "Z_EFF", "ED", "EDW", "OD", "PCT", "TOMOSYNTHESIS"],
+}
+
+
 def coded(value: object) -> str:
-    """A header value that should be a code, as text; anything else is hidden, it may be free text."""
-    text = str(value or "unknown")
-    return text if re.fullmatch(r"[A-Z0-9_ ]{1,16}|unknown", text) else "unknown"
+    """A header value if it is a code that is known, else "unknown": it may be free text."""
+    return text if (text := str(value or "")) in _CODES else "unknown"
 
 
 def is_multiframe(header: Dataset) -> bool:
@@ -101,15 +160,16 @@ def planes_of(header: Dataset, modality: str) -> list[Plane]:
             expected="one MONOCHROME value per pixel",
             fix="give the original series, not a screen capture",
         )
-    if is_multiframe(header) and len(header.PerFrameFunctionalGroupsSequence) != frame_count(header):
+    frames, described = frame_count(header), len(header.get("PerFrameFunctionalGroupsSequence") or [])
+    if frames != described and (frames > 1 or is_multiframe(header)):
         raise DataError(
             "the frames and their descriptions do not match",
             path=file,
-            found=f"{len(header.PerFrameFunctionalGroupsSequence)} descriptions",
-            expected=f"{frame_count(header)} frames",
+            found=f"{described} descriptions",
+            expected=f"{frames} frames",
             fix="fetch the file again",
         )
-    return [_plane(header, file, frame, modality) for frame in range(frame_count(header))]
+    return [_plane(header, file, frame, modality) for frame in range(frames)]
 
 
 def _plane(header: Dataset, file: Path, frame: int, modality: str) -> Plane:

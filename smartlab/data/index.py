@@ -14,21 +14,20 @@ so a build that replaces them and is killed in between leaves the old store whol
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import io
 import json
 import os
 import re
-import time
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from smartlab.data.ingest import SUFFIX, write_bytes
 from smartlab.data.request import Failure
 from smartlab.errors import DataError, UseError
+from smartlab.files import LOCK, SUFFIX, held, write_bytes
 
 HEADER, JOURNAL, FAILURES = "store.json", "journal.jsonl", "failures.csv"
 Row = dict[str, Any]
@@ -41,13 +40,21 @@ _OURS = re.compile(
 def read_header(out: Path) -> Row | None:
     """store.json, or None where no build has finished or stopped in order."""
     try:
-        return json.loads((out / HEADER).read_text(encoding="utf-8"))
+        header = json.loads((out / HEADER).read_bytes())
+        told = header.pop("sha256", None)
+        if told not in (None, _hash_of(header)):  # None: of a version that wrote none
+            raise ValueError("its content is not what was written")
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise DataError(
             "is damaged", path=out / HEADER, found=error, fix="delete this file and build the store again"
         ) from None
+    return header
+
+
+def _hash_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Rows(Sequence[Row]):
@@ -67,7 +74,7 @@ class Rows(Sequence[Row]):
 
 
 def read_lines(out: Path, header: Row, part: str) -> Rows:
-    """The rows of "images" or "cases"."""
+    """The rows of "images" or "cases", compared with the hash that is in the name of their file."""
     path = out / header[part]["file"]
     try:
         data = path.read_bytes()
@@ -77,25 +84,30 @@ def read_lines(out: Path, header: Row, part: str) -> Rows:
             path=path,
             fix=f"delete {HEADER} and build the store again",
         ) from None
-    if len(data) != header[part]["bytes"]:
+    if path.name != _name_of(part, data):
+        whole = len(data) == header[part]["bytes"]
         raise DataError(
-            "part of the index is cut short",
+            f"part of the index is {'damaged' if whole else 'cut short'}",
             path=path,
-            found=f"{len(data)} bytes",
-            expected=header[part]["bytes"],
+            found="another content than was written" if whole else f"{len(data)} bytes",
+            expected=None if whole else header[part]["bytes"],
             fix=f"delete {HEADER} and build the store again",
         )
     return Rows(data)
+
+
+def _name_of(part: str, data: bytes) -> str:
+    return f"{part}-{hashlib.sha256(data).hexdigest()[:12]}.jsonl"
 
 
 def write_index(out: Path, header: Row, images: Sequence[Row], cases: Sequence[Row]) -> None:
     """Make these rows the store, at once."""
     for part, rows in (("images", images), ("cases", cases)):
         data = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode()
-        file = f"{part}-{hashlib.sha256(data).hexdigest()[:12]}.jsonl"
+        file = _name_of(part, data)
         write_bytes(out / file, data)
         header[part] = {"file": file, "bytes": len(data), "count": len(rows)}
-    write_bytes(out / HEADER, (json.dumps(header, indent=1) + "\n").encode())
+    write_bytes(out / HEADER, (json.dumps(header | {"sha256": _hash_of(header)}, indent=1) + "\n").encode())
 
 
 def write_failures(out: Path, failures: Iterable[tuple[int, Failure]]) -> None:
@@ -108,7 +120,7 @@ def write_failures(out: Path, failures: Iterable[tuple[int, Failure]]) -> None:
 
 
 class Journal:
-    """Rows as they are finished, one line each, on the disk before the next is asked for."""
+    """Rows as they are finished, one line each with its checksum, on the disk before the next is asked for."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / JOURNAL
@@ -119,7 +131,7 @@ class Journal:
             return []
         whole, _, _ = self.path.read_bytes().rpartition(b"\n")
         try:
-            return [json.loads(line) for line in whole.splitlines()]
+            return [_row_of(line) for line in whole.splitlines()]
         except ValueError as error:
             raise DataError(
                 "is damaged", path=self.path, found=error, fix="delete this file and build the store again"
@@ -127,13 +139,25 @@ class Journal:
 
     def start(self, rows: list[Row]) -> None:
         """Begin with these rows, and without a line cut short."""
-        write_bytes(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_bytes(self.path, b"".join(map(_line_of, rows)))
 
     def add(self, row: Row) -> None:
         with self.path.open("ab") as file:
-            file.write((json.dumps(row) + "\n").encode())
+            file.write(_line_of(row))
             file.flush()
             os.fsync(file.fileno())
+
+
+def _line_of(row: Row) -> bytes:
+    text = json.dumps(row).encode()
+    return b"%08x %b\n" % (zlib.crc32(text), text)
+
+
+def _row_of(line: bytes) -> Row:
+    told, _, text = line.partition(b" ")
+    if told != b"%08x" % zlib.crc32(text):
+        raise ValueError("a line is not what was written")
+    return json.loads(text)
 
 
 def clean(out: Path, rows: Iterable[Row]) -> int:
@@ -157,23 +181,11 @@ def clean(out: Path, rows: Iterable[Row]) -> int:
 
 @contextmanager
 def locked(out: Path, wait: float | None = None) -> Iterator[None]:
-    """One build at a time. A record lock: it dies with its process and is not inherited by workers."""
+    """One build at a time."""
     _check_place(out)
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        # in a batch, many runs want one store at once: the first builds it and the others wait
-        seconds = float(os.environ.get("SMARTLAB_STORE_WAIT", 10)) if wait is None else wait
-        until = time.monotonic() + seconds
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > until:
-                    raise DataError(
-                        "another build is writing this store", path=out, fix="wait for it, or end it first"
-                    ) from None
-                time.sleep(0.1)
+    # in a batch, many runs want one store at once: the first builds it and the others wait
+    seconds = float(os.environ.get("SMARTLAB_STORE_WAIT", 10)) if wait is None else wait
+    with held(out, "another build is writing this store", seconds):
         yield
 
 
@@ -184,7 +196,7 @@ def _check_place(out: Path) -> None:
     if not out.is_dir():
         raise UseError("is a file", path=out, expected="a folder for the store")
     names = {f.name for f in out.iterdir()}
-    if names and not names & {HEADER, JOURNAL, ".lock"}:
+    if names and not names & {HEADER, JOURNAL, LOCK}:
         raise UseError(
             "this folder holds other files and no store",
             path=out,

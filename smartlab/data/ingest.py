@@ -11,6 +11,7 @@ import base64
 import errno
 import hashlib
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,7 @@ from smartlab.data.readers import Volume, read_labels, read_volume
 from smartlab.data.request import Failure, FlatSettings, Job, LabelSource, Outcome
 from smartlab.data.resample import LabelPainter, Mask, resample, target_grid, to_hounsfield, uncovered
 from smartlab.errors import DataError
-
-SUFFIX = ".tmp"
+from smartlab.files import write_bytes
 
 # Blocks are what is decompressed, chunks are what is found in one step. 32³ int16 is 64 kB: source and
 # result stay in a 512 kB L2 cache, and a 128³ region on the block grid is 64 whole blocks, none
@@ -93,13 +93,12 @@ def _build(job: Job, content: str) -> dict[str, Any]:
 
     # a changed source or setting gives a new name: a store in use is never written over
     name = f"{job.key}-{hashed(job.salt, 'file', job.request + content)[:12]}"
-    file, size = write_array(
+    stored = write_array(
         job.out, f"volumes/{name}.b2nd", array, CT_CODEC | ({"clevel": 5} if job.phantom else {})
     )
     row = {
         "key": job.key,
-        "file": file,
-        "bytes": size,
+        **stored,
         "shape": list(array.shape),
         "spacing": list(spacing),
         "affine": [[float(v) for v in line] for line in affine],
@@ -177,7 +176,7 @@ def _masks(job: Job, volume: Volume) -> Iterable[Mask]:
 
 def _read_mask(source: LabelSource, volume: Volume) -> Volume:
     if source.series is None:
-        return read_labels(source.path, binary=source.value is not None)
+        return read_labels(source.path, binary=source.value is not None, on=volume)
     from smartlab.data.dicom_masks import read_mask
 
     return read_mask(source.path, volume, source.roi, series=source.series)
@@ -222,12 +221,11 @@ def _write_labels(
     for value, mask, placed in uncovered(masks):
         painter.paint(value, mask, placed)
     labels = painter.finish()
-    file, size = write_array(job.out, f"volumes/{name}.labels.b2nd", labels, LABEL_CODEC)
+    stored = write_array(job.out, f"volumes/{name}.labels.b2nd", labels, LABEL_CODEC)
     counts = np.bincount(labels.ravel(), minlength=256)
     voxels = {str(v): int(counts[v]) for v in np.flatnonzero(counts) if v}
     return {
-        "file": file,
-        "bytes": size,
+        **stored,
         "voxels": voxels,
         "array": hashlib.sha256(labels.tobytes()).hexdigest(),
     }
@@ -246,8 +244,8 @@ def _histogram(array: np.ndarray) -> dict[str, int]:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def write_array(out: Path, file: str, array: np.ndarray, codec: dict[str, Any]) -> tuple[str, int]:
-    """One contiguous blosc2 frame, written whole or not at all -> (file, bytes)."""
+def write_array(out: Path, file: str, array: np.ndarray, codec: dict[str, Any]) -> dict[str, Any]:
+    """One contiguous blosc2 frame, written whole or not at all -> its file, bytes and checksum."""
     is_flat = array.shape[2:] == (1,)
     frame = blosc2.asarray(
         array,
@@ -258,21 +256,10 @@ def write_array(out: Path, file: str, array: np.ndarray, codec: dict[str, Any]) 
         ),
     ).to_cframe()
     write_bytes(out / file, frame)
-    return file, len(frame)
+    return {"file": file, "bytes": len(frame), "crc32": zlib.crc32(frame)}
 
 
 SPLIT = blosc2.SplitMode.ALWAYS_SPLIT  # low and high bytes have their own Huffman codes: 1% smaller
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Atomic and durable: on the disk under a temporary name before the rename makes it count."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{SUFFIX}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def files_present(out: Path, row: dict[str, Any]) -> bool:
@@ -285,12 +272,18 @@ def files_present(out: Path, row: dict[str, Any]) -> bool:
 
 
 def _reason(job: Job, error: BaseException) -> str:
-    """The error in words that identify nobody: paths, ids, file names and header texts taken out."""
-    text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-    text = getattr(error, "public", text)  # readers keep header texts out of this form
-    words = {*job.words}
-    for source, files in job.sources.items():
-        words |= {str(source), str(source.resolve()), source.name}
-        for file in filter(Path.exists, files):
-            words |= {*Path(os.path.relpath(file, source)).parts} - {".."} | identifying_words(file)
-    return scrub(text, words, instead="<image>")
+    """The error in words that identify nobody: paths, ids, file names and header texts taken out.
+
+    Never raises: this is what keeps one image, whatever is wrong with it, from stopping the others.
+    """
+    try:
+        text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+        text = getattr(error, "public", text)  # readers keep header texts out of this form
+        words = {*job.words}
+        for source, files in job.sources.items():
+            words |= {str(source), str(source.resolve()), source.name}
+            for file in filter(Path.exists, files):
+                words |= {*Path(os.path.relpath(file, source)).parts} - {".."} | identifying_words(file)
+        return scrub(text, words, instead="<image>")
+    except Exception:  # without the words to take out, only the kind of error may be told
+        return f"{type(error).__name__}, on an image whose files cannot be looked through"

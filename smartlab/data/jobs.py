@@ -63,8 +63,11 @@ class Cohort:
                 outlines,
                 self.phantom,
             )
-        except SmartlabError as error:
-            return Failure(key, None, scrub(str(error), words, instead="<image>"))
+        except (
+            Exception
+        ) as error:  # a link that leads to itself, a folder that may not be read: only this image's
+            text = str(error) if isinstance(error, SmartlabError) else f"{type(error).__name__}: {error}"
+            return Failure(key, None, scrub(text, words, instead="<image>"))
 
     def _own_files(self, folder: Path, series: str | None) -> tuple[Path, ...] | None:
         """The files of a series that shares its folder, and damaged ones that may be of it; else None."""

@@ -15,8 +15,10 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from smartlab.errors import DataError, UseError
 
@@ -49,8 +51,8 @@ def salt() -> bytes:
     except OSError as error:
         key, reason = b"", error.strerror
     else:
-        reason = "an empty file"
-    if not key:  # hashing without a salt would look the same and hide nothing
+        reason = f"{len(key)} characters" if key else "an empty file"
+    if len(key) < SHORTEST:  # hashing with none, or one found by trying, would look the same and hide nothing
         raise DataError(
             "the salt cannot be kept here",
             path=path,
@@ -105,13 +107,29 @@ def identifying_words(path: Path) -> set[str]:
     files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
     for file in files:
         words |= {file.name, *file.relative_to(path).parts}
-        try:
-            header = pydicom.dcmread(file, stop_before_pixels=True)
-        except Exception:  # not DICOM, or too damaged to hold a header: nothing to learn from it
-            continue
-        for element in header.iterall():
-            if element.VR in _TEXT_VR:
-                for value in element.value if element.VM > 1 else [element.value]:
-                    # a name appears whole, or by its parts: DOE^JOHN, John Doe
-                    words |= {str(value), *re.split(r"[\^=\s]+", str(value) if element.VR == "PN" else "")}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they would print header values
+            try:
+                header = pydicom.dcmread(file, stop_before_pixels=True)
+            except Exception:  # not DICOM, or too damaged to hold a header: nothing to learn from it
+                continue
+            for text, name in _texts(header):  # a name appears whole, or by its parts: DOE^JOHN, John Doe
+                words |= {text, *(re.split(r"[\^=\s]+", text) if name else [])}
     return {word for word in words if word}
+
+
+def _texts(header: Any) -> Iterator[tuple[str, bool]]:
+    """(text, whether it is a name) of every element; one too damaged to parse gives its bytes as they are."""
+    for tag in list(header.keys()):
+        try:
+            element = header[tag]
+            items, value = (element.value, []) if element.VR == "SQ" else ([], element.value)
+            values = value if element.VM > 1 else [value]
+            texts = [str(one) for one in values] if element.VR in _TEXT_VR else []
+        except Exception:
+            raw = getattr(header.get_item(tag), "value", None)
+            yield (raw.decode("latin-1") if isinstance(raw, bytes) else ""), True
+            continue
+        for item in items:
+            yield from _texts(item)
+        yield from ((text, element.VR == "PN") for text in texts)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -24,11 +25,21 @@ from typing import Any
 import numpy as np
 
 from smartlab.data.grid import AIR, LPS_TO_RAS, check_affine, clip_notes, ras_grid, to_int16, to_ras
-from smartlab.errors import DataError, UseError
+from smartlab.errors import DataError, SmartlabError, UseError
 
 NIFTI, ITK = (".nii", ".nii.gz"), (".nrrd", ".nhdr", ".mhd", ".mha")
 _NIFTI_START = 1 << 16  # bytes that hold the header of a NIfTI with its extensions
+LARGEST_GB = 8.0  # of one image unpacked; SMARTLAB_LARGEST_GB overrides it
+_USUAL_HEADER, LONGEST_HEADER = 1 << 14, 1 << 20  # bytes of the text header of a NRRD or MetaImage
 _UNIT_MM = {1: 1000.0, 3: 0.001}  # NIfTI codes for metre and micron; 2 is mm, 0 unknown and taken as mm
+_SPACES = {
+    "left-posterior-superior",
+    "lps",
+    "right-anterior-superior",
+    "ras",
+    "left-anterior-superior",
+    "las",
+}
 
 
 @dataclass(frozen=True)
@@ -122,11 +133,12 @@ def read_volume(
     return _finish(array, affine, path, modality, notes + clip_notes(below, above, floor))
 
 
-def read_labels(path: str | Path, *, binary: bool = False) -> Volume:
+def read_labels(path: str | Path, *, binary: bool = False, on: Volume | None = None) -> Volume:
     """Read a label image (any of the non-DICOM formats) on the same RAS+ convention.
 
     Values are kept: uint8 where they fit, else int16. Whole numbers stored as floats are accepted.
     binary: it is the mask of one structure; several values are refused rather than taken for one.
+    on:     the scan it was drawn on; a grid that is not that scan's is refused.
     """
     path = Path(path)
     with _opening(path):
@@ -158,7 +170,26 @@ def read_labels(path: str | Path, *, binary: bool = False) -> Volume:
         )
     if array.min() >= 0 and array.max() <= 255:
         array = array.astype(np.uint8)
-    return _finish(array, affine, path, "SEG", notes)
+    labels = _finish(array, affine, path, "SEG", notes)
+    if on is not None:
+        check_same_grid(path, labels, on)
+    return labels
+
+
+def check_same_grid(place: str | Path, labels: Volume, scan: Volume) -> None:
+    """Refuse labels that do not lie, voxel on voxel, where the scan lies."""
+    if labels.shape != scan.shape:
+        found, expected = ("×".join(map(str, one.shape)) for one in (labels, scan))
+        raise DataError("is not on the image's grid", path=place, found=found, expected=expected)
+    corners = np.array([[0, 0, 0], scan.shape])
+    apart = np.abs(labels.to_world(corners) - scan.to_world(corners)).max()
+    if apart > 0.5 * min(scan.spacing):
+        raise DataError(
+            "does not lie where the image lies",
+            path=place,
+            found=f"{apart:.2f} mm apart",
+            expected="the same affine",
+        )
 
 
 def read_grid(path: str | Path) -> Volume:
@@ -186,7 +217,7 @@ def empty(shape: tuple[int, ...], dtype: Any = np.int16) -> np.ndarray:
 
 @contextmanager
 def _opening(path: Path) -> Iterator[None]:
-    """Permissions, broken disks and vanished mounts, as errors that name the path."""
+    """Permissions, broken disks, vanished mounts and what libraries raise on damage, as errors that name the path."""
     try:
         yield
     except OSError as error:
@@ -195,6 +226,15 @@ def _opening(path: Path) -> Iterator[None]:
             path=path,
             found=error.strerror or type(error).__name__,
             fix="check its permissions and the disk it is on",
+        ) from error
+    except (SmartlabError, MemoryError):
+        raise
+    except Exception as error:  # its words may be those of a header: only its kind is told
+        raise DataError(
+            "damaged in a way that is not foreseen",
+            path=path,
+            found=type(error).__name__,
+            fix="fetch it again, or export it again from its source",
         ) from error
 
 
@@ -242,11 +282,11 @@ def _check_grid(shape: tuple[int, ...], affine: np.ndarray, path: Path) -> None:
 
 
 def _check_hounsfield(values: np.ndarray, path: Path) -> list[str]:
-    """Refuse images scaled to about 0–1; note those without any negative value."""
+    """Refuse fractions within a few HU (scaled to 0–1, or z-scored); note images without any negative value."""
     if values.dtype.kind not in "fiu":
         return []
     low, high = values.min(), values.max()
-    if values.dtype.kind == "f" and -1.5 <= low < high <= 1.5 and (values != np.rint(values)).any():
+    if values.dtype.kind == "f" and -20 <= low < high <= 20 and (values != np.rint(values)).any():
         raise DataError(
             "values are not Hounsfield units",
             path=path,
@@ -287,14 +327,15 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """sform, else qform, as nibabel does; units as SimpleITK does."""
     raw = path.read_bytes()
     if raw[:2] == b"\x1f\x8b":
-        try:  # in one go: also verifies the checksum at the end, which a lazy reader never reaches
-            raw = gzip.decompress(raw)
-        except (EOFError, OSError, zlib.error) as error:
+        try:
+            raw = _unpack(raw, path)
+        except zlib.error as error:
             raise _cut(path, f"gzip data that do not unpack ({error})") from error
     image, affine, notes = _parse_nifti(raw, path)
-    dtype, shape = image.get_data_dtype(), image.shape
-    needed = int(image.dataobj.offset) + math.prod(shape) * dtype.itemsize
-    if len(raw) < needed:
+    dtype, needed = image.get_data_dtype(), _bytes_of(image)
+    if (
+        len(raw) != needed
+    ):  # also with too many: were a size in the header damaged, all slices would be cut wrong
         raise _cut(path, f"{len(raw)} bytes where the header promises {needed}")
     if dtype.kind not in "iuf":  # RGB is a structured type, complex is complex: to_int16 says so
         return np.zeros((2, 2, 2), dtype), affine, notes
@@ -303,6 +344,38 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
         affine,
         notes,
     )
+
+
+def _unpack(packed: bytes, path: Path) -> bytes:
+    """A gzip file unpacked whole, its checksum compared; never more than the header in it promises and a byte."""
+    start = zlib.decompressobj(31).decompress(packed, _NIFTI_START)
+    room, parts = _bytes_of(_parse_nifti(start, path)[0]) + 1, []
+    while packed and room > 0:  # a file that was packed in parallel has several members
+        member = zlib.decompressobj(31)
+        parts.append(member.decompress(packed, room))
+        room -= len(parts[-1])
+        if room > 0 and not member.eof:
+            raise zlib.error("they break off")
+        packed = member.unused_data.lstrip(b"\0")
+    return b"".join(parts)
+
+
+def _bytes_of(image: Any) -> int:
+    """Bytes of a NIfTI file with this header, unpacked."""
+    return int(image.dataobj.offset) + math.prod(image.shape) * image.get_data_dtype().itemsize
+
+
+def _check_size(needed: float, path: Path) -> None:
+    """Refuse what a damaged header makes of a small file before memory is asked for it."""
+    most = float(os.environ.get("SMARTLAB_LARGEST_GB", LARGEST_GB))
+    if needed > most * 1e9:
+        raise DataError(
+            "is larger than any scan",
+            path=path,
+            found=f"{needed / 1e9:.1f} GB by its header",
+            expected=f"at most {most:g} GB",
+            fix=f"if it is that large and the memory suffices, set SMARTLAB_LARGEST_GB={needed / 1e9:.0f}",
+        )
 
 
 def _nifti_header(path: Path) -> tuple[tuple[int, ...], Any, np.ndarray, list[str]]:
@@ -315,8 +388,8 @@ def _nifti_header(path: Path) -> tuple[tuple[int, ...], Any, np.ndarray, list[st
         raise _cut(path, f"gzip data that do not unpack ({error})") from error
     image, affine, notes = _parse_nifti(raw, path)
     dtype = image.get_data_dtype()
-    needed = int(image.dataobj.offset) + math.prod(image.shape) * dtype.itemsize
-    if not compressed and (size := path.stat().st_size) < needed:
+    needed = _bytes_of(image)
+    if not compressed and (size := path.stat().st_size) != needed:
         raise _cut(path, f"{size} bytes where the header promises {needed}")
     if dtype.kind not in "iuf":
         to_int16(np.zeros((2, 2, 2), dtype), path)  # says what is wrong with it
@@ -340,7 +413,7 @@ def _parse_nifti(raw: bytes, path: Path) -> tuple[Any, np.ndarray, list[str]]:
         header = kind.header_class(raw[:size], check=False)  # before nibabel repairs it
         pixdim = np.array(header["pixdim"][1:4], float)
         codes = int(header["sform_code"]), int(header["qform_code"])
-        image = kind.from_bytes(raw)
+        image: Any = kind.from_bytes(raw)
         affine = np.array(image.affine, float)
         apart = _forms_apart(image) if all(codes) else 0.0
         if min(image.shape, default=0) < 1:
@@ -348,6 +421,15 @@ def _parse_nifti(raw: bytes, path: Path) -> tuple[Any, np.ndarray, list[str]]:
     except Exception as error:
         raise DataError("not a valid NIfTI file", path=path, found=error, fix="fetch it again") from error
     _check_nifti_header(path, pixdim, codes)
+    _check_size(_bytes_of(image), path)
+    if (first := int(image.dataobj.offset)) < size + 4:
+        raise DataError(
+            "the voxels begin inside the header",
+            path=path,
+            found=f"vox_offset {first}",
+            expected=f"at least {size + 4}",
+            fix="fetch it again, or correct vox_offset",
+        )
     notes = []
     if not apart <= 0.5 * np.abs(pixdim).min():
         notes.append(f"sform and qform place the image up to {apart:.1f} mm apart; sform used")
@@ -427,6 +509,8 @@ def _itk_reader(path: Path) -> Any:
             expected="three axes, one value per voxel",
             fix="give the original scan; split a 4D image into one file per time point",
         )
+    bits = re.search(r"(\d+)-bit", sitk.GetPixelIDValueAsString(reader.GetPixelID()))
+    _check_size(math.prod(reader.GetSize()) * int(bits[1] if bits else 64) / 8, path)
     return reader
 
 
@@ -437,12 +521,90 @@ def _itk_affine(image: Any) -> np.ndarray:
     return LPS_TO_RAS @ affine
 
 
+def data_files(path: Path) -> list[Path]:
+    """The files beside a NRRD or MetaImage header that hold its voxels; none where they follow the header."""
+    return _text_header(path)[1]
+
+
+def _text_header(path: Path) -> tuple[str, list[Path]]:
+    """(header, its data files), every way to name other files refused that SimpleITK would take.
+
+    MetaIO takes any field whose name begins with ElementDataFile, behind "=" or ":"; teem takes "data file" in
+    any case. So the field must be there once, in its plain form, before the header ends.
+    """
+    meta = path.suffix.lower() in (".mhd", ".mha")
+    with path.open("rb") as stream:
+        raw = stream.read(_USUAL_HEADER)
+        ends = re.search(rb"(?i)elementdatafile" if meta else rb"\n\r?\n", raw) and b"LIST" not in raw
+        if not ends or path.suffix.lower() == ".mhd":
+            raw += stream.read(LONGEST_HEADER)
+        more = bool(stream.read(1))
+    start = raw.decode("latin-1").replace("\r\n", "\n").replace("\r", "\n")
+    text, blank, _ = (start, "", "") if meta else start.partition("\n\n")
+    named = list(
+        re.finditer("ElementDataFile" if meta else r"^[ \t]*data ?file", text, re.IGNORECASE | re.MULTILINE)
+    )
+    plain = re.compile(r"^ElementDataFile *=(.*)$" if meta else r"^data ?file:(.*)$", re.MULTILINE)
+    field = plain.search(text)
+    header = text[: field.start()] if field and meta else text
+    strange = [line for line in header.splitlines() if meta and line.strip() and not re.search("[=:]", line)]
+    if strange or len(named) > 1 or (named and (field is None or field.start() != named[0].start())):
+        raise DataError(
+            "the header names its voxel data in a way that is not clear",
+            path=path,
+            found="; ".join(text[one.start() :].splitlines()[0][:60] for one in named) or strange[0][:60],
+            expected=f"one line {'ElementDataFile = …' if meta else 'data file: …'}",
+            fix="write the header again",
+        )
+    if more and not (field if meta else blank):
+        raise DataError(
+            "the header is too long",
+            path=path,
+            expected=f"its end within {LONGEST_HEADER} bytes",
+            fix="fetch it again",
+        )
+    name = field.group(1).strip() if field else ""
+    if field is None or (meta and name in ("LOCAL", "Local", "local")):
+        return text, []
+    listed = name.split()[:1] == ["LIST"]
+    names = [line.strip() for line in text[field.end() :].splitlines() if line.strip()] if listed else [name]
+    return text, [file for one in names for file in _beside(path, one)]
+
+
+def _beside(path: Path, name: str) -> list[Path]:
+    """The data files that a header means by a name; links are followed, and none may leave the header's folder."""
+    away = Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name
+    pattern, *numbers = name.split() or [""]
+    files = [] if away else [path.parent / name]
+    if not away and "%" in pattern and numbers:  # slices by number: name%03d.raw 1 20 1
+        slices = re.compile(re.sub(r"%\d*d", r"\\d+", re.escape(pattern)))
+        files = sorted(file for file in path.parent.iterdir() if slices.fullmatch(file.name)) or files
+    homes = {
+        path.parent.resolve(),
+        path.resolve().parent,
+    }  # a header that is a link has its data where it leads
+    if away or not all(any(file.resolve().is_relative_to(home) for home in homes) for file in files):
+        raise DataError(  # it could be any file of the machine
+            "the header names voxel data outside its own folder",
+            path=path,
+            found=name,
+            expected="a file beside the header",
+            fix="put the data file beside the header and name it there",
+        )
+    if missing := [file for file in files if not file.is_file()]:
+        raise DataError(
+            "the data file of this header is missing",
+            path=path,
+            expected=str(missing[0]),
+            fix="put it beside the header; header and data are moved together",
+        )
+    return files
+
+
 def _check_text_header(path: Path) -> None:
     """What SimpleITK would silently default or report obscurely: orientation, spacing, data file."""
-    with path.open("rb") as stream:
-        text = stream.read(1 << 16).decode("latin-1")
+    text, _ = _text_header(path)
     meta = path.suffix.lower() in (".mhd", ".mha")
-    text = text.split("\n\n")[0] if not meta else text
     needed = r"Element(Spacing|Size)\s*=" if meta else r"space directions:"
     line = re.search(rf"^\s*{needed}(.*)$", text, re.MULTILINE)
     if line is None:
@@ -456,24 +618,19 @@ def _check_text_header(path: Path) -> None:
         raise DataError(
             "zero or NaN voxel spacing", path=path, found=line.group().strip(), fix="correct the header"
         )
-    data = re.search(r"^\s*(?:ElementDataFile\s*=|data ?file:)\s*(\S.*?)\s*$", text, re.MULTILINE)
-    name = data.group(1) if data else "LOCAL"
-    listed = text[data.end() :].splitlines() if data and name.startswith("LIST") else []
-    for place in (line.strip() for line in [name, *listed]):
-        if Path(place).is_absolute() or ".." in Path(place).parts:  # it could be any file of the machine
-            raise DataError(
-                "the header names voxel data outside its own folder",
-                path=path,
-                found=place,
-                expected="a file beside the header",
-                fix="put the data file beside the header and name it there",
-            )
-    if not re.match(r"LOCAL$|LIST|.*%", name) and not (path.parent / name).is_file():
+    space = re.search(r"^space:\s*(.*?)\s*$", text, re.MULTILINE | re.IGNORECASE)
+    flat = re.search(
+        r"^space dimension:\s*([0-24-9])", text, re.MULTILINE
+    )  # no volume, which is said elsewhere
+    if not (meta or flat) and (
+        space is None or space[1].lower() not in _SPACES
+    ):  # SimpleITK takes any other for LPS
         raise DataError(
-            "the data file of this header is missing",
+            "the header does not say which way is left",
             path=path,
-            expected=str(path.parent / name),
-            fix="put it beside the header; header and data are moved together",
+            found=f"space {space[1][:40]}" if space else "no space",
+            expected=", ".join(sorted(_SPACES)),
+            fix="once you know the orientation, write it into the header",
         )
 
 

@@ -9,10 +9,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from smartlab.data.png_stacks import explain
-from smartlab.data.readers import read_labels
+from smartlab.data.readers import check_same_grid, read_labels
 from smartlab.data.scan_files import CONTOURS, SEGMENTATION, Found, frames_apart
 from smartlab.data.scan_names import MASK_WORD, fits, fits_path, folder_of, key_of, slug, stem, words_of
-from smartlab.data.verify import _check_grid
 from smartlab.errors import DataError
 
 UNNAMED = "mask"  # where no name says which structure a mask shows
@@ -153,7 +152,7 @@ def _apart(mask: Found, one: Found) -> str:
     """How the grids of a mask and a scan differ, or ""."""
     assert mask.grid is not None and one.grid is not None
     try:
-        _check_grid(mask.path, mask.grid, one.grid)
+        check_same_grid(mask.path, mask.grid, one.grid)
     except DataError as error:
         return explain(error)
     return ""

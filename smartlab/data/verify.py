@@ -196,8 +196,7 @@ def _check_case(
                 expected=f"inside {volume.shape}",
             )
     if case.label_map is not None:
-        labels = read_labels(_below(root, case.label_map))
-        _check_grid(case.label_map, labels, volume)
+        labels = read_labels(_below(root, case.label_map), on=volume)
         unknown = sorted(set(np.unique(labels.array).tolist()) - {0} - set(organs))
         if unknown:  # building refuses them too
             raise DataError(
@@ -216,24 +215,7 @@ def _check_case(
             roi = segments.get(name, name if several else None)
             read_mask(find_series(root, uid), volume, roi=roi, series=uid)
             continue
-        mask = read_labels(_below(root, place), binary=True)
-        _check_grid(place, mask, volume)
-
-
-def _check_grid(place: str, labels: Volume, volume: Volume) -> None:
-    if labels.shape != volume.shape:
-        raise DataError(
-            "is not on the image's grid", path=place, found=_by(labels.shape), expected=_by(volume.shape)
-        )
-    corners = np.array([[0, 0, 0], volume.shape])
-    apart = np.abs(labels.to_world(corners) - volume.to_world(corners)).max()
-    if apart > 0.5 * min(volume.spacing):
-        raise DataError(
-            "does not lie where the image lies",
-            path=place,
-            found=f"{apart:.2f} mm apart",
-            expected="the same affine",
-        )
+        read_labels(_below(root, place), binary=True, on=volume)
 
 
 def _check_outlines(cases: tuple[Case, ...], image: np.ndarray, root: Path) -> str:

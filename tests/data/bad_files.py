@@ -150,6 +150,28 @@ def nifti_zero_spacing(d):
     return write_nifti(d / "a.nii", scan(), pixdim=[1, 0.7, 0.8, 0, 0, 0, 0, 0])
 
 
+@bad("not Hounsfield units", "normalised")
+def nifti_z_scored(d):
+    return write_nifti(d / "a.nii", np.random.default_rng(0).normal(size=(9, 9, 9)).astype(np.float32))
+
+
+@bad("voxels begin inside the header", "vox_offset 0")
+def nifti_voxels_from_the_first_byte(d):
+    file = write_nifti(d / "a.nii", scan(), vox_offset=0)
+    file.write_bytes(file.read_bytes()[:-352])
+    return file
+
+
+@bad("cut short or damaged", "bytes where the header promises")
+def nifti_with_more_than_its_header_says(d):
+    return write_nifti(d / "a.nii", scan(), dim=[3, 6, 10, 11, 1, 1, 1, 1])
+
+
+@bad("larger than any scan", "SMARTLAB_LARGEST_GB")
+def nifti_of_terabytes(d):
+    return write_nifti(d / "a.nii.gz", scan(), dim=[3, 30000, 30000, 30000, 1, 1, 1, 1])
+
+
 @bad("zero or NaN voxel spacing")
 def nifti_nan_spacing(d):
     return write_nifti(d / "a.nii", scan(), pixdim=[1, 0.7, np.nan, 2, 0, 0, 0, 0])
@@ -302,3 +324,8 @@ def metaimage_of_another_file(d):
 def nrrd_list_that_climbs_out(d):
     sitk.WriteImage(itk_image(scan()), str(d / "a.nhdr"))
     return _edited_header(d, "a.nhdr", b"data file:", b"data file: LIST\n../x.raw")
+
+
+@bad("does not say which way is left", "3D-left-handed", "left-posterior-superior")
+def nrrd_in_a_space_without_left_and_right(d):
+    return _edited_header(d, "a.nrrd", b"space:", b"space: 3D-left-handed")

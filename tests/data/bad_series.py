@@ -305,3 +305,37 @@ def enhanced_cut_short(d):
     file = write_enhanced(d / "a.dcm", scan(4))
     file.write_bytes(file.read_bytes()[:-300])
     return file
+
+
+@bad("one series UID", "several patients", "2 patient ids, 1 studies")
+def dicom_two_patients_under_one_uid(d):
+    write_series(d, scan(), edit=_one_slice(PatientID="another-id"))
+    return d
+
+
+@bad("one series UID", "1 patient ids, 2 studies")
+def dicom_two_studies_under_one_uid(d):
+    write_series(d, scan(), edit=_one_slice(StudyInstanceUID="1.2.99"))
+    return d
+
+
+@bad("slices of one series are of two kinds", "4 images and 4 × secondary capture")
+def dicom_every_other_slice_of_another_class(d):
+    def edit(ds, i):
+        if i % 2:
+            ds.SOPClassUID = SECONDARY
+
+    write_series(d, scan(8), edit=edit)
+    return d
+
+
+@bad("frames and their descriptions do not match", "1000000 frames")
+def dicom_of_a_million_frames(d):
+    write_series(d, scan(), edit=_one_slice(NumberOfFrames=1_000_000))
+    return d
+
+
+@bad("no CT images here", "6 × unknown object")
+def dicom_whose_modality_is_a_name(d):
+    write_series(d, scan(), edit=lambda ds, i: setattr(ds, "Modality", "DOE JANE"))
+    return d

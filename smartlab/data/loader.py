@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import mmap
 import multiprocessing
+import os
 import signal
 import sys
 import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Any]
 Arrays = dict[str, np.ndarray]
+PATIENCE, PATIENCE_TO_STOP = 300.0, 5.0  # seconds without an answer of a worker, which takes milliseconds
 
 
 class CropLoader:
@@ -81,6 +83,7 @@ class CropLoader:
         self._order: tuple[int, np.ndarray] | None = None  # of the last epoch asked for
         self._memory = _Memory(pinned=self.device.type == "cuda")
         self._pool: _Pool | None = None
+        self.stopped: Callable[[], bool] = lambda: False  # whether whoever iterates was asked to stop
         if len(self) == 0:
             raise UseError(
                 "the dataset is smaller than one global batch",
@@ -154,7 +157,7 @@ class CropLoader:
             yield self._send(tensors) | _collate(about)
 
     def _read_ahead(self) -> Generator[Batch, None, None]:
-        if self._pool is None:
+        if self._pool is None or self._pool.closed:
             self._pool = _Pool(self.dataset, self.batch, self.workers, self.prefetch)
         pool, asked = self._pool, iter(range(self.position, len(self)))
         try:
@@ -163,7 +166,7 @@ class CropLoader:
                 if pool.full:
                     break
             while pool.pending:
-                arrays, about = pool.take()
+                arrays, about = pool.take(self.stopped)
                 tensors = self._memory.tensors(self.dataset, len(about))
                 for name, tensor in tensors.items():
                     tensor.numpy()[:] = arrays[name]
@@ -245,6 +248,7 @@ class _Pool:
         self.free = deque(range(prefetch))
         self.pending: deque[tuple[int, int, int]] = deque()  # slot, batch length, first worker
         self.turn = 0  # which worker reads the next item: all share evenly, whatever the batch size
+        self.closed = False
         self.pipes: list[Connection] = []
         self.processes = []
         for _ in range(workers):
@@ -266,7 +270,10 @@ class _Pool:
         """Have a batch read into a free slot."""
         slot = self.free.popleft()
         for worker, rows in self._shares(len(indices), self.turn):
-            self.pipes[worker].send((slot, epoch, [(row, indices[row]) for row in rows]))
+            try:
+                self.pipes[worker].send((slot, epoch, [(row, indices[row]) for row in rows]))
+            except OSError:
+                self._died(worker)
         self.pending.append((slot, len(indices), self.turn))
         self.turn = (self.turn + len(indices)) % len(self.pipes)
 
@@ -274,13 +281,13 @@ class _Pool:
         for k in range(min(count, len(self.pipes))):
             yield (turn + k) % len(self.pipes), range(k, count, len(self.pipes))
 
-    def take(self) -> tuple[Arrays, list[dict[str, Any]]]:
+    def take(self, stopped: Callable[[], bool] = lambda: False) -> tuple[Arrays, list[dict[str, Any]]]:
         """The oldest batch asked for. Its arrays are valid until the next `ask`."""
         slot, count, turn = self.pending.popleft()
         about: dict[int, dict[str, Any]] = {}
         failed: Exception | None = None
         for worker, _ in self._shares(count, turn):
-            answer = self._receive(worker)
+            answer = self._receive(worker, stopped)
             if isinstance(answer, Exception):
                 failed = answer
             else:
@@ -291,34 +298,52 @@ class _Pool:
         arrays = {name: array[:count] for name, array in self.slots[slot].items()}
         return arrays, [about[row] for row in range(count)]
 
-    def _receive(self, worker: int) -> Any:
+    def _receive(self, worker: int, stopped: Callable[[], bool]) -> Any:
+        """The answer of a worker. One that gives none for long is given up, sooner if the run was asked to stop."""
+        began, patience = time.monotonic(), float(os.environ.get("SMARTLAB_LOADER_WAIT", PATIENCE))
         try:
+            while not self.pipes[worker].poll(0.5):
+                waited = time.monotonic() - began
+                if waited > (min(patience, PATIENCE_TO_STOP) if stopped() else patience):
+                    self.close(0)
+                    raise DataError(
+                        "a loader worker does not answer",
+                        found=f"nothing for {waited:.0f} s",
+                        fix="check the disk that holds the store; the last checkpoint is whole, go on with --resume",
+                    )
             return self.pipes[worker].recv()
         except (EOFError, OSError):
-            process = self.processes[worker]
-            process.join(1)
-            self.pending.clear()
-            raise DataError(
-                "a loader worker died",
-                found=f"exit code {process.exitcode}",
-                fix="the system may have run out of memory: lower data.workers or the batch size",
-            ) from None
+            self._died(worker)
+
+    def _died(self, worker: int) -> NoReturn:
+        self.processes[worker].join(1)
+        code = self.processes[worker].exitcode
+        self.close(0)
+        raise DataError(
+            "a loader worker died",
+            found=f"exit code {code}" + (", killed" if code == -signal.SIGKILL else ""),
+            fix="the system may have run out of memory: lower data.workers or the batch size, then go on with --resume",
+        ) from None
 
     def drop(self) -> None:
         """Wait for what is being read and forget it, so that the next epoch starts clean."""
         while self.pending:
             try:
-                self.take()
+                self.take(lambda: True)
             except Exception:  # nobody will see this batch, nor what was wrong with it
                 continue
 
-    def close(self) -> None:
+    def close(self, seconds: float = 5) -> None:
+        """End the workers; those that have not ended by themselves after some seconds are killed."""
+        self.pending.clear()
+        self.closed = True
         for pipe in self.pipes:
             pipe.close()  # ends the worker's loop
         for process in self.processes:
-            process.join(5)
+            process.join(seconds)
             if process.is_alive():
-                process.terminate()
+                process.kill()  # it need not heed a gentler signal: it has the handlers of the run
+                process.join(1)
 
 
 def _shared(dataset: CropDataset, batch: int) -> Arrays:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -23,16 +22,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smartlab.config import Config, load_config
 from smartlab.errors import DataError, UseError
+from smartlab.files import written
 from smartlab.interop_vit import config_of_vit, convert_vit, is_vit, to_monai
 from smartlab.models.build import AnyEncoder, make_encoder
 from smartlab.models.swin import MERGE_ORDER
 from smartlab.models.vit import ViTEncoder
-from smartlab.training.checkpoint import header_of
+from smartlab.training.checkpoint import finite, header_of, load_pickled, load_weights, save_weights
 from smartlab.training.run import Run
 
 Corner = tuple[int, int, int]
@@ -89,9 +88,9 @@ def load_encoder(
     if not path.is_file():
         raise UseError("no such file or run folder", path=path)
     if path.suffix == ".safetensors" and "config" in header_of(path):
-        config = load_config(json.loads(header_of(path)["config"]))
-        encoder = _fresh(config)
-        _load_all(encoder, load_file(path), path)
+        weights, about = load_weights(path)
+        encoder = _fresh(_config_in(about, path))
+        _load_all(encoder, weights, path)
         return encoder.eval().requires_grad_(False)
     found = read_weights(path)
     if is_vit(found):
@@ -123,41 +122,26 @@ def export(
     >>> weights = torch.load("encoder.pt", weights_only=True)["state_dict"]
     >>> net.load_state_dict(weights, strict=False)  # net: MONAI's SwinUNETR of the same sizes
     """
+    if to not in ("monai", "safetensors"):
+        raise UseError(f"cannot export to {to!r}", expected="monai or safetensors")
     given = isinstance(source, torch.nn.Module)
     run = Run(source) if not given and Path(source).is_dir() else None  # type: ignore[arg-type]
     encoder: Any = source if given else load_encoder(source, role)  # type: ignore[arg-type]
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    if to == "monai" and isinstance(encoder, ViTEncoder):
-        torch.save({"state_dict": to_monai(encoder)}, temporary)
-    elif to == "monai":
-        weights = {f"swinViT.{k}": v.detach().cpu().clone() for k, v in encoder.swin.state_dict().items()}
-        torch.save({"state_dict": weights}, temporary)
-    elif to == "safetensors":
-        state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
-        save_file(state, temporary, _card(encoder, run, source, role))
-    else:
-        raise UseError(f"cannot export to {to!r}", expected="monai or safetensors")
-    os.replace(temporary, out)
+    with written(out, "the export") as temporary:
+        if to == "safetensors":
+            save_weights(temporary, encoder.state_dict(), _card(encoder, run, source, role))
+        elif isinstance(encoder, ViTEncoder):
+            torch.save({"state_dict": to_monai(encoder)}, temporary)
+        else:
+            weights = {f"swinViT.{k}": v.detach().cpu().clone() for k, v in encoder.swin.state_dict().items()}
+            torch.save({"state_dict": weights}, temporary)
     return out
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a foreign checkpoint; pickled code is never run."""
-    try:
-        content: Any = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:
-        raise DataError(
-            "cannot be read as weights",
-            path=path,
-            found=str(error).splitlines()[0],
-            fix="save it again as plain tensors (torch.save(model.state_dict(), …))",
-        ) from None
+    content: Any = load_weights(path)[0] if path.suffix == ".safetensors" else load_pickled(path)
     for key in ("state_dict", "model_state_dict", "model", "student", "net"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -224,6 +208,15 @@ def config_of(weights: Mapping[str, Tensor], path: Path) -> Config:
     )
 
 
+def _config_in(about: Mapping[str, str], path: Path) -> Config:
+    try:
+        return load_config(json.loads(about["config"]))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise DataError(
+            "carries no readable configuration", path=path, found=error, fix="export it again"
+        ) from None
+
+
 def _fresh(config: Config) -> AnyEncoder:
     with torch.random.fork_rng():
         return make_encoder(config)
@@ -257,7 +250,7 @@ def _load_all(module: torch.nn.Module, weights: Mapping[str, Tensor], path: Path
         raise DataError(
             f"fits only in part: {matched} of {len(wanted)} tensors match\n  {table}\n", path=path
         )
-    module.load_state_dict(dict(weights))
+    module.load_state_dict(finite(dict(weights), path))
 
 
 def _card(encoder: AnyEncoder, run: Run | None, source: Any, role: str) -> dict[str, str]:
@@ -270,7 +263,7 @@ def _card(encoder: AnyEncoder, run: Run | None, source: Any, role: str) -> dict[
     if run is not None:
         card["role"] = role if run.config.teacher.enabled else "student"
         card["step"] = str(run.step)
-        card["data"] = json.loads((run.path / "environment.json").read_text(encoding="utf-8"))["data"]
+        card["data"] = str(run.facts.get("data", ""))
         history = run.history[run.history.step <= run.step]
         if len(history):  # the numbers of the exported step, not of a run that went on
             last = {k: v for k, v in history.iloc[-1].to_dict().items() if v == v}

@@ -1,27 +1,34 @@
-"""Checkpoints that are either whole or absent.
+"""Checkpoints that are either whole or absent, and say so themselves when they no longer are what was written.
 
 `checkpoints/step-NNNNNN/` holds `student.safetensors` and `teacher.safetensors` (encoders with their
 configuration in the header, usable alone) and `state.pt` (everything else that resuming needs; loads
-with `weights_only=True`). A checkpoint is written under a temporary name, synced and renamed.
+with `weights_only=True`). A checkpoint is written under a temporary name, synced and renamed. Each
+safetensors file carries a hash of its tensors and its header, each `.pt` file the checksums of its zip format.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from smartlab.errors import DataError
+from smartlab.files import SUFFIX, written
 
 ROLES = ("student", "teacher")
 _NAME = re.compile(r"^step-(\d{6,})$")
+_HASH = "sha256"  # in the header of a safetensors file
 
 
 def save(
@@ -33,46 +40,128 @@ def save(
             safetensors files, the rest to state.pt.
     header: text kept with the weights (configuration, fingerprints).
     """
-    folder = run / "checkpoints"
-    temporary, final = folder / f".writing-step-{step:06d}", folder / f"step-{step:06d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    rest = dict(method)
-    for role in ROLES:
-        prefix = f"{role}.encoder."
-        weights = {k.removeprefix(prefix): rest.pop(k) for k in method if k.startswith(prefix)}
-        if weights:
-            save_file(
-                {k: v.detach().cpu().contiguous() for k, v in weights.items()},
-                temporary / f"{role}.safetensors",
-                {**header, "role": role, "step": str(step)},
-            )
-    torch.save({**state, "step": step, "method": rest, "header": header}, temporary / "state.pt")
-    for file in temporary.iterdir():
-        _sync(file)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    _sync(folder)
+    final = folder(run, step)
+    with written(final, "a checkpoint") as temporary:
+        temporary.mkdir()
+        rest, roles = dict(method), list[str]()
+        for role in ROLES:
+            prefix = f"{role}.encoder."
+            weights = {k.removeprefix(prefix): rest.pop(k) for k in method if k.startswith(prefix)}
+            if weights:
+                about = {**header, "role": role, "step": str(step)}
+                save_weights(temporary / f"{role}.safetensors", weights, about)
+                roles.append(role)
+        state = {**state, "step": step, "method": rest, "header": header, "roles": roles}
+        torch.save(state, temporary / "state.pt")
     return final
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A checkpoint folder -> (method state dict, training state)."""
     try:
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        state = load_pickled(path / "state.pt")
         method = dict(state.pop("method"))
-        for role in ROLES:
+        there = [role for role in ROLES if (path / f"{role}.safetensors").is_file()]
+        for role in state.pop("roles", there):
             file = path / f"{role}.safetensors"
-            if file.is_file():
-                method |= {f"{role}.encoder.{k}": v for k, v in load_file(file).items()}
+            method |= {f"{role}.encoder.{k}": v for k, v in load_weights(file)[0].items()}
     except Exception as error:
         raise DataError(
             "the checkpoint cannot be read",
             path=path,
-            found=error,
+            found=error.found if isinstance(error, DataError) else type(error).__name__,
             fix="delete this folder to resume from the one before it",
         ) from None
     return method, state
+
+
+def newest_whole(run: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[Path]]:
+    """The newest checkpoint that can be read, and the damaged ones that are newer."""
+    damaged: list[Path] = []
+    errors: list[DataError] = []
+    for step in reversed(steps(run)):
+        try:
+            return *load(folder(run, step)), damaged
+        except DataError as error:
+            damaged.append(folder(run, step))
+            errors.append(error)
+    raise errors[0]
+
+
+def set_aside(damaged: list[Path]) -> None:
+    """Out of the way, so that pruning counts whole ones only; kept for whoever wants to look."""
+    for path in damaged:
+        shutil.rmtree(aside := path.with_name(f"damaged-{path.name}"), ignore_errors=True)
+        os.replace(path, aside)
+
+
+# ---- single files --------------------------------------------------------------------------------
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """A safetensors file that can tell whether it is still what was written."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    save_file(tensors, path, {**about, _HASH: _hash_of(tensors, about)})
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header text of a safetensors file, compared with its hash where it carries one."""
+    try:
+        with safe_open(path, "pt") as opened:
+            about = dict(opened.metadata() or {})
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  no mapping
+    except Exception as error:
+        raise _unreadable(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+    told = about.pop(_HASH, None)
+    if told not in (None, _hash_of(tensors, about)):  # None: of another program
+        raise _unreadable(path, "another content than was written")
+    return tensors, about
+
+
+def finite(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The same weights; refused if the training that made them had diverged."""
+    bad = [k for k, v in weights.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+    if bad:
+        raise DataError(
+            "holds weights that are not numbers",
+            path=path,
+            found=f"NaN or infinity in {len(bad)} of {len(weights)} tensors, first {bad[0]}",
+            fix="the training diverged: take an earlier checkpoint, or train again with a lower train.lr",
+        )
+    return weights
+
+
+def load_pickled(path: Path) -> Any:
+    """What torch.save wrote: tensors and plain values only, compared with the checksums of its zip format."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if (name := archive.testzip()) is not None:
+                    raise _unreadable(path, f"another content than was written in {name}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except DataError:
+        raise
+    except Exception as error:
+        code = "weights_only" in str(error)  # torch's advice would be to run that code
+        found = "objects that only running code could restore" if code else type(error).__name__
+        raise _unreadable(path, found) from None
+
+
+def _unreadable(path: Path, found: str) -> DataError:
+    return DataError(
+        "cannot be read as weights",
+        path=path,
+        found=found,
+        fix="write it again where it came from: smartlab export, or torch.save(model.state_dict(), …)",
+    )
+
+
+def _hash_of(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(about), sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def steps(run: Path) -> list[int]:
@@ -91,15 +180,17 @@ def prune(run: Path, keep_last: int, keep_every: int | None) -> None:
     for step in every[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
             shutil.rmtree(folder(run, step))
-    for left in (run / "checkpoints").glob(".writing-*"):  # of a run that was killed while saving
+    for left in (run / "checkpoints").glob(f".*{SUFFIX}"):  # of a run that was killed while saving
         shutil.rmtree(left, ignore_errors=True)
 
 
 def header_of(file: Path) -> dict[str, str]:
     """The text kept with the weights of a safetensors file."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        return json.loads(opened.read(length)).get("__metadata__", {})
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: text for name, text in (opened.metadata() or {}).items() if name != _HASH}
+    except Exception as error:
+        raise _unreadable(file, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
 
 
 def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
@@ -126,11 +217,3 @@ def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
     if old["data"] != new["data"]:
         found.append("the data have another fingerprint")
     return found
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

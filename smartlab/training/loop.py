@@ -35,7 +35,7 @@ from smartlab.models.reach import reach
 from smartlab.training import checkpoint, schedules
 from smartlab.training.families import family_of
 from smartlab.training.monitor import Monitor
-from smartlab.training.requests import Requests
+from smartlab.training.requests import Requests, only_one
 from smartlab.training.run import Run
 from smartlab.training.setup import (
     compile_report,
@@ -68,11 +68,12 @@ def pretrain(
     >>> run = sl.pretrain("tiny", out="runs/a", resume=True)
     """
     config = config if isinstance(config, Config) else load_config(config)
-    trainer = Trainer(config, Path(out), resume, allow_changes, store, progress)
-    try:
-        trainer.run()
-    finally:
-        trainer.close()
+    with only_one(Path(out)):
+        trainer = Trainer(config, Path(out), resume, allow_changes, store, progress)
+        try:
+            trainer.run()
+        finally:
+            trainer.close()
     return Run(out)
 
 
@@ -111,7 +112,8 @@ class Trainer:
         self.store = store
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.header = {"config": json.dumps(config.model_dump(mode="json")), "data": store.voxels}
-        weights, state = self._load(there[-1], allow_changes) if there else (None, None)
+        self.damaged: list[Path] = []
+        weights, state = self._load(allow_changes) if there else (None, None)
         self.images, held_out = self._training_images(state)
         self.loader = self._make_loader()
         per_epoch = config.train.steps_per_epoch or max(1, len(self.loader) // config.train.accumulate)
@@ -143,6 +145,14 @@ class Trainer:
         self.monitor.event(
             "resume" if state else "start", step=self.step, images=len(store), processes=self.world
         )
+        if self.damaged:
+            names = [path.name for path in self.damaged]
+            text = (
+                f"{', '.join(names)} cannot be read and was set aside: the run goes on from step {self.step}"
+            )
+            self.monitor.event("damaged checkpoint", text=text, checkpoints=names)
+            if self.main:
+                print(f"{self.out}: {text}", file=sys.stderr)
         if held_out:
             text = "the split changed since: the run goes on with the images it began with"
             self.monitor.event("split", text=text, images=len(self.images), now_held_out=held_out)
@@ -150,6 +160,7 @@ class Trainer:
                 print(f"{text}; {held_out} of them are held out by now", file=sys.stderr)
         self._batches = self._endless()
         self.requests = Requests(accelerator.device, self.world)
+        self.loader.stopped = lambda: self.requests.asked == "stop"
 
     # ---- the loop
 
@@ -367,6 +378,7 @@ class Trainer:
     def _begin_folder(self) -> None:
         if not self.main:
             return
+        checkpoint.set_aside(self.damaged)
         self.out.mkdir(parents=True, exist_ok=True)
         self.config.save(self.out / "config.yaml")
         facts = {
@@ -385,9 +397,9 @@ class Trainer:
         temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
         os.replace(temporary, self.out / "environment.json")
 
-    def _load(self, step: int, allow_changes: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Weights and training state of a checkpoint, if it is one of the same settings and data."""
-        method, state = checkpoint.load(checkpoint.folder(self.out, step))
+    def _load(self, allow_changes: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Weights and training state of the newest whole checkpoint, if it is one of the same settings and data."""
+        method, state, self.damaged = checkpoint.newest_whole(self.out)
         if (
             state["header"]["data"] == self.store.fingerprint
         ):  # as runs of 0.1 noted it, labels and splits included

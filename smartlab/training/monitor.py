@@ -208,13 +208,16 @@ class Monitor:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Keep the header and the rows up to and including `step`; a half-written last row goes too."""
+    """Keep the header and the rows up to and including `step`; what is no whole row goes too."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     commas = lines[0].count(",") if lines else 0
     whole = [line for line in lines if line.endswith("\n") and line.count(",") == commas]
-    kept = whole[:1] + [line for line in whole[1:] if int(line.split(",", 1)[0]) <= step]
+    numbers = [line.partition(",")[0] for line in whole]
+    kept = whole[:1] + [
+        w for n, w in zip(numbers[1:], whole[1:], strict=True) if n.isdecimal() and int(n) <= step
+    ]
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)

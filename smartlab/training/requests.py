@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from smartlab.files import held
 
 
 class Requests:
@@ -44,3 +49,10 @@ class Requests:
     def close(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def only_one(out: Path) -> AbstractContextManager[None]:
+    """The run folder for this run alone, until it ends: of several processes of one run the first holds it for all."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return nullcontext()
+    return held(out, "another process trains in this folder")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +41,8 @@ class Run:
     @property
     def facts(self) -> dict[str, Any]:
         """What it ran on (environment.json): versions, device, fingerprint of the data; empty before it began."""
-        path = self.path / "environment.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        with _json_of(path := self.path / "environment.json"):
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     @property
     def data(self) -> DataConfig:
@@ -62,16 +64,27 @@ class Run:
         from smartlab.training.monitor import COLUMNS
 
         path = self.path / "metrics.csv"
-        return pd.read_csv(path) if path.is_file() else pd.DataFrame(columns=list(COLUMNS))
+        if not path.is_file() or not path.stat().st_size:
+            return pd.DataFrame(columns=list(COLUMNS))
+        try:
+            table = pd.read_csv(path)
+            return table.assign(step=table.step.astype(int))
+        except (ValueError, AttributeError) as error:  # pandas' own errors of parsing are ValueErrors
+            raise DataError(
+                "is no table of steps",
+                path=path,
+                found=str(error).strip().splitlines()[0],
+                fix="delete it; resuming the run starts it anew",
+            ) from None
 
     @property
     def events(self) -> list[dict[str, Any]]:
         path = self.path / "events.jsonl"
         if not path.is_file():
             return []
-        return [
-            json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")
-        ]
+        with _json_of(path):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [json.loads(line) for line in lines if line.endswith("}")]
 
     @property
     def step(self) -> int:
@@ -97,7 +110,6 @@ class Run:
     def encoder(self, role: str = "teacher", step: int | None = None) -> AnyEncoder:
         """The encoder of a checkpoint, the newest by default; the student where there is no teacher."""
         import torch
-        from safetensors.torch import load_file
 
         from smartlab.models.build import make_encoder
 
@@ -108,7 +120,8 @@ class Run:
             role = "student"
         with torch.random.fork_rng():
             encoder = make_encoder(self.config)
-        encoder.load_state_dict(load_file(folder / f"{role}.safetensors"))
+        file = folder / f"{role}.safetensors"
+        encoder.load_state_dict(checkpoint.finite(checkpoint.load_weights(file)[0], file))
         return encoder.eval().requires_grad_(False)
 
     def _checkpoint(self, step: int | None) -> Path:
@@ -122,3 +135,13 @@ class Run:
                 expected=f"one of {checkpoint.steps(self.path)}",
             )
         return folder
+
+
+@contextmanager
+def _json_of(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(
+            "is damaged", path=path, found=error, fix="delete it; resuming the run writes on"
+        ) from None

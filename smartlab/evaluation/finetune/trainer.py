@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -33,7 +34,7 @@ from smartlab.evaluation.encoders import total_stride
 from smartlab.evaluation.folds import deal
 from smartlab.training import checkpoint, schedules
 from smartlab.training.loop import mix
-from smartlab.training.requests import Requests
+from smartlab.training.requests import Requests, only_one
 from smartlab.training.setup import keep_freed_memory, parameter_groups
 
 if TYPE_CHECKING:
@@ -138,17 +139,18 @@ def fit(
     facts:    what else the result depends on, besides settings: resuming with others is refused.
     validate: a score, higher is better, of the model as it is (in eval mode).
     """
-    if checkpoint.steps(out) and not resume:
-        raise UseError(
-            "the folder holds a fine-tuning already",
-            path=out,
-            fix="resume it with resume=True (--resume), or choose another folder",
-        )
-    trainer = Trainer(model, data, loss, out, settings, mode, encoder, seed, facts, validate)
-    try:
-        return trainer.run(progress)
-    finally:
-        trainer.close()
+    with only_one(out):
+        if checkpoint.steps(out) and not resume:
+            raise UseError(
+                "the folder holds a fine-tuning already",
+                path=out,
+                fix="resume it with resume=True (--resume), or choose another folder",
+            )
+        trainer = Trainer(model, data, loss, out, settings, mode, encoder, seed, facts, validate)
+        try:
+            return trainer.run(progress)
+        finally:
+            trainer.close()
 
 
 class Trainer:
@@ -186,9 +188,10 @@ class Trainer:
         self.step, self.best_step, self.best_score, self.done = 0, 0, -math.inf, False
         self.best: dict[str, Tensor] = {}
         self.history: list[list[float]] = []
-        if there := checkpoint.steps(out):
-            self._load(there[-1])
+        if checkpoint.steps(out):
+            self._load()
         self.requests = Requests(self.device, 1)
+        self.loader.stopped = lambda: self.requests.asked == "stop"
 
     def run(self, progress: bool) -> Fitted:
         """From where we are to the end; leaves the kept weights in the model."""
@@ -278,7 +281,7 @@ class Trainer:
             "done": self.done,
         }
         checkpoint.save(self.out, self.step, self.model.state_dict(), state, self.header)
-        checkpoint.prune(self.out, 1, None)
+        checkpoint.prune(self.out, 2, None)
         temporary = self.out / ".history.csv.tmp"
         self._table().to_csv(temporary, index=False)
         temporary.replace(self.out / "history.csv")
@@ -287,8 +290,8 @@ class Trainer:
         self.requests.close()
         self.loader.close()
 
-    def _load(self, step: int) -> None:
-        weights, state = checkpoint.load(checkpoint.folder(self.out, step))
+    def _load(self) -> None:
+        weights, state, damaged = checkpoint.newest_whole(self.out)
         if changed := checkpoint.differences(state["header"], self.header):
             raise UseError(
                 "cannot resume: the settings, the encoder or the data changed since",
@@ -298,9 +301,16 @@ class Trainer:
             )
         self.model.load_state_dict(weights)
         self.optimiser.load_state_dict(state["optimiser"])
-        self.loader.position = self.step = step
+        self.loader.position = self.step = state["step"]
         self.best, self.best_step, self.best_score = state["best"], state["best_step"], state["best_score"]
         self.history, self.done = state["history"], state["done"]
+        checkpoint.set_aside(damaged)
+        if damaged:
+            names = ", ".join(path.name for path in damaged)
+            print(
+                f"{self.out}: {names} cannot be read and was set aside: going on from step {self.step}",
+                file=sys.stderr,
+            )
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         """Those of the steps that are left."""

@@ -10,11 +10,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from smartlab.config import DataConfig
 from smartlab.data import index
-from smartlab.data.building import made_from, settings_for
+from smartlab.data.building import is_current, made_from, settings_for
 from smartlab.data.manifest import Manifest, load_manifest, shipped_manifests
 from smartlab.data.places import cache_folder, remembered_store
 from smartlab.data.privacy import salt
@@ -103,10 +102,26 @@ def prepare_store(
 ) -> tuple[Manifest, Store]:
     """The manifest and store of a configuration; makes the phantom and builds the store if need be.
 
+    A store that is whole and up to date is opened as it is, also one that may only be read.
+
     located: what `locate_images` found, where the caller has asked it already.
     """
     man, root = located or locate_images(data, progress)
     store = Path(data.store) if data.store else store_place(man, root, data.spacing, data.grey)
+    built = (index.read_header(store) or {}).get("settings", {})
+    for name, asked in (("spacing", data.spacing), ("grey", data.grey)):
+        if built.get(name, asked) != asked:  # built anew in its place, it would be gone for who reads it now
+            raise UseError(
+                f"this store has another {name}",
+                path=store,
+                found=built[name],
+                expected=f"data.{name}={asked}",
+                fix=f"set data.{name}={built[name]}, or another data.store; `smartlab data build` builds one anew",
+            )
+    as_built = {name: built[name] for name in ("crop_body", "tilt") if name in built}  # not for us to say
+    crop, tilt = as_built.get("crop_body", True), as_built.get("tilt", "refuse")
+    if is_current(store, man, root, settings_for(man, data.spacing, crop, tilt=tilt, grey=data.grey)):
+        return man, open_store(store)
     report = build_store(
         man,
         root,
@@ -115,7 +130,7 @@ def prepare_store(
         spacing=data.spacing,
         grey=data.grey,
         progress=progress,
-        **_as_built(store),
+        **as_built,
     )
     if progress and (report.failed or (report.built and report.notes)):
         print(report)
@@ -133,12 +148,6 @@ def store_place(man: Manifest, root: Path, spacing: float | None = None, grey: s
             return place
     taken = (index.read_header(usual) or {}).get("manifest", man.name) != man.name
     return usual.with_name(f"{name}-{man.name}") if taken else usual
-
-
-def _as_built(store: Path) -> dict[str, Any]:
-    """What a store that is there was built with, where the configuration has no say."""
-    settings = (index.read_header(store) or {}).get("settings", {})
-    return {name: settings[name] for name in ("crop_body", "tilt") if name in settings}
 
 
 def _phantom(man: Manifest, root: Path | None, data: DataConfig, progress: bool) -> tuple[Manifest, Path]:

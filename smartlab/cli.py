@@ -7,22 +7,39 @@ that `smartlab --help` answers at once.
 from __future__ import annotations
 
 import os
+import select
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from smartlab.cli_batch import batch, results
 from smartlab.cli_data import WHAT, AsJson, Data, Place, one_of, say
 from smartlab.cli_data import data as data_commands
 from smartlab.errors import SmartlabError, UseError
+from smartlab.files import check_writable
 
 if TYPE_CHECKING:
     from smartlab.config import Config
 
+
+class _Program(TyperGroup):
+    """Tells a pipe that broke inside the program from one whose reader has read enough: the latter is no error."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            if _nobody_reads():
+                raise
+            raise RuntimeError(f"{error}").with_traceback(error.__traceback__) from None
+
+
 app = typer.Typer(
     name="smartlab",
+    cls=_Program,
     help="Attention-guided masked image modelling on medical images.\n\nStart with: smartlab doctor",
     no_args_is_help=True,
     add_completion=False,
@@ -51,6 +68,23 @@ def _options(
 app.add_typer(data_commands, name="data")
 app.command(epilog="Example: smartlab batch components seeds=1 steps=100 --dry-run")(batch)
 app.command(epilog="Example: smartlab results runs/components --metric auc --to auc.parquet")(results)
+
+
+class _WithSettings(TyperCommand):
+    """Tells who writes a setting as an option how it is written."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+            if not name:
+                raise
+            from smartlab.config import known_keys
+
+            full = [key for key in known_keys() if key.rpartition(".")[2] == name]
+            example = full[0] if full and ctx.info_name == "pretrain" else name
+            raise UseError(f"no option --{name}", fix=f"settings have no dashes: {example}=…") from None
 
 
 @app.command(epilog="Example: smartlab doctor --json")
@@ -87,7 +121,8 @@ def demo(
 
 
 @app.command(
-    epilog="Example: smartlab pretrain tiny train.steps=600 mask.strategy=random --out runs/x --resume"
+    epilog="Example: smartlab pretrain tiny train.steps=600 mask.strategy=random --out runs/x --resume",
+    cls=_WithSettings,
 )
 def pretrain(
     preset: Annotated[str, typer.Argument(help="Preset name or YAML file.")],
@@ -191,7 +226,7 @@ Stopped, it goes on with --resume and gives what it would have given.
 """
 
 
-@app.command(epilog=EVALUATE)
+@app.command(epilog=EVALUATE, cls=_WithSettings)
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
     task: Annotated[
@@ -243,6 +278,7 @@ def _follow(
     given = _settings(settings, {"data", "manifest", "root", "store", "label", "out"})
     out = out or _home(run) / "evaluation" / protocol
     plan = plan_protocol(run, protocol, data, root=root, label=label, **given)
+    check_writable(out)
     if dry_run:
         say(as_json, plan.as_json(), str(plan))
         return
@@ -252,7 +288,7 @@ def _follow(
     _tell(as_json, {"out": str(out), "figures": figures}, f"{result}\n{out / 'figure.png'}")
 
 
-@app.command(epilog=FINETUNE)
+@app.command(epilog=FINETUNE, cls=_WithSettings)
 def finetune(
     run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
     task: Annotated[str, typer.Option(help="classify or segment.")],
@@ -307,6 +343,7 @@ def _judge(
     if out is None:
         name = task if label is None else f"{task}-{label}"
         out = _home(run) / ("finetune" if task in FINE_TUNING else "evaluation") / name
+    check_writable(out)
     result = judge(
         run,
         task,
@@ -386,26 +423,53 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except SmartlabError as error:
-        print(f"smartlab: {error}", file=sys.stderr)
-        if isinstance(error, UseError):
-            print("Try `smartlab --help`.", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # `smartlab … | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _end(error, str(error), error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `smartlab … | head` has read enough
         sys.exit(1)
     except OSError as error:  # a folder that cannot be written, a disk that is gone
-        print(
-            f"smartlab: {error.filename or 'the system'}: {error.strerror or error}. ",
-            end="",
-            file=sys.stderr,
-        )
-        print("Check that the folder exists, may be written and has space.", file=sys.stderr)
-        sys.exit(1)
+        place = f"{error.filename or 'the system'}: {error.strerror or error}. "
+        _end(error, place + "Check that the folder exists, may be written and has space.")
     except (KeyboardInterrupt, SystemExit) as end:  # typer turns the one into the other
         if isinstance(end, SystemExit) and end.code != 130:
             raise
         print("smartlab: stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        _end(error, _unforeseen(error))
+
+
+TRACEBACK = "SMARTLAB_TRACEBACK"  # set it to see where an error came from
+
+
+def _end(error: Exception, text: str, code: int = 1) -> NoReturn:
+    if os.environ.get(TRACEBACK):
+        raise error
+    print(f"smartlab: {text}", file=sys.stderr)
+    if isinstance(error, UseError):
+        print("Try `smartlab --help`.", file=sys.stderr)
+    sys.exit(code)
+
+
+def _unforeseen(error: Exception) -> str:
+    """An error that nobody foresaw, in one line: what, and the last place in smartlab that it passed."""
+    import traceback
+
+    home = Path(__file__).parent
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(home)]
+    place = f"{Path(frames[-1].filename).relative_to(home)}:{frames[-1].lineno}" if frames else "the start"
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    return f"{what} (at {place}). This is a fault of smartlab: please report it with what {TRACEBACK}=1 shows"
+
+
+def _nobody_reads() -> bool:
+    """Whether the other end of standard output is closed."""
+    output = select.poll()
+    try:
+        output.register(sys.stdout.fileno(), 0)
+    except OSError:  # it is no file
+        return False
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 if __name__ == "__main__":

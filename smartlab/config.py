@@ -199,7 +199,7 @@ def load_config(
     for key, table in (("encoder.preset", ENCODERS), ("method.preset", METHODS)):
         default = "tiny" if table is ENCODERS else "dagman"
         choice = asked.get(key, written.get(key, default))
-        if choice not in table:
+        if not isinstance(choice, str) or choice not in table:
             raise UseError(f"{key} has no preset {choice!r}", expected=f"one of {', '.join(table)}")
         (above if asked.get(key, written.get(key)) != written.get(key) else below).update(table[choice])
     try:
@@ -238,7 +238,7 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
             )
         try:
             settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (ValueError, RecursionError, yaml.YAMLError):  # 2024-13-45 looks like a date and is none
             raise UseError(f"the value of {key} is not valid YAML", found=repr(value)) from None
     return settings
 
@@ -249,10 +249,14 @@ def known_keys() -> dict[str, Any]:
     return dict(flatten(Config().model_dump()))
 
 
-def _read(preset: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+def _read(
+    preset: str | Path | Mapping[str, Any], above: tuple[Path, ...] = ()
+) -> tuple[str, Mapping[str, Any]]:
     if isinstance(preset, Mapping):
         return "settings", preset
     path = Path(preset)
+    if path in above:
+        raise UseError("extends itself", path=path)
     if path.suffix not in (".yaml", ".yml"):
         path = PRESET_FOLDER / f"{preset}.yaml"
         if not path.is_file():
@@ -263,13 +267,21 @@ def _read(preset: str | Path | Mapping[str, Any]) -> tuple[str, Mapping[str, Any
             )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UseError("cannot be read as YAML", path=path, found=" ".join(str(error).split())) from None
     if not isinstance(content, Mapping):
         raise UseError("is not a mapping of settings", path=path, found=type(content).__name__)
     if "extends" in content:  # the settings of another preset, with these on top
         own = {key: value for key, value in content.items() if key != "extends"}
-        content = _nest(dict(flatten(_read(content["extends"])[1])) | dict(flatten(own)))
+        try:
+            content = _nest(dict(flatten(_read(content["extends"], (*above, path))[1])) | dict(flatten(own)))
+        except TypeError:
+            raise UseError(
+                "extends no preset",
+                path=path,
+                found=content["extends"],
+                expected="the name or path of another",
+            ) from None
     return str(preset), content
 
 

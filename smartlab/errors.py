@@ -8,6 +8,8 @@ Two families, because the command line gives them different exit codes:
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -59,3 +61,9 @@ class UseError(SmartlabError):
 
 def _rebuild(kind, problem, path, found, expected, fix):
     return kind(problem, path=path, found=found, expected=expected, fix=fix)
+
+
+def near(word: str, known: Iterable[str]) -> str | None:
+    """The fix for a word that is nearly one of these."""
+    found = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"did you mean {found[0]!r}?" if found else None

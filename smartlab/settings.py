@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -23,6 +23,7 @@ MethodPreset = Literal[
 ]
 AttentionKind = Literal["softmax", "nystrom", "linformer", "performer"]
 Strategy = Literal["random", "block", "attention_high", "attention_hint", "attention_low", "attention_sample"]
+Count = Annotated[int, Field(ge=1)]
 
 
 class _Section(BaseModel):
@@ -65,8 +66,8 @@ class EncoderConfig(_Section):
     embed_dim: int = Field(12, ge=1)
     blocks: int = Field(4, ge=1)  # ViT: transformer blocks
     heads: int = Field(4, ge=1)  # ViT: of every block
-    depths: tuple[int, int, int, int] = (1, 1, 2, 1)
-    num_heads: tuple[int, int, int, int] = (1, 2, 4, 8)
+    depths: tuple[Count, Count, Count, Count] = (1, 1, 2, 1)
+    num_heads: tuple[Count, Count, Count, Count] = (1, 2, 4, 8)
     window_size: int = Field(4, ge=1)
     qkv_bias: bool = True
     mlp_ratio: float = Field(4.0, gt=0)

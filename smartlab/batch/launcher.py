@@ -46,6 +46,7 @@ class Child:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _sweep()
     selector = selectors.DefaultSelector()
     selector.register(0, selectors.EVENT_READ, None)
     children: dict[int, Child] = {}
@@ -72,6 +73,14 @@ def main() -> None:
                 _kill(child.pid)
 
 
+def _sweep() -> None:
+    """Remove the folders for sockets of launchers that were killed."""
+    for left in Path(SHORT).glob("smk-*-*"):
+        pid = left.name.split("-")[1]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _obey(order: dict[str, Any], children: dict[int, Child], selector: selectors.BaseSelector) -> None:
     if "stop" in order:
         for child in children.values():
@@ -79,7 +88,7 @@ def _obey(order: dict[str, Any], children: dict[int, Child], selector: selectors
                 child.stopped = True
                 _kill(child.pid)
         return
-    order["sockets"] = tempfile.mkdtemp(prefix="smk", dir=SHORT)
+    order["sockets"] = tempfile.mkdtemp(prefix=f"smk-{os.getpid()}-", dir=SHORT)
     child = _fork(order, [0, 1, *children])
     children[child.pipe] = child
     selector.register(child.pipe, selectors.EVENT_READ, None)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import json
 import string
-from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from smartlab.errors import UseError
+from smartlab.errors import UseError, near
 
 Scalar = bool | int | float | str | None
 
@@ -42,25 +40,36 @@ def notebook_parameters(path: Path) -> dict[str, Any]:
 def _parameters(path: Path, changed: int) -> dict[str, Any]:
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError, TypeError) as error:
+        tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+        sources = ["".join(c["source"]) for c in tagged]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UseError("is not a notebook", path=path, found=f"{type(error).__name__}: {error}") from None
-    tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
-    if len(tagged) != 1:
+    if len(sources) != 1:
         raise UseError(
             "must have exactly one cell tagged `parameters`",
             path=path,
-            found=f"{len(tagged)}",
+            found=f"{len(sources)}",
             fix="add the tag in JupyterLab: property inspector, cell tags",
         )
+    lines = ["" if line.lstrip().startswith(("%", "!")) else line for line in sources[0].splitlines()]
+    try:  # without IPython's own commands, such as %matplotlib inline
+        body = ast.parse("\n".join(lines)).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UseError(
+            "the cell tagged `parameters` is not Python",
+            path=path,
+            found=error,
+            expected="lines such as steps = 100",
+        ) from None
     found = {}
-    for node in ast.parse("".join(tagged[0]["source"])).body:
+    for node in body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         value = getattr(node, "value", None)
         for target in targets:
             if isinstance(target, ast.Name) and value is not None:
                 try:
                     found[target.id] = ast.literal_eval(value)
-                except ValueError:
+                except (ValueError, TypeError, RecursionError, MemoryError):
                     found[target.id] = None  # not a plain value: any type will do
     return found
 
@@ -83,8 +92,3 @@ def references(value: Scalar, known: list[str], step: str, path: Path) -> list[s
                 fix=near(name, known),
             )
     return names
-
-
-def near(word: str, known: Iterable[str]) -> str | None:
-    found = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f"did you mean {found[0]!r}?" if found else None

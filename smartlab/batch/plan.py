@@ -8,16 +8,19 @@ of an earlier step's run, the plan's folder, and factors: "{pretrain}/run", "{pl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from smartlab.batch.notebooks import Scalar, locate, near, notebook_parameters, references
+from smartlab.batch.notebooks import Scalar, locate, notebook_parameters, references
 from smartlab.batch.plan_file import PlanFile, Resources, StepEntry, read_plan
-from smartlab.errors import UseError
+from smartlab.errors import UseError, near
 
 Assignment = dict[str, Scalar]  # factor -> value
+MOST_RUNS = 100_000
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ def _steps(file: PlanFile, path: Path) -> dict[str, Step]:
     if file.notebook is not None:
         if written:
             raise UseError("has both `notebook` and `steps`", path=path, fix="keep one of them")
-        written = [StepEntry(name=Path(file.notebook).stem.lower(), notebook=file.notebook)]
+        name = re.sub(r"[^a-z0-9_-]+", "-", Path(file.notebook).stem.lower()).lstrip("_-")
+        written = [StepEntry(name=name or "run", notebook=file.notebook)]
     if not written:
         raise UseError("runs nothing", path=path, expected="`notebook` or `steps`")
     if len({step.name for step in written}) < len(written):
@@ -148,6 +152,8 @@ def _groups(file: PlanFile, path: Path) -> list[list[Assignment]]:
         if len(set(lengths.values())) > 1:
             raise UseError("paired factors differ in length", path=path, found=lengths)
         groups.append([dict(zip(pair, row, strict=True)) for row in zip(*pair.values(), strict=True)])
+    if isinstance(file.seeds, int) and file.seeds > MOST_RUNS:
+        raise UseError("too many seeds", path=path, found=file.seeds, expected=f"at most {MOST_RUNS}")
     if file.seeds:
         seeds = list(range(file.seeds)) if isinstance(file.seeds, int) else file.seeds
         groups.append([{"seed": seed} for seed in seeds])
@@ -230,6 +236,8 @@ def _combine(
 ) -> tuple[Assignment, ...]:
     from itertools import product
 
+    if (count := prod(map(len, groups))) > MOST_RUNS:
+        raise UseError("too many combinations", path=path, found=count, expected=f"at most {MOST_RUNS}")
     combinations = [{k: v for part in parts for k, v in part.items()} for parts in product(*groups)]
     for rule in exclude:
         for name in rule:

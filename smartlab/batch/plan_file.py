@@ -22,8 +22,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from smartlab.batch.notebooks import Scalar, near
-from smartlab.errors import UseError
+from smartlab.batch.notebooks import Scalar
+from smartlab.errors import UseError, near
 
 
 class _Strict(BaseModel):
@@ -40,10 +40,10 @@ class Resources(_Strict):
 
 
 class _SomeResources(_Strict):
-    cores: int | None = None
-    gpus: int | None = None
-    memory: float | None = None
-    minutes: float | None = None
+    cores: int | None = Field(None, ge=1)
+    gpus: int | None = Field(None, ge=0)
+    memory: float | None = Field(None, gt=0)
+    minutes: float | None = Field(None, gt=0)
 
 
 class StepEntry(_Strict):
@@ -111,7 +111,7 @@ def _read(plan: str | Path | Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]
             )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UseError("cannot be read as YAML", path=path, found=" ".join(str(error).split())) from None
     if not isinstance(content, Mapping):
         raise UseError("is not a plan", path=path, found=type(content).__name__, expected="title, steps, …")

@@ -15,9 +15,12 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from smartlab.files import write_bytes
 
 DONE, FAILED, RUNNING = "done", "failed", "running"
 
@@ -60,18 +63,31 @@ def find(out: Path, key: str) -> Path | None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The record of a run, empty where there is none."""
+    """The record of a run, empty where there is none.
+
+    One that cannot be read counts as none, and a run whose result is gone as not done: both are done again.
+    """
+    path = folder / "run.json"
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        lacking = {"step", "key", "identity", "state"} - record.keys()
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    except (ValueError, AttributeError) as error:
+        warnings.warn(f"{path}: is damaged ({error}); the run counts as not done", stacklevel=2)
+        return {}
+    if lacking:
+        warnings.warn(f"{path}: has no {min(lacking)}; the run counts as not done", stacklevel=2)
+        return {}
+    if record["state"] == DONE and not (folder / "result.json").is_file():
+        warnings.warn(f"{folder}: its result.json is gone; the run counts as not done", stacklevel=2)
+        return record | {"state": RUNNING}
+    return record
 
 
 def write(folder: Path, record: dict[str, Any], name: str = "run.json") -> None:
-    """The whole record or the one before: never half of it."""
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / name)
+    """The whole record or the one before, on the disk: never half of it."""
+    write_bytes(folder / name, json.dumps(record, indent=1).encode())
 
 
 def note_attempt(folder: Path, **facts: Any) -> None:

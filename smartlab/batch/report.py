@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import os
 import time
@@ -164,10 +165,15 @@ def _failures(runs: pd.DataFrame) -> list[str]:
     failed = runs[runs.state == "failed"]
     if failed.empty:
         return []
-    body = [[str(r.step), str(r.run), str(r.error).replace("|", "\\|")] for r in failed.itertuples()]
+    body = [[str(r.step), str(r.run), str(r.error)] for r in failed.itertuples()]
     return ["## Failed", "", *_table(["step", "run", "error"], body[:MOST_ROWS]), ""]
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    rule = "| " + " | ".join("---" for _ in head) + " |"
-    return [f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(row)} |" for row in body)]
+    first, *rows = (f"| {' | '.join(map(_cell, row))} |" for row in [head, *body])
+    return [first, "| " + " | ".join("---" for _ in head) + " |", *rows]
+
+
+def _cell(text: str) -> str:
+    """A text that stays in its cell and is no HTML: a parameter or an error may hold anything."""
+    return " ".join(html.escape(text, quote=False).split()).replace("|", "\\|")

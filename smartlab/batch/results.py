@@ -126,8 +126,12 @@ def _chain(name: str, found: Mapping[str, dict[str, Any]]) -> dict[tuple[str, st
     for above in record.get("upstream", {}).values():
         values |= _chain(above, found)
     for parameter, value in record.get("settings", {}).items():
-        if parameter != "out" and not (isinstance(value, str) and "{" in value):
-            values[record["step"], parameter] = value
+        try:
+            plain = value.format() if isinstance(value, str) else value  # {{ is a brace that was meant
+        except (LookupError, ValueError):  # {pretrain}: a reference to another run
+            continue
+        if parameter != "out":
+            values[record["step"], parameter] = plain
     return values
 
 

@@ -144,7 +144,7 @@ def code_digest() -> str:
 
 
 def data_digest(parameters: Mapping[str, Any]) -> str:
-    """A digest of the data that parameters name: the manifest, the images' sizes, other files and folders.
+    """A digest of the data that parameters name: the manifest, sizes and times of the images, other files and folders.
 
     Nothing inside the images is read. A phantom follows from its manifest, and stores from their images.
     """
@@ -163,19 +163,17 @@ def data_digest(parameters: Mapping[str, Any]) -> str:
 @lru_cache(maxsize=256)
 def _cohort(manifest: str, root: str) -> str:
     from smartlab.data.prepare import find_data, name_data
+    from smartlab.data.request import cohort_state
 
     named, place = name_data(manifest, root or None, progress=False)
-    described = named.model_dump_json()
     if named.source.kind == "phantom" or place is None:
-        return _digest(described)
-    sizes = []
-    for group in find_data(named, place)[0].images():
-        path = group.cases[0].locate(place)
-        if path.is_dir():
-            sizes.append(f"{group.key}:{sum(1 for _ in path.iterdir())}")
-        else:
-            sizes.append(f"{group.key}:{path.stat().st_size if path.exists() else 'missing'}")
-    return _digest([described, sizes])
+        return _digest(named.model_dump_json())
+    full = find_data(named, place)[0]
+    if (state := cohort_state(full, place)) is not None:
+        return _digest(state)
+    # found by what is in their headers
+    found = {group.key: _contents(group.cases[0].locate(place)) for group in full.images()}
+    return _digest([named.model_dump_json(), found])
 
 
 @lru_cache(maxsize=256)

@@ -29,7 +29,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from smartlab.data.case_table import SHOWN, cases_from_csv, cases_to_csv
-from smartlab.errors import DataError, UseError
+from smartlab.errors import DataError, UseError, near
 
 if TYPE_CHECKING:
     from smartlab.data.readers import Volume
@@ -96,6 +96,14 @@ class Source(_Strict):
     size_gb: float | None = None
     parameters: dict[str, Any] = {}  # phantom: n, seed, shape …; folders: patterns for cases
     notes: str = ""  # accounts, registrations, clinical tables: where exactly
+
+    @field_validator("parameters")
+    @classmethod
+    def _nested(cls, parameters: dict[str, Any]) -> dict[str, Any]:
+        for name in ("layout", "segments"):
+            if not isinstance(parameters.get(name, {}), dict):
+                raise ValueError(f"parameters.{name} is {parameters[name]!r}, not an object")
+        return parameters
 
 
 class Case(_Strict):
@@ -307,6 +315,7 @@ def _load(name: str | Path) -> Manifest:
             "no such manifest",
             path=name,
             expected=f"a path to a .json, or one of {', '.join(shipped_manifests())}",
+            fix=near(str(name), shipped_manifests()),
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -327,7 +336,7 @@ def _load(name: str | Path) -> Manifest:
             found=_counted(problems),
             fix="see data_manifests/schema.json",
         ) from None
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise DataError(
             "is not a valid manifest", path=path, found=error, fix="see data_manifests/schema.json"
         ) from None

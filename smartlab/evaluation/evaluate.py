@@ -27,7 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from smartlab.config import DataConfig
 from smartlab.data.manifest import Manifest, load_manifest
 from smartlab.data.prepare import locate_images, name_data, prepare_store
-from smartlab.errors import UseError
+from smartlab.errors import UseError, near
 from smartlab.evaluation.cases import write_keys
 from smartlab.evaluation.encoders import as_encoder, random_encoder
 from smartlab.evaluation.labels import check_label, check_name
@@ -85,7 +85,7 @@ def evaluate(
     >>> sl.evaluate("runs/a", "heads", "phantom-ct", out="runs/a/evaluation/heads")
     """
     if task not in TASKS:
-        raise UseError(f"no task {task!r}", expected=f"one of {', '.join(TASKS)}")
+        raise UseError(f"no task {task!r}", expected=f"one of {', '.join(TASKS)}", fix=near(task, TASKS))
     if task in FINE_TUNING and out is None:
         raise UseError(f"{task} trains and needs a folder", fix="give out=…")
     if label is not None and task not in (*LABELLED, "clusters", "classify"):

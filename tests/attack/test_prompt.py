@@ -68,7 +68,7 @@ def _table(folder, edit):
     return ["data", "verify", folder / "m.json", "--root", folder, "--workers", 0]
 
 
-@case("cases.csv", "more cells than columns", "line 2")
+@case("cases.csv", "10 cells for 9 columns", "line 2")
 def a_comma_too_many_in_a_table(folder):
     return _table(folder, lambda text: text.replace(b"patient-0", b"patient-0,more", 1))
 

@@ -45,8 +45,8 @@ test-all: $(READY) ## every test
 	$(TESTS)
 
 check: $(READY) ## formatting, lint, types
-	$(BIN)/ruff format --check smartlab tests benchmarks notebooks
-	$(BIN)/ruff check smartlab tests benchmarks notebooks
+	$(BIN)/ruff format --check smartlab data_manifests tests benchmarks notebooks
+	$(BIN)/ruff check smartlab data_manifests tests benchmarks notebooks
 	$(BIN)/python -m smartlab.notebook_files --check
 	$(BIN)/mypy
 

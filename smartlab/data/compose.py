@@ -1,7 +1,7 @@
 """Build manifests: from public indices by rule, from a fetched folder, or with a clinical table added.
 
 - `compose("ct-open", "data_manifests")` rebuilds a shipped manifest; the rules and the sources are
-  in `smartlab.data.cohorts`. Same inputs, same file.
+  in `data_manifests/recipes`. Same inputs, same file.
 - `cases_from_folder(manifest, root)` lists the cases of an archive that has been fetched.
 - `attach_table(manifest, "clinical.csv")` adds labels from a table with a row per patient.
 """
@@ -9,22 +9,23 @@
 from __future__ import annotations
 
 import difflib
-import importlib
+import importlib.util
 import inspect
 import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from smartlab.data.case_table import read_rows, says_missing
-from smartlab.data.manifest import Case, LabelSpec, LabelValue, Lesion, Manifest
+from smartlab.data.manifest import Case, LabelSpec, LabelValue, Lesion, Manifest, manifest_folder
 from smartlab.errors import DataError, UseError
 
 NUMERIC = ("number", "time", "event")
 
-# manifest -> the function of smartlab.data.cohorts that builds it
+# manifest -> the recipe, a function of data_manifests/recipes; archives have none, their files say all
 BUILDERS = {
     "lidc-nodules": "lidc_nodules.build",
     "cbis-ddsm": "cbis.build",
@@ -33,12 +34,6 @@ BUILDERS = {
     "nsclc-radiomics": "tcia.nsclc_radiomics",
     "nsclc-interobserver": "tcia.nsclc_interobserver",
     "pancreas-ct": "tcia.pancreas_ct",
-    "msd-lung": "archives.msd_lung",
-    "totalsegmentator": "archives.totalsegmentator",
-    "amos22": "archives.amos22",
-    "luna16": "archives.luna16",
-    "medmnist-nodule3d": "archives.medmnist_nodule3d",
-    "medmnist-organ3d": "archives.medmnist_organ3d",
 }
 BESIDE_IMAGES = {"dagman-segment": "dagman.segment"}  # not shipped: they write masks below the root
 
@@ -59,7 +54,7 @@ def compose(name: str, out: str | Path | None = None, **inputs: Any) -> Manifest
             fix=f"did you mean {near[0]}?" if near else None,
         )
     module, function = builders[name].split(".")
-    build = getattr(importlib.import_module(f"smartlab.data.cohorts.{module}"), function)
+    build = getattr(recipe(module), function)
     accepted = inspect.signature(build).parameters
     if unknown := [key for key in inputs if key not in accepted]:
         raise UseError(f"{name} does not take `{unknown[0]}`", expected=list(accepted) or "no inputs")
@@ -71,11 +66,32 @@ def compose(name: str, out: str | Path | None = None, **inputs: Any) -> Manifest
     return manifest
 
 
-# ---- cases of a fetched archive; the layout's keys are explained in cohorts/archives.py ----
+def recipe(module: str) -> Any:
+    """A module of `data_manifests/recipes`, which lies beside the shipped manifests and is no part of the library."""
+    package = "smartlab_recipes"
+    if package not in sys.modules:
+        folder = manifest_folder() / "recipes"
+        spec = importlib.util.spec_from_file_location(
+            package, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        sys.modules[package] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    return importlib.import_module(f"{package}.{module}")
+
+
+# ---- cases of a fetched archive ------------------------------------------------------------------
 
 
 def cases_from_folder(manifest: Manifest, root: str | Path) -> Manifest:
-    """The same manifest with the cases found below `root` by its `source.parameters["layout"]`."""
+    """The same manifest with the cases found below `root` by its `source.parameters["layout"]`:
+
+    image      regular expression on the path below the root; its groups `id`, `fold`, `part` …
+    masks      {name: path} and `label_map`: paths in which {id} and the other groups are filled in
+    masks_in   a folder of binary masks, each named for what it shows
+    splits     {part: split}, or `table` = {file, separator, key, split} for a split column
+    lesions    {file, key, center, diameter}: a table of lesion centres (DICOM LPS mm), many per image
+    patients   "idc" where `id` is a series UID whose patient the index of public series knows
+    npz        MedMNIST's arrays, written out as one NIfTI per sample by `fetch`; `label` and `classes`
+    """
     layout = manifest.source.parameters.get("layout")
     if layout is None:
         raise UseError(f"{manifest.name} lists its cases itself and has no folder layout")
@@ -136,7 +152,7 @@ def _masks(layout: Mapping[str, Any], root: Path, image: str, groups: Mapping[st
 
 
 def _idc_patients(series_uids: list[str]) -> dict[str, str]:
-    from smartlab.data.cohorts import idc
+    from smartlab.data import idc
 
     return {uid: row["PatientID"] for uid, row in idc.lookup(series_uids, ["PatientID"]).items()}
 

@@ -198,7 +198,7 @@ def _bar(report: FetchReport, progress: bool) -> Iterator[Any]:
 
 
 def _series(manifest: Manifest, root: Path, cases: Sequence[str] | None) -> list[Item]:
-    from smartlab.data.cohorts import idc
+    from smartlab.data import idc
 
     chosen = manifest.cases if cases is None else manifest.select(cases).all_cases
     table = idc.lookup(idc.series_of(chosen), ["series_size_MB", "instanceCount"])

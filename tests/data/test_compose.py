@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from scipy.ndimage import distance_transform_edt
 
 from smartlab import DataError, UseError
-from smartlab.data.cohorts import cbis, idc, lidc, open_ct
-from smartlab.data.cohorts.lidc_nodules import patient_folds
-from smartlab.data.compose import attach_table, cases_from_folder, compose, sample_path
+from smartlab.data import idc
+from smartlab.data.compose import attach_table, cases_from_folder, compose, recipe, sample_path
 from smartlab.data.manifest import Case, Manifest, Source, load_manifest
+
+cbis, lidc, open_ct = recipe("cbis"), recipe("lidc"), recipe("open_ct")
 
 ASSET = Path(__file__).parents[1] / "assets" / "lidc_0001_nodule.json"
 
@@ -166,8 +167,8 @@ labels = st.lists(st.sampled_from(["benign", "malignant", "indeterminate"]), min
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.integers(0, 10**6).map(str), labels, min_size=20, max_size=60))
 def test_folds_cover_every_patient_do_not_depend_on_order_and_stay_balanced(by_patient):
-    folds = patient_folds(by_patient)
-    assert folds == patient_folds(dict(reversed(by_patient.items())))
+    folds = recipe("lidc_nodules").patient_folds(by_patient)
+    assert folds == recipe("lidc_nodules").patient_folds(dict(reversed(by_patient.items())))
     assert folds.keys() == by_patient.keys() and set(folds.values()) == set(range(5))
     for label in ("benign", "malignant", "indeterminate"):
         load = [sum(by_patient[p].count(label) for p in folds if folds[p] == k) for k in range(5)]

@@ -16,7 +16,7 @@ from scipy import ndimage
 
 import smartlab as sl
 from smartlab.data.augment import augment, draw_mirrors, mirror, window
-from smartlab.data.cohorts.lidc import Nodule, consensus_mask
+from smartlab.data.compose import recipe
 from smartlab.data.crops import CropDataset, VolumeDataset, _window_mean, read_crop
 from smartlab.errors import DataError, UseError
 from tests.conftest import REPO
@@ -201,7 +201,8 @@ def test_the_lidc_nodule_is_in_its_crop(real_data, tmp_path):
     assert (report.built, report.failed) == (1, 0)
     item = sl.LesionDataset(sl.open_store(tmp_path), size=40)[0]
     scan = sl.read_volume(real_data / "ct_series" / "LIDC-IDRI-0001")
-    nodule = consensus_mask(Nodule.from_json(ASSETS / "lidc_0001_nodule.json"), scan)
+    lidc = recipe("lidc")
+    nodule = lidc.consensus_mask(lidc.Nodule.from_json(ASSETS / "lidc_0001_nodule.json"), scan)
     inverse = np.linalg.inv(item["affine"])
     inside = np.zeros((40, 40, 40), bool)
     index = np.rint(scan.to_world(np.argwhere(nodule)) @ inverse[:3, :3].T + inverse[:3, 3]).astype(int)

@@ -10,21 +10,19 @@ from pathlib import Path
 import pytest
 
 from smartlab import UseError
-from smartlab.data.cohorts import idc, open_ct
-from smartlab.data.compose import BUILDERS, compose
+from smartlab.data import idc
+from smartlab.data.compose import BUILDERS, compose, recipe
 from smartlab.data.manifest import load_manifest, manifest_folder
 
-FROM_INDEX = [
-    "lidc-nodules", "cbis-ddsm", "ct-open", "nsclc-radiogenomics", "nsclc-radiomics", "nsclc-interobserver",
-    "pancreas-ct",
-]  # fmt: skip
-ARCHIVES = [name for name in BUILDERS if name not in FROM_INDEX]
+FROM_INDEX = list(BUILDERS)
+ARCHIVES = ["msd-lung", "totalsegmentator", "amos22", "luna16", "medmnist-nodule3d", "medmnist-organ3d"]
+open_ct = recipe("open_ct")
 FACTS = ["collection_id", "PatientID", "StudyInstanceUID", "Modality", "license_short_name", "instanceCount"]
 
 
 @pytest.fixture(scope="module")
 def shipped():
-    return {name: load_manifest(name) for name in BUILDERS}
+    return {name: load_manifest(name) for name in [*FROM_INDEX, *ARCHIVES]}
 
 
 def same_index(man):
@@ -44,7 +42,7 @@ def view_of(image_name):
     return image_name[image_name.index("P_0") :].removesuffix(".dcm")
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", [*FROM_INDEX, *ARCHIVES])
 def test_every_manifest_states_what_a_user_must_know(shipped, name):
     man = shipped[name]
     assert man.name == name
@@ -93,7 +91,7 @@ def test_every_mask_is_in_the_index_beside_its_image_and_the_size_is_their_sum(s
     assert man.source.size_gb == pytest.approx(fetched, abs=0.1)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", [*FROM_INDEX, *ARCHIVES])
 @pytest.mark.parametrize("group", ["split", "fold"])
 def test_no_patient_is_in_two_splits_or_folds(shipped, name, group):
     seen = {}
@@ -101,11 +99,9 @@ def test_no_patient_is_in_two_splits_or_folds(shipped, name, group):
         assert seen.setdefault(case.patient, getattr(case, group)) == getattr(case, group)
 
 
-@pytest.mark.parametrize("name", [*ARCHIVES, "nsclc-radiogenomics", "nsclc-radiomics", "nsclc-interobserver",
-                                  "pancreas-ct", "ct-open"])  # fmt: skip
+@pytest.mark.parametrize("name", [n for n in FROM_INDEX if n not in ("lidc-nodules", "cbis-ddsm")])
 def test_rebuilding_gives_the_identical_files(shipped, name, tmp_path):
-    if name not in ARCHIVES:
-        same_index(shipped[name])
+    same_index(shipped[name])
     rebuilt(name, tmp_path)
 
 

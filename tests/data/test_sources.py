@@ -415,7 +415,7 @@ class Client:
     def download_from_selection(self, downloadDir, seriesInstanceUID, **settings):
         from pathlib import Path
 
-        from smartlab.data.cohorts import idc
+        from smartlab.data import idc
 
         self.calls.append(list(seriesInstanceUID))
         assert settings["dirTemplate"] == "%SeriesInstanceUID"
@@ -491,7 +491,7 @@ def test_the_real_client_takes_what_we_give_it():
 
 
 def test_masks_given_as_paths_are_not_looked_for_in_the_index():
-    from smartlab.data.cohorts import idc
+    from smartlab.data import idc
 
     case = Case(id="a", patient="p", series_uid="1.2", masks={"t": "t.nii.gz", "s": "series:1.3"})
     assert idc.series_of([case, case]) == ["1.2", "1.3"]

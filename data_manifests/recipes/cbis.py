@@ -16,7 +16,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from smartlab.data.cohorts import idc
+from smartlab.data import idc
 from smartlab.data.manifest import Case, LabelSpec, LabelValue, Manifest, Source
 from smartlab.errors import DataError, UseError
 

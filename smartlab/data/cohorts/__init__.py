@@ -1,1 +1,0 @@
-"""Builders of the shipped manifests: one module per way a public cohort is described."""

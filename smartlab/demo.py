@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from smartlab.errors import DataError, UseError
+from smartlab.files import write_text
 from smartlab.notebook import notebook_folder
 
 JOBS = 2  # notebooks at a time: what two cores can do
@@ -269,7 +270,7 @@ def _write_html(executed: Path, page: Path) -> None:
         for cell in book.cells:  # progress bars, which would stand on red
             cell.outputs = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
         body, _ = HTMLExporter(template_name="lab").from_notebook_node(book)
-    _replace(page, body)
+    write_text(page, body)
 
 
 _PAGE = """<!doctype html>
@@ -334,10 +335,4 @@ def _write_page(result: DemoResult) -> None:
         rows="".join(rows),
         sections="".join(sections),
     )
-    _replace(result.page, page)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(result.page, page)

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,23 +15,38 @@ from typing import IO
 
 from smartlab.errors import DataError, SmartlabError
 
-SUFFIX, LOCK = ".tmp", ".lock"
+TEMPORARY, LOCK = ".tmp-", ".lock"
 
 
-def temporary_of(path: Path) -> Path:
-    """Where a file or folder is written before it is renamed to `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}{SUFFIX}")
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, of the same kind of file, that replaces it once the block has succeeded.
+
+    What was half written goes, or it would keep a full disk full. A folder takes the place of a folder only.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        _remove(temporary)
+        yield temporary
+        if path.is_dir() and temporary.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        _remove(temporary)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Atomic and durable: on the disk under a temporary name before the rename makes it count."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_of(path)
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Whole and durable: on the disk before the rename makes it count."""
+    with whole(path) as temporary:
+        temporary.write_bytes(data)
+        sync(temporary)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file that is whole or not there."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -40,16 +56,11 @@ def written(path: Path, what: str) -> Iterator[Path]:
     A full disk is an OSError in Python, a RuntimeError in torch and something else in safetensors: all become
     one DataError. What was half written goes, or it would keep the disk full.
     """
-    temporary = temporary_of(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)
-        yield temporary
-        for file in [*temporary.glob("*"), temporary]:
-            sync(file)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        with whole(path) as temporary:
+            yield temporary
+            for file in [*temporary.glob("*"), temporary]:
+                sync(file)
         sync(path.parent)
     except SmartlabError:
         raise
@@ -62,8 +73,6 @@ def written(path: Path, what: str) -> Iterator[Path]:
             found=f"{text}; {shutil.disk_usage(there).free / 1e9:.1f} GB free",
             fix="free space there, or make the folder writable, and run the same again",
         ) from error
-    finally:
-        _remove(temporary)
 
 
 def _remove(path: Path) -> None:
@@ -122,12 +131,20 @@ def held(folder: Path, problem: str, wait: float = 2.0) -> Iterator[None]:
 def _lock(folder: Path) -> IO[str] | None:
     """The open lock of a folder, or None while another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK).open("a+", encoding="utf-8")
+    try:
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    except FileNotFoundError:  # who had it has just removed the folder
+        return None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):  # not removed meanwhile
-            return file
-    except OSError:
-        pass
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError as error:  # a file system without locks
+        text = f"{folder}: cannot be locked ({error.strerror}): let one process at a time write there"
+        warnings.warn(text, stacklevel=4)
+        return file
+    if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):  # not removed meanwhile
+        return file
     file.close()
     return None

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 import smartlab
 from smartlab.errors import DataError, UseError
+from smartlab.files import write_bytes, write_text
 
 if TYPE_CHECKING:
     from smartlab.config import Config
@@ -184,10 +185,7 @@ def notebook_folder() -> Path:
 
 def keep_copy(picture: Path, to: Path) -> Path:
     """Copy a picture beside the notebook's own, whole or not at all."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = to.with_name(f".{to.name}.tmp")
-    temporary.write_bytes(picture.read_bytes())
-    os.replace(temporary, to)
+    write_bytes(to, picture.read_bytes())
     return to
 
 
@@ -239,9 +237,7 @@ def finish(
         "figures": shown,
         "captions": dict(zip(shown, captions, strict=False)),
     }
-    temporary = out / ".result.json.tmp"
-    temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    os.replace(temporary, out / "result.json")
+    write_text(out / "result.json", json.dumps(result, indent=1))
     return result
 
 

@@ -8,12 +8,13 @@ files and overrides is in `config.py`.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from smartlab.files import write_text
 
 EncoderPreset = Literal[
     "tiny", "smit", "smart", "swinunetr", "vit-tiny", "vit-small", "vit-base", "vit-large", "custom"
@@ -422,8 +423,5 @@ class Config(_Section):
     def save(self, path: str | Path) -> Path:
         """Write the resolved configuration (every value) as YAML."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
         return path

@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 import os
 import queue
-import shutil
 import time
 import uuid
 from collections import Counter
@@ -25,6 +24,7 @@ from smartlab.batch.progress import BLOCKED, FLYING, WAITING, Progress, StepCoun
 from smartlab.batch.runs import code_digest, expand, resolve
 from smartlab.batch.summary import BatchReport, write_summary
 from smartlab.data.workers import StopRequest, draining
+from smartlab.files import write_bytes
 
 LOOK_AGAIN = 2.0  # seconds between two looks at a run that another batch has
 MOST_LOST = 3  # times a run may lose its process before it counts as failed
@@ -117,13 +117,10 @@ class Batch:
             text = step.notebook.read_bytes()
             path = kept / f"{records.digest(text)}.ipynb"
             if not path.is_file():
-                temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-                temporary.write_bytes(text)
-                os.replace(temporary, path)
+                write_bytes(path, text)
             self.notebook[step.name] = path
         if self.plan.path.is_file():
-            shutil.copyfile(self.plan.path, temporary := self.out / f".plan.{os.getpid()}.tmp")
-            os.replace(temporary, self.out / f"{self.plan.name}.yaml")
+            write_bytes(self.out / f"{self.plan.name}.yaml", self.plan.path.read_bytes())
 
     def _consider(self, key: str) -> None:
         """Put a run on the list once everything it builds on is done."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from smartlab.batch.results import (
     seed_column,
     summarise,
 )
+from smartlab.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,9 +43,7 @@ def write_report(out: str | Path, plan: Plan | None = None, metrics: Sequence[st
         lines += _step(out, step, rows, metrics)
     lines += _failures(runs)
     path = out / "ablation.md"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "\n".join(lines) + "\n")
     return path
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from smartlab.batch import records
 from smartlab.errors import DataError, UseError
+from smartlab.files import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -164,11 +165,12 @@ def _estimates(metrics: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 def export_results(table: pd.DataFrame, path: str | Path) -> Path:
     """Write the table as .csv or .parquet."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".csv":
-        table.to_csv(temporary, index=False)
-    elif path.suffix == ".parquet":
+    if path.suffix not in (".csv", ".parquet"):
+        raise UseError("unknown format of results", path=path, expected=".csv or .parquet")
+    with whole(path) as temporary:
+        if path.suffix == ".csv":
+            table.to_csv(temporary, index=False)
+            return path
         plain = table.copy()
         for name in plain:  # a parameter that is a number here and a word there
             if plain[name].dtype == object and plain[name].map(type).nunique() > 1:
@@ -179,9 +181,6 @@ def export_results(table: pd.DataFrame, path: str | Path) -> Path:
             raise UseError(
                 "Parquet needs pyarrow", path=path, fix="pip install pyarrow, or export .csv"
             ) from None
-    else:
-        raise UseError("unknown format of results", path=path, expected=".csv or .parquet")
-    os.replace(temporary, path)
     return path
 
 

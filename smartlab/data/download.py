@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any
 
 from smartlab.errors import DataError, UseError
+from smartlab.files import whole
 
 CHUNK = 1 << 20
 TIMEOUT = 20.0  # seconds without a byte
@@ -243,7 +244,5 @@ def _write(root: Path, name: str, open_member: Callable[[], IO[bytes]]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.parent.resolve().is_relative_to(root.resolve()):
         raise DataError("leads out of the data root through a link", path=target.parent)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with open_member() as source, temporary.open("wb") as file:
+    with open_member() as source, whole(target) as temporary, temporary.open("wb") as file:
         shutil.copyfileobj(source, file, CHUNK)
-    os.replace(temporary, target)

@@ -27,13 +27,13 @@ from typing import Any
 
 from smartlab.data.request import Failure
 from smartlab.errors import DataError, UseError
-from smartlab.files import LOCK, SUFFIX, held, write_bytes
+from smartlab.files import LOCK, TEMPORARY, held, write_bytes
 
 HEADER, JOURNAL, FAILURES = "store.json", "journal.jsonl", "failures.csv"
 Row = dict[str, Any]
 
 _OURS = re.compile(
-    r"^\.?((images|cases)-[0-9a-f]{12}\.jsonl|[0-9a-f]{16,64}-[0-9a-f]{8,64}(\.labels)?\.b2nd)(\.[^/]*)?$"
+    r"^(\.|\.tmp-\d+-)?((images|cases)-[0-9a-f]{12}\.jsonl|[0-9a-f]{16,64}-[0-9a-f]{8,64}(\.labels)?\.b2nd)(\.[^/]*)?$"
 )
 
 
@@ -174,9 +174,9 @@ def clean(out: Path, rows: Iterable[Row]) -> int:
         keep |= {row["file"], *([row["labels"]["file"]] if row["labels"] else [])}
     volumes = [f for f in (out / "volumes").glob("*") if _OURS.match(f.name)]
     stray = [f for f in volumes if f"volumes/{f.name}" not in keep]
-    for file in [*stray, *out.glob(f".*{SUFFIX}")]:
+    for file in [*stray, *out.glob(f"{TEMPORARY}*")]:
         file.unlink(missing_ok=True)
-    return len([f for f in stray if not f.name.endswith((SUFFIX, ".labels.b2nd"))])
+    return len([f for f in stray if not f.name.startswith(".") or f.name.endswith(".labels.b2nd")])
 
 
 @contextmanager

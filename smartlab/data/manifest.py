@@ -17,7 +17,6 @@ All positions are millimetres. `Lesion.frame` says in which frame:
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -30,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from smartlab.data.case_table import SHOWN, cases_from_csv, cases_to_csv
 from smartlab.errors import DataError, UseError, near
+from smartlab.files import write_text
 
 if TYPE_CHECKING:
     from smartlab.data.readers import Volume
@@ -271,8 +271,8 @@ class Manifest(_Strict):
         content = {key: given.get(key, value) for key, value in full.items() if key in stated}
         if self.cases_file:
             content.pop("cases", None)
-            _replace(path.parent / _safe(self.cases_file), cases_to_csv(self.all_cases))
-        _replace(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            write_text(path.parent / _safe(self.cases_file), cases_to_csv(self.all_cases))
+        write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         return path
 
 
@@ -387,9 +387,3 @@ def _resolve_inside(root: Path, relative: str) -> Path:
     if not path.exists():
         raise DataError("image not found", path=path, fix="check `data.root`, or run `smartlab data fetch`")
     return path
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -21,9 +21,10 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 
 from smartlab.data.manifest import Manifest, Source
-from smartlab.data.phantoms.grid import Grid, whole
+from smartlab.data.phantoms.grid import Grid
 from smartlab.data.workers import Lost, run_bounded
 from smartlab.errors import DataError, UseError
+from smartlab.files import whole
 
 Format = Literal["nifti", "dicom"]
 _KINDS = {"ct": "smartlab.data.phantoms.ct", "mammo": "smartlab.data.phantoms.mammo"}

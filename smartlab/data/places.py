@@ -6,6 +6,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from smartlab.files import write_text
+
 KEYS = "smartlab_keys.csv"  # beside the user's own images: which key in results is which case
 
 
@@ -17,11 +19,7 @@ def cache_folder() -> Path:
 def remember_store(made_from: str, store: Path) -> None:
     """Note where a store is, so that it is found by what it was made from, wherever it was put."""
     with contextlib.suppress(OSError):  # without a cache stores are found beside their images only
-        folder = cache_folder() / "stores"
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{made_from}.{os.getpid()}"
-        temporary.write_text(str(store.absolute()), encoding="utf-8")
-        os.replace(temporary, folder / made_from)
+        write_text(cache_folder() / "stores" / made_from, str(store.absolute()))
 
 
 def remembered_store(made_from: str) -> Path | None:

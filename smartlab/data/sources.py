@@ -25,6 +25,7 @@ from typing import Any
 from smartlab.data import download
 from smartlab.data.manifest import Manifest, load_manifest
 from smartlab.errors import DataError, SmartlabError, UseError
+from smartlab.files import whole
 
 IDC_ENDPOINT = "https://s3.amazonaws.com"
 BATCH_GB, BATCH_SERIES = 4.0, 100  # a batch costs some seconds to set up, and moves the progress bar once
@@ -336,10 +337,8 @@ def _write_samples(layout: dict[str, Any], root: Path, progress: bool) -> None:
             for k, image in enumerate(tqdm(images, desc=f"unpacking {split}", disable=not progress)):
                 target = root / sample_path(layout, split, k)
                 if not target.exists():
-                    target.parent.mkdir(exist_ok=True)
-                    temporary = target.with_name(f".{os.getpid()}.{target.name}")
-                    nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), temporary)
-                    os.replace(temporary, target)
+                    with whole(target) as temporary:
+                        nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), temporary)
 
 
 def _make(manifest: Manifest, root: Path, dry_run: bool, progress: bool) -> FetchReport:

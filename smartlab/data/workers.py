@@ -131,7 +131,9 @@ def _in_processes(
                 result = future.result()
                 in_hand.remove(running.pop(future))
                 yield result
-    except BrokenProcessPool:
+    except BrokenProcessPool:  # the pool ends the others by SIGTERM, which they take for a wish to drain
+        for process in list((pool._processes or {}).values()):
+            process.kill()
         return in_hand
     finally:
         pool.shutdown(cancel_futures=True)

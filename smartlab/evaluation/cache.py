@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from smartlab.files import write_bytes
 
 Arrays = dict[str, np.ndarray]
 _DIGEST = 32  # bytes of SHA-256
@@ -51,7 +52,4 @@ def _write(path: Path, arrays: Arrays) -> None:
     content = io.BytesIO()
     np.savez(content, allow_pickle=False, **arrays)
     data = content.getvalue()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(hashlib.sha256(data).digest() + data)
-    os.replace(temporary, path)
+    write_bytes(path, hashlib.sha256(data).digest() + data)

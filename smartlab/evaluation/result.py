@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from smartlab.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,9 +76,9 @@ class Result:
             "code": code_version(),
             "written": time.strftime("%Y-%m-%dT%H:%M:%S"),
         }
-        _write(out / "table.csv", self.table.to_csv(index=False))
+        write_text(out / "table.csv", self.table.to_csv(index=False))
         plots.save(self.figure(), out / "figure.png")
-        _write(out / "result.json", json.dumps(content, indent=1))  # last: its presence says "complete"
+        write_text(out / "result.json", json.dumps(content, indent=1))  # last: its presence says "complete"
         return out
 
 
@@ -90,9 +91,3 @@ def clean(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

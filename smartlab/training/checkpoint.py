@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smartlab.errors import DataError
-from smartlab.files import SUFFIX, written
+from smartlab.files import written
 
 ROLES = ("student", "teacher")
 _NAME = re.compile(r"^step-(\d{6,})$")
@@ -180,7 +180,7 @@ def prune(run: Path, keep_last: int, keep_every: int | None) -> None:
     for step in every[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
             shutil.rmtree(folder(run, step))
-    for left in (run / "checkpoints").glob(f".*{SUFFIX}"):  # of a run that was killed while saving
+    for left in (run / "checkpoints").glob(".*"):  # of a run that was killed while saving
         shutil.rmtree(left, ignore_errors=True)
 
 

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 import time
@@ -29,6 +28,7 @@ from smartlab.data.crops import CropLoader
 from smartlab.data.manifest import load_manifest
 from smartlab.data.prepare import locate_images, prepare_store
 from smartlab.errors import DataError, SmartlabError, UseError
+from smartlab.files import write_text
 from smartlab.methods.clock import Clock
 from smartlab.methods.distillation import mean_over_ranks
 from smartlab.models.reach import reach
@@ -393,9 +393,7 @@ class Trainer:
             "places": self.places,
             "command": sys.argv[:1],
         }
-        temporary = self.out / ".environment.tmp"
-        temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        os.replace(temporary, self.out / "environment.json")
+        write_text(self.out / "environment.json", json.dumps(facts, indent=1))
 
     def _load(self, allow_changes: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights and training state of the newest whole checkpoint, if it is one of the same settings and data."""

@@ -10,13 +10,13 @@ import csv
 import io
 import json
 import math
-import os
 import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 from smartlab.config import Config
+from smartlab.files import write_text
 from smartlab.training.live import Live, in_notebook
 
 COLUMNS = [
@@ -218,9 +218,7 @@ def rewind(path: Path, step: int) -> None:
     kept = whole[:1] + [
         w for n, w in zip(numbers[1:], whole[1:], strict=True) if n.isdecimal() and int(n) <= step
     ]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(kept))
 
 
 def _text(value: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smartlab.files import whole
 from smartlab.masking import make_mask, upsample
 from smartlab.methods.masked_distillation import MaskedDistillation
 from smartlab.methods.multiscale_mae import MultiscaleMAE
@@ -127,9 +127,7 @@ def scales_picture(
 def _write(figure: Figure, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=100, format="png")
+    with whole(path) as temporary:
+        figure.savefig(temporary, dpi=100)
     plt.close(figure)
-    os.replace(temporary, path)
     return path

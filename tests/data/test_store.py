@@ -454,6 +454,20 @@ def test_a_worker_that_dies_costs_one_image(monkeypatch):
     assert lost == [2] and sorted(r for r in results if not isinstance(r, workers.Lost)) == [0, 1, 3, 4]
 
 
+def _slowly(job):
+    time.sleep(2.0 * (job == "long"))
+    return os.getpid()
+
+
+def test_an_idle_worker_that_is_killed_holds_up_nobody():
+    """It dies with the lock of the queue in its hand, and the others take the pool's SIGTERM for a wish to drain."""
+    with workers.draining() as stop:
+        results = workers.run_bounded(_slowly, ["short", "long"], 2, stop=stop)
+        idle = next(results)
+        os.kill(idle, signal.SIGKILL)
+        assert next(results) not in (idle, os.getpid()) and list(results) == []
+
+
 def _nap(job):
     time.sleep(0.005)
     return job

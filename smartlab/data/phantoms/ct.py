@@ -20,7 +20,7 @@ from smartlab.data.phantoms.abdomen import paint_abdomen
 from smartlab.data.phantoms.body import Array
 from smartlab.data.phantoms.canvas import Canvas
 from smartlab.data.phantoms.dicom import write_ct_series
-from smartlab.data.phantoms.grid import Grid, whole
+from smartlab.data.phantoms.grid import Grid
 from smartlab.data.phantoms.lesions import BASELINE, MARGINS, TEXTURES, Lump, reach, render_lump
 from smartlab.data.phantoms.organs import (
     ORGANS,
@@ -34,6 +34,7 @@ from smartlab.data.phantoms.organs import (
     paint_wall,
 )
 from smartlab.data.phantoms.patient import DEFAULT, STREAM, Patient, affine, draw_patient, scale, world
+from smartlab.files import whole
 
 FORMATS = ("nifti", "dicom")
 FIELD_MM = (240, 520)

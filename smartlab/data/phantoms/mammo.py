@@ -29,7 +29,8 @@ from smartlab.data.phantoms.breast import (
     scale,
 )
 from smartlab.data.phantoms.dicom import write_mammogram
-from smartlab.data.phantoms.grid import Grid, whole
+from smartlab.data.phantoms.grid import Grid
+from smartlab.files import whole
 
 FORMATS = ("dicom",)
 FIELD_MM = (150, 330)

@@ -10,7 +10,6 @@ study, the frame of reference and the references to the images. Names, dates and
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from smartlab.data.grid import LPS_TO_RAS
 from smartlab.data.readers import Volume
 from smartlab.data.resample import resample
 from smartlab.errors import DataError
+from smartlab.files import whole
 
 # What a SEG takes from an image: enough to reference it, and to say where its frames lie.
 REFERENCE_TAGS = (
@@ -105,10 +105,8 @@ def write_nifti(path: Path, labels: np.ndarray, volume: Volume) -> Path:
     image.set_sform(stored, code=1)
     image.set_qform(stored, code=1)
     image.header.set_xyzt_units("mm")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    nib.save(image, temporary)
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        nib.save(image, temporary)
     return path
 
 
@@ -166,10 +164,8 @@ def write_seg(
         software_versions="1",
         device_serial_number="1",
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    seg.save_as(temporary)
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        seg.save_as(temporary)
     return path
 
 

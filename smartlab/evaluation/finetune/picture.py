@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from smartlab.evaluation.result import Estimate
+from smartlab.files import whole
 from smartlab.viewers import plots
 
 if TYPE_CHECKING:
@@ -154,10 +155,8 @@ def keep_example(path: Path, hu: np.ndarray, said: np.ndarray, truth: np.ndarray
         index = int(most[area[most].argmax()])
         for name, array in (("hu", hu), ("said", said.astype(np.uint8)), ("truth", truth)):
             kept[f"{name}_{plane}"] = plots.slice_of(array, plane, index)  # type: ignore[arg-type]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp.{path.name}")
-    np.savez(temporary, **kept)
-    temporary.replace(path)
+    with whole(path) as temporary:
+        np.savez(temporary, **kept)
 
 
 def _plain(ax: Axes) -> None:

@@ -32,6 +32,7 @@ from smartlab.data.crops import CropDataset, CropLoader
 from smartlab.errors import DataError, UseError
 from smartlab.evaluation.encoders import total_stride
 from smartlab.evaluation.folds import deal
+from smartlab.files import write_text
 from smartlab.training import checkpoint, schedules
 from smartlab.training.loop import mix
 from smartlab.training.requests import Requests, only_one
@@ -282,9 +283,7 @@ class Trainer:
         }
         checkpoint.save(self.out, self.step, self.model.state_dict(), state, self.header)
         checkpoint.prune(self.out, 2, None)
-        temporary = self.out / ".history.csv.tmp"
-        self._table().to_csv(temporary, index=False)
-        temporary.replace(self.out / "history.csv")
+        write_text(self.out / "history.csv", self._table().to_csv(index=False))
 
     def close(self) -> None:
         self.requests.close()

@@ -25,7 +25,7 @@ def whole(path: Path) -> Iterator[Path]:
     What was half written goes, or it would keep a full disk full. A folder takes the place of a folder only.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}.{path.name}")
     try:
         _remove(temporary)
         yield temporary

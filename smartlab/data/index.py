@@ -33,7 +33,7 @@ HEADER, JOURNAL, FAILURES = "store.json", "journal.jsonl", "failures.csv"
 Row = dict[str, Any]
 
 _OURS = re.compile(
-    r"^(\.|\.tmp-\d+-)?((images|cases)-[0-9a-f]{12}\.jsonl|[0-9a-f]{16,64}-[0-9a-f]{8,64}(\.labels)?\.b2nd)(\.[^/]*)?$"
+    r"^(\.|\.tmp-\d+\.)?((images|cases)-[0-9a-f]{12}\.jsonl|[0-9a-f]{16,64}-[0-9a-f]{8,64}(\.labels)?\.b2nd)(\.[^/]*)?$"
 )
 
 

@@ -19,6 +19,7 @@ PREFERRED = [
     "config",
     "settings",
     "errors",
+    "files",
     "data",
     "masking",
     "models",
@@ -33,7 +34,7 @@ PREFERRED = [
     "demo",
     "cli",
 ]
-GROUND = ("core", "config", "settings", "errors")  # everything may use these: arrows to them are not drawn
+GROUND = ("core", "config", "settings", "errors", "files")  # everything may use these: arrows to them are not drawn
 SAID = {  # where the first sentence of the room's own docstring says less
     "data": "A cohort on disk becomes crops: manifest, readers, store, loader; and the phantoms.",
     "interop": "Weights to and from MONAI, SMIT and MAE.",

@@ -62,6 +62,14 @@ def find(out: Path, key: str) -> Path | None:
     return next(iter(sorted(out.glob(f"*/*{key}"))), None)
 
 
+_TEXT, _TABLE, _NUMBER = (str,), (dict, type(None)), (int, float, type(None))
+_FIELDS = {  # of a record
+    **dict.fromkeys(("step", "key", "identity", "state"), _TEXT),
+    **dict.fromkeys(("settings", "upstream"), _TABLE),
+    "seconds": _NUMBER,
+}
+
+
 def read(folder: Path) -> dict[str, Any]:
     """The record of a run, empty where there is none.
 
@@ -70,14 +78,13 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        lacking = {"step", "key", "identity", "state"} - record.keys()
+        wrong = [name for name, kinds in _FIELDS.items() if not isinstance(record.get(name), kinds)]
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (ValueError, AttributeError) as error:
-        warnings.warn(f"{path}: is damaged ({error}); the run counts as not done", stacklevel=2)
-        return {}
-    if lacking:
-        warnings.warn(f"{path}: has no {min(lacking)}; the run counts as not done", stacklevel=2)
+    except (ValueError, AttributeError, RecursionError) as error:
+        wrong = [str(error)]
+    if wrong:
+        warnings.warn(f"{path}: is damaged ({wrong[0]}); the run counts as not done", stacklevel=2)
         return {}
     if record["state"] == DONE and not (folder / "result.json").is_file():
         warnings.warn(f"{folder}: its result.json is gone; the run counts as not done", stacklevel=2)

@@ -108,10 +108,14 @@ def _record(folder: Path) -> dict[str, Any]:
         return record
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if not isinstance(result.get("metrics", {}), dict) or not isinstance(
+            result.get("parameters", {}), dict
+        ):
+            raise ValueError("its metrics or parameters are no table")
     except FileNotFoundError:
         return record
-    except ValueError as error:
-        raise DataError("is not JSON", path=folder / "result.json", found=error) from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise DataError("is no result", path=folder / "result.json", found=error) from None
     if not record:
         if not {"step", "parameters", "metrics"} <= result.keys():
             return {}
@@ -122,11 +126,11 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def _chain(name: str, found: Mapping[str, dict[str, Any]]) -> dict[tuple[str, str], Any]:
     """(step, parameter) -> value of a run and of all it builds on."""
-    record = found.get(name, {})
+    record = found.get(str(name), {})
     values: dict[tuple[str, str], Any] = {}
-    for above in record.get("upstream", {}).values():
+    for above in (record.get("upstream") or {}).values():
         values |= _chain(above, found)
-    for parameter, value in record.get("settings", {}).items():
+    for parameter, value in (record.get("settings") or {}).items():
         try:
             plain = value.format() if isinstance(value, str) else value  # {{ is a brace that was meant
         except (LookupError, ValueError):  # {pretrain}: a reference to another run

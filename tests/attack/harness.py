@@ -7,17 +7,20 @@ The number of tries grows with SMARTLAB_ATTACK (a factor: with 60 the slow part 
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import os
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from smartlab.errors import SmartlabError
 
@@ -38,6 +41,24 @@ TOKENS = [
     b"\xff\xfe",
     b": ",
 ]
+VALUES = [
+    None,
+    True,
+    0,
+    -1,
+    10**30,
+    0.5,
+    "",
+    "x",
+    "../x",
+    "2024-13-45",
+    [],
+    {},
+    [1, "a"],
+    {"a": 1},
+    [None],
+    {"a": [{}]},
+]
 SAME, REFUSED, OTHER, TRACEBACK, HANG = "same", "refused", "other content", "traceback", "hang"
 
 
@@ -54,6 +75,7 @@ class Target:
     read: Callable[[], Any]
     sealed: bool = False  # carries a checksum: other content must be noticed
     header: int = 0  # bytes at the beginning that are hit in half of the tries
+    text: Any = None  # the module that loads and dumps it, where it is JSON or YAML: half of the tries change its tree
 
 
 class Hang(BaseException):
@@ -64,13 +86,51 @@ def _hang(number: int, frame: Any) -> None:
     raise Hang
 
 
-def flip_a_bit(content: bytes, rng: np.random.Generator, header: int = 0) -> bytes:
+def flip_a_bit(content: bytes, rng: np.random.Generator, target: Target) -> bytes:
+    return _flip(content, rng, target.header)
+
+
+def spoil(content: bytes, rng: np.random.Generator, target: Target) -> bytes:
+    """What happens to files, or to who writes them by hand."""
+    if target.text is None or rng.random() < 0.5:
+        return _spoil(content, rng, target.header)
+    tree = target.text.loads(content) if target.text is json else yaml.safe_load(content)
+    for _ in range(rng.integers(1, 3)):
+        _change(tree, rng)
+    return (json.dumps(tree) if target.text is json else yaml.safe_dump(tree, sort_keys=False)).encode()
+
+
+def _change(tree: Any, rng: np.random.Generator) -> None:
+    """One value of a tree becomes something else, goes, or moves to another name."""
+    places = list(_places(tree))
+    if not places:
+        return
+    home, key = places[rng.integers(len(places))]
+    what = rng.integers(len(VALUES) + 3)
+    if what < len(VALUES):
+        home[key] = copy.deepcopy(VALUES[what])
+    elif what == len(VALUES) and isinstance(home, dict):
+        home[f"{key}x"] = home.pop(key)
+    elif what == len(VALUES) + 1:
+        home[key] = [home[key]]
+    else:
+        del home[key]
+
+
+def _places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    inside = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in list(inside):
+        yield tree, key
+        yield from _places(value)
+
+
+def _flip(content: bytes, rng: np.random.Generator, header: int) -> bytes:
     spoilt = bytearray(content)
     spoilt[rng.integers(_within(content, rng, header))] ^= 1 << int(rng.integers(8))
     return bytes(spoilt)
 
 
-def spoil(content: bytes, rng: np.random.Generator, header: int = 0) -> bytes:
+def _spoil(content: bytes, rng: np.random.Generator, header: int) -> bytes:
     """One to three of the things that happen to files: bits, bytes, cuts, holes, repeats, other words."""
     for _ in range(rng.integers(1, 4)):
         end = _within(content, rng, header)
@@ -78,7 +138,7 @@ def spoil(content: bytes, rng: np.random.Generator, header: int = 0) -> bytes:
         some = rng.integers(0, 256, length, np.uint8).tobytes()
         word = TOKENS[rng.integers(len(TOKENS))]
         content = [
-            flip_a_bit(content, rng, header),
+            _flip(content, rng, header),
             content[:at] + some + content[at + length :],
             content[:at],
             content[:at] + content[at + length :],
@@ -101,7 +161,7 @@ def attack(
     found: Counter[str] = Counter()
     try:
         for number in range(count):
-            spoilt = how(content, np.random.default_rng((seed, number)), target.header)
+            spoilt = how(content, np.random.default_rng((seed, number)), target)
             target.file.write_bytes(spoilt)
             kind, value = outcome(target.read)
             if kind == SAME and value != good:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
+import yaml
 
 import smartlab as sl
 from smartlab.batch import load_plan
@@ -43,7 +44,7 @@ def _volume(path: Path) -> Callable[[], Any]:
 @target
 def manifest(folder):
     file = make_cohort(folder, 3).save(folder / "m.json")
-    return Target(file, lambda: sl.load_manifest(file).model_dump_json())
+    return Target(file, lambda: sl.load_manifest(file).model_dump_json(), text=json)
 
 
 @target
@@ -61,38 +62,48 @@ def plan(folder):
     steps = [{"name": "a", "notebook": "toy.ipynb"}]
     steps += [{"name": "b", "notebook": "toy.ipynb", "parameters": {"base": "{a}/run"}}]
     file = write_plan(folder, steps=steps, parameters={"a.rate": 0.25}, **varied)
-    return Target(file, lambda: repr(load_plan(file)))
+    return Target(file, lambda: repr(load_plan(file)), text=yaml)
 
 
 @target
 def notebook(folder):
     file = write_plan(folder, grid={"x": [1, 2]})
-    return Target(folder / "toy.ipynb", lambda: repr(load_plan(file)))
+    return Target(folder / "toy.ipynb", lambda: repr(load_plan(file)), text=json)
 
 
 @target
 def config(folder):
     file = sl.load_config("tiny").save(folder / "c.yaml")
-    return Target(file, lambda: sl.load_config(file).model_dump_json())
+    return Target(file, lambda: sl.load_config(file).model_dump_json(), text=yaml)
 
 
-@target
-def run_records(folder):
-    """A batch's record of a run, in which damage counts as not done."""
-    from smartlab.batch import records
+def _batch(part: str) -> Callable[[Path], Target]:
+    """A run of a batch; damage to its record counts as not done, beside one that stays."""
 
-    facts = {
-        "step": "toy",
-        "key": "k",
-        "identity": "k",
-        "state": "done",
-        "settings": {"x": 1},
-        "seconds": 1.0,
-    }
-    (folder / "toy" / "r-k").mkdir(parents=True)
-    (folder / "toy" / "r-k" / "result.json").write_text(json.dumps({"metrics": {"score": 1.0}}))
-    records.write(folder / "toy" / "r-k", facts)
-    return Target(folder / "toy" / "r-k" / "run.json", lambda: list(records.survey(folder)))
+    def make(folder: Path) -> Target:
+        from smartlab.batch import records
+
+        for key in "ab":
+            home = folder / "toy" / f"r-{key}"
+            home.mkdir(parents=True)
+            facts = {"step": "toy", "key": key, "identity": key, "state": "done", "settings": {"x": key}}
+            records.write(home, facts | {"upstream": {}, "seconds": 1.0, "error": ""})
+            result = {
+                "step": "toy",
+                "parameters": {},
+                "metrics": {"score": {"value": 1.0, "low": 0.5, "n": 3}},
+            }
+            (home / "result.json").write_text(json.dumps(result))
+        return Target(
+            folder / "toy" / "r-b" / part,
+            lambda: [list(records.survey(folder)), sl.load_results(folder).to_json()],
+            text=json,
+        )
+
+    return make
+
+
+TARGETS["run_record"], TARGETS["run_result"] = _batch("run.json"), _batch("result.json")
 
 
 # ---- images

@@ -14,7 +14,18 @@ import SimpleITK as sitk
 
 import smartlab as sl
 from tests.attack import harness
-from tests.attack.harness import HANG, OTHER, REFUSED, TRACEBACK, attack, flip_a_bit, outcome, spoil, tries
+from tests.attack.harness import (
+    HANG,
+    OTHER,
+    REFUSED,
+    TRACEBACK,
+    Target,
+    attack,
+    flip_a_bit,
+    outcome,
+    spoil,
+    tries,
+)
 from tests.attack.targets import TARGETS
 from tests.data.dicom_factory import itk_image, scan, write_nifti, write_series
 from tests.data.store_cohort import manifest, person, save
@@ -106,7 +117,7 @@ def test_no_damage_to_one_case_stops_a_build(tmp_path, kind, usual):
 
     assert build() == 0
     for number in range(tries(usual)):
-        spoilt = spoil(content, np.random.default_rng((usual, number)), 1100)
+        spoilt = spoil(content, np.random.default_rng((usual, number)), Target(file, build, header=1100))
         file.write_bytes(spoilt)
         how, value = outcome(build)
         found["set aside" if value == "1" else "stored" if value == "0" else how] += 1

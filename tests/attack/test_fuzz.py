@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +19,7 @@ from tests.attack.harness import (
     Target,
     attack,
     flip_a_bit,
+    note,
     outcome,
     spoil,
     tries,
@@ -33,13 +31,6 @@ from tests.data.store_cohort import manifest, person, save
 SEALED = [
     name for name in TARGETS if name.startswith(("store", "checkpoint", "export")) or name == "nifti_gz"
 ]
-
-
-def note(kind: str, name: str, found: Counter[str]) -> None:
-    """Counts for docs/PROMISES.md, where a file for them is named."""
-    if place := os.environ.get("SMARTLAB_ATTACK_COUNTS"):
-        with Path(place).open("a") as file:
-            file.write(json.dumps({"try": kind, "of": name, **found}) + "\n")
 
 
 @pytest.mark.parametrize(

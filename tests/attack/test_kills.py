@@ -8,7 +8,7 @@ import time
 import pytest
 
 import smartlab as sl
-from tests.attack.harness import tries
+from tests.attack.harness import note, tries
 from tests.data.store_cohort import make_cohort, snapshot
 from tests.processes import Child
 from tests.training.conftest import cohort, settings  # noqa: F401  fixtures
@@ -25,6 +25,7 @@ def killed_until_done(function, *given, seed, least, most):
             time.sleep(0.005)
         if not child.running:
             assert child.wait() == 0, child.said
+            note("kill", function.__name__, {"kills": kills})
             return kills
         child.kill()
         kills += 1

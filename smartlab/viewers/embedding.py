@@ -17,7 +17,8 @@ import traitlets
 from smartlab.errors import UseError
 from smartlab.viewers import plots, render
 from smartlab.viewers.scene import Panel, Scene, as_array, build, window_of
-from smartlab.viewers.slices import describe, front_end, packed
+from smartlab.viewers.sending import describe, everything
+from smartlab.viewers.slices import FRONT_END, front_end
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,9 +30,7 @@ MARKS = ("circle", "square", "triangle", "diamond")  # with eight colours: told 
 class EmbeddingViewer(anywidget.AnyWidget):
     """A scatter of points beside the slices of the chosen point's crop; `chosen` is the point's number."""
 
-    _esm = (
-        front_end("draw.js", "slices.js", "embedding.js") + "\nexport default { render: renderEmbedding };\n"
-    )
+    _esm = front_end(*FRONT_END, "embedding.js") + "\nexport default { render: renderEmbedding };\n"
     _css = front_end("slices.css")
 
     meta = traitlets.Dict().tag(sync=True)
@@ -76,7 +75,7 @@ class EmbeddingViewer(anywidget.AnyWidget):
             except Exception as error:  # the reader of the picture must know, whatever the crops are
                 self.send({"kind": "trouble", "point": number, "text": str(error)})
                 return
-            content, buffers = packed(scene)
+            content, buffers = everything(scene)
             meta = describe(scene, window_of(self._window, scene), self.names[number], self.name)
             self.send({**content, "kind": "crop", "point": number, "meta": meta}, buffers)
 

@@ -8,7 +8,7 @@ the left; millimetres keep their proportions.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,8 +21,23 @@ if TYPE_CHECKING:
 
 Plane = Literal["axial", "coronal", "sagittal"]
 PLANES: tuple[Plane, ...] = ("axial", "coronal", "sagittal")
-WINDOWS = {"lung": (-1000, 400), "soft tissue": (-160, 240), "bone": (-300, 1300)}
+WINDOWS: dict[str, tuple[float, float]] = {  # low and high in HU; add your own, and viewers begun later offer it
+    "lung": (-1000, 400),
+    "soft tissue": (-160, 240),
+    "bone": (-300, 1300),
+    "mediastinum": (-125, 225),
+    "liver": (-45, 105),
+    "brain": (0, 80),
+    "angiography": (0, 600),
+}
 OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+# 24 labels: apart from each other, from grey and from the blue of hidden units, at any brightness beneath
+LABEL_COLOURS = (
+    *("#E69F00", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
+    *("#FF0000", "#00FF00", "#0000FF", "#FF00FF", "#00FFFF", "#800000"),
+    *("#008000", "#000080", "#808000", "#800080", "#008080", "#FF8080"),
+    *("#80FF80", "#8080FF", "#FF80FF", "#FFFF80", "#80FFFF", "#804000"),
+)
 
 _AXIS = {"axial": 2, "coronal": 1, "sagittal": 0}
 
@@ -63,21 +78,23 @@ def colour(labels: np.ndarray, opacity: float = 0.45) -> np.ndarray:
     """Integer labels (H, W) -> RGBA (H, W, 4), 0 transparent."""
     from matplotlib.colors import to_rgb
 
-    shades = [1.0, 0.6, 0.35]  # the eight colours, then darker ones: 24 labels before they repeat
-    table = np.array([(*(np.array(to_rgb(c)) * shade), opacity) for shade in shades for c in OKABE_ITO])
+    table = np.array([(*to_rgb(c), opacity) for c in LABEL_COLOURS])
     rgba = table[(labels.astype(int) - 1) % len(table)]
     rgba[labels == 0] = 0
     return rgba
 
 
-def heat(values: np.ndarray, high: float, opacity: float = 0.8) -> np.ndarray:
-    """Values (H, W) -> RGBA to lay over a slice: nothing at 0, opaque and bright from `high` on."""
+def heat_colours() -> np.ndarray:
+    """The colours of attention, from little to much, (256, 3) in 0..1: in every figure and in the viewer."""
     import matplotlib
 
+    return matplotlib.colormaps["inferno"](np.linspace(0.3, 0.95, 256))[:, :3]
+
+
+def heat(values: np.ndarray, high: float, opacity: float = 0.8) -> np.ndarray:
+    """Values (H, W) -> RGBA to lay over a slice: nothing at 0, opaque and bright from `high` on."""
     part = np.clip(values / max(high, 1e-12), 0, 1)
-    rgba = matplotlib.colormaps["inferno"](0.3 + 0.65 * part)
-    rgba[..., 3] = opacity * np.sqrt(part)
-    return rgba
+    return np.dstack([heat_colours()[np.rint(part * 255).astype(int)], opacity * np.sqrt(part)])
 
 
 def planes(
@@ -142,10 +159,15 @@ def draw_box(ax: Axes, plane: Plane, shape: Sequence[int], low: Any, high: Any, 
 
 def save(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
     """Write the figure as PNG, whole or not at all."""
+    return whole(path, lambda file: figure.savefig(file, dpi=dpi, format="png", facecolor="white"))
+
+
+def whole(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """A file that is there when it is complete: `write` gets another name beside it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=dpi, format="png", facecolor="white")
+    write(temporary)
     os.replace(temporary, path)
     return path
 

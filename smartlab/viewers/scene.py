@@ -9,7 +9,8 @@ Mask units lie on a coarse grid of the same axis order: voxel i belongs to unit 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from smartlab.errors import UseError
 from smartlab.viewers.plots import WINDOWS
 
-VOXELS = 40_000_000  # more would not travel to a browser in a few seconds; 2 bytes each
+HEAVY = 500_000_000  # voxels from which the reader is told what the browser must hold; 2 bytes each
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Panel:
     mask:           (d, h, w) bool, true where a unit is hidden.
     attention:      (heads, d, h, w), each head summing to 1.
     reconstruction: array of the image's shape and unit.
+    note:           a line below the picture.
     """
 
     title: str = ""
     mask: Any = None
     attention: Any = None
     reconstruction: Any = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,20 +49,25 @@ class Packed:
     def values(self) -> np.ndarray:
         return self.raw * self.scale + self.offset
 
+    @cached_property
+    def span(self) -> tuple[float, float]:
+        """Smallest and largest value."""
+        return tuple(float(v) * self.scale + self.offset for v in (self.raw.min(), self.raw.max()))  # type: ignore[return-value]
+
     @staticmethod
     def of(array: np.ndarray) -> Packed:
         """Pack numbers of any type; fractions keep 1/65535 of their range."""
         low, high = float(array.min()), float(array.max())
         whole = array.dtype.kind in "iu" or bool(np.all(array == np.rint(array)))
         if whole and low >= -32768 and high <= 32767:
-            return Packed(np.ascontiguousarray(array, np.int16))
+            return Packed(array.astype(np.int16, copy=False))
         if whole and high - low <= 65535:
             offset, scale = low + 32768, 1.0
         else:
             scale = (high - low) / 65535 or 1.0
             offset = low + 32768 * scale
         raw = np.rint((array.astype(np.float64) - offset) / scale)
-        return Packed(np.ascontiguousarray(raw, np.int16), scale, offset)
+        return Packed(raw.astype(np.int16), scale, offset)
 
 
 @dataclass
@@ -70,6 +78,7 @@ class Layer:
     mask: np.ndarray | None = None
     attention: np.ndarray | None = None
     reconstruction: Packed | None = None
+    note: str = ""
 
 
 @dataclass
@@ -86,12 +95,29 @@ class Scene:
     unit: tuple[float, float, float] | None = None
     flat: bool = False
     value_name: str = "HU"
-    step: int = 1  # every how many voxels are shown
+    length: str = "mm"  # or "px", where nobody said how large a voxel is
     notes: list[str] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.image.raw.shape  # type: ignore[return-value]
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """The shape in which the image came, and its overlays come."""
+        return self.shape[1::-1] if self.flat else self.shape
+
+    @cached_property
+    def means(self) -> dict[int, float]:
+        """Mean value of the image within each label, of every n-th voxel where there are millions."""
+        if self.labels is None:
+            return {}
+        step = max(1, round((self.labels.size / 2e6) ** (1 / 3)))
+        labels, raw = (a[::step, ::step, ::step].ravel() for a in (self.labels, self.image.raw))
+        counts = np.bincount(labels, minlength=max(self.names, default=0) + 1)
+        sums = np.bincount(labels, weights=raw, minlength=len(counts))
+        means = {v: sums[v] / counts[v] if counts[v] else self.image.raw[self.labels == v].mean() for v in self.names}
+        return {v: float(mean) * self.image.scale + self.image.offset for v, mean in means.items()}
 
     def heads(self) -> int:
         return max((len(x.attention) - 1 for x in self.layers if x.attention is not None), default=0)
@@ -103,17 +129,44 @@ class Scene:
         name = "reconstruction" if overlay == "error" else overlay
         return any(getattr(layer, name) is not None for layer in self.layers)
 
-    def top(self, head: int) -> float:
-        """Largest attention of the head (-1: mean) over all panels, the end of their common colour scale."""
-        return max(
-            (float(x.attention[head + 1].max()) for x in self.layers if x.attention is not None), default=1.0
-        )
+    def span(self, head: int) -> tuple[float, float, float]:
+        """Where the colours of attention begin and end, and its largest value, as multiples of an even share.
+
+        They begin at an even share and end at the 99th percentile over all panels: a few units that hold
+        nearly everything do not take the colours from all others. head: -1 for the mean over heads.
+        """
+        every = [x.attention[head + 1] for x in self.layers if x.attention is not None and head + 1 < len(x.attention)]
+        if not every:
+            return 1.0, 2.0, 2.0
+        shares = np.stack(every) * np.float64(every[0].size)
+        top = max(float(np.percentile(shares, 99)), 1.25)
+        return 1.0, round(top, 3), round(max(top, float(shares.max())), 3)
 
     def unit_of(self, axis: int) -> np.ndarray:
         """Unit index of every voxel along an axis."""
         assert self.unit is not None and self.grid is not None
         index = np.floor((np.arange(self.shape[axis]) + 1e-6) / self.unit[axis]).astype(int)
         return np.minimum(index, self.grid[axis] - 1)
+
+    def change(self, number: int, panel: Panel) -> list[str]:
+        """Put what the panel gives in place of what stood there; the names of the arrays that are now others.
+
+        What is None stays, and False takes an overlay away.
+        """
+        old = self.layers[number]
+        given = {name: getattr(panel, name) for name in ("mask", "attention", "reconstruction")}
+        changed = [name for name, value in given.items() if value is not None]
+        gone = [name for name in changed if given[name] is False]
+        panel = replace(panel, **dict.fromkeys(gone))
+        _set_grid(self, [panel], None)
+        new = _layer(panel, self)
+        self.layers[number] = replace(
+            old,
+            title=panel.title or old.title,
+            note=panel.note or old.note,
+            **{name: getattr(new, name) for name in changed},
+        )
+        return changed
 
 
 def as_array(value: Any) -> np.ndarray:
@@ -130,25 +183,19 @@ def build(
     labels: Any = None,
     label_names: Mapping[int, str] | Sequence[str] | None = None,
     unit: float | Sequence[float] | None = None,
-    limit: int = VOXELS,
 ) -> Scene:
     """Check what was given and bring it into one form."""
-    array, spacing, affine, value_name = _image(image, spacing, affine)
+    array, spacing, affine, value_name, known = _image(image, spacing, affine)
     flat = array.ndim == 2
     whole = _stand(array) if flat else array
     if flat:
         spacing = (float(spacing[1]), float(spacing[0]), 1.0)
-    step = 1
-    while np.prod([-(-n // step) for n in whole.shape]) > limit:
-        step += 1
-    thin, image_affine = (slice(None, None, step),) * 3, affine
-    affine = affine @ np.diag([step, step, step, 1.0])
-    sx, sy, sz = (float(s) * step for s in spacing)
-    scene = Scene(Packed.of(whole[thin]), (sx, sy, sz), affine, [], flat=flat)
-    scene.value_name, scene.step = value_name, step
-    if step > 1:
+    sx, sy, sz = (float(s) for s in spacing)
+    scene = Scene(Packed.of(whole), (sx, sy, sz), affine, [], flat=flat, value_name=value_name)
+    scene.length = "mm" if known else "px"
+    if whole.size > HEAVY:
         scene.notes.append(
-            f"too large to send whole: every {_ordinal(step)} voxel is shown; pass a crop for all"
+            f"{whole.size * 2 / 1e9:.1f} GB, all of which this page will hold; a crop is quicker to look at"
         )
     for panel in panels:
         shape = as_array(getattr(panel.mask, "array", panel.mask)).shape
@@ -158,18 +205,18 @@ def build(
                 found=shape,
                 fix="give a segmentation as labels=; hidden units of one voxel with unit=1",
             )
-    _set_grid(scene, panels, whole.shape, unit)
-    scene.layers = [_layer(panel, scene, array.shape, thin) for panel in panels]
+    _set_grid(scene, panels, unit)
+    scene.layers = [_layer(panel, scene) for panel in panels]
     if labels is not None:
-        apart = np.abs(getattr(labels, "affine", image_affine) - image_affine)
+        apart = np.abs(getattr(labels, "affine", affine) - affine)
         if apart.max() > 0.5 * min(spacing):
             raise UseError("the labels do not lie where the image lies", found=f"{apart.max():.1f} mm apart")
-        scene.labels, scene.names = _labels(labels, label_names, array.shape, flat, thin)
+        scene.labels, scene.names = _labels(labels, label_names, scene)
     return scene
 
 
-def _image(image: Any, spacing: Any, affine: Any) -> tuple[np.ndarray, Any, np.ndarray, str]:
-    """Array, spacing, affine and the name of its values."""
+def _image(image: Any, spacing: Any, affine: Any) -> tuple[np.ndarray, Any, np.ndarray, str, bool]:
+    """Array, spacing, affine, the name of its values, and whether its size in mm is known."""
     name = "HU"
     if hasattr(image, "affine") and hasattr(image, "array"):  # a Volume
         affine = image.affine if affine is None else affine
@@ -194,6 +241,7 @@ def _image(image: Any, spacing: Any, affine: Any) -> tuple[np.ndarray, Any, np.n
         raise UseError("the image has values that are not numbers", found="NaN or infinity")
     if array.ndim == 2 or (array.min() > -200 and array.max() <= 1):
         name = "value"
+    measured = spacing is not None or affine is not None
     if affine is None:
         spacing = [1.0] * array.ndim if spacing is None else [float(s) for s in spacing]
         affine = np.diag([*[*spacing, 1.0][:3], 1.0])
@@ -206,7 +254,8 @@ def _image(image: Any, spacing: Any, affine: Any) -> tuple[np.ndarray, Any, np.n
         raise UseError(
             "spacing does not fit the image", found=list(spacing), expected=f"{array.ndim} lengths in mm"
         )
-    return array.astype(np.uint8) if array.dtype.kind == "b" else array, spacing, affine, name
+    array = array.astype(np.uint8) if array.dtype.kind == "b" else array
+    return array, spacing, affine, name, measured
 
 
 def _stand(array: np.ndarray) -> np.ndarray:
@@ -214,7 +263,7 @@ def _stand(array: np.ndarray) -> np.ndarray:
     return np.swapaxes(array[..., ::-1, ::-1], -1, -2)[..., None]
 
 
-def _set_grid(scene: Scene, panels: Sequence[Panel], shape: tuple[int, ...], unit: Any) -> None:
+def _set_grid(scene: Scene, panels: Sequence[Panel], unit: Any) -> None:
     """The unit grid that all panels share, and the voxels per unit."""
     for panel in panels:
         for name, extra in (("mask", 0), ("attention", 1)):
@@ -234,39 +283,43 @@ def _set_grid(scene: Scene, panels: Sequence[Panel], shape: tuple[int, ...], uni
             if scene.grid is not None and grid != scene.grid:
                 raise UseError("panels have different grids of units", found=grid, expected=scene.grid)
             scene.grid = grid  # type: ignore[assignment]
-    if scene.grid is None:
-        return
+    if scene.grid is not None and scene.unit is None:
+        scene.unit = _unit(scene, unit)
+
+
+def _unit(scene: Scene, unit: Any) -> tuple[float, float, float]:
+    """Voxels of one unit along each axis, as said or as the image divides."""
+    shape, grid = scene.shape, scene.grid
+    assert grid is not None
     if unit is None:
         # an encoder pads a scan to whole strides: 8 units of 16 for 112 voxels, which 8 would divide too
-        sizes = [n // g if n % g == 0 else 0 for n, g in zip(shape, scene.grid, strict=True)]
+        sizes = [n // g if n % g == 0 else 0 for n, g in zip(shape, grid, strict=True)]
         if any(size.bit_count() != 1 for size in sizes):
             raise UseError(
                 "the size of a unit does not follow from the image and its grid",
-                found=f"{scene.grid} units for {tuple(shape)} voxels",
+                found=f"{grid} units for {tuple(shape)} voxels",
                 expected="1, 2, 4, 8, 16, … voxels a unit",
                 fix="say how many voxels a unit has along each axis: unit=16",
             )
-        size = [n / g for n, g in zip(shape, scene.grid, strict=True)]
+        size = [float(n) for n in sizes]
     else:
         size = [float(u) for u in np.broadcast_to(np.asarray(unit, float), 2 if scene.flat else 3)]
         size = [size[1], size[0], 1.0] if scene.flat else size
-    if any(u <= 0 or g * u < n - 0.5 for n, g, u in zip(shape, scene.grid, size, strict=True)):
-        raise UseError(
-            "the units do not cover the image", found=f"{scene.grid} units of {size} voxels", expected=shape
-        )
-    scene.unit = tuple(u / scene.step for u in size)  # type: ignore[assignment]
+    if any(u <= 0 or g * u < n - 0.5 for n, g, u in zip(shape, grid, size, strict=True)):
+        raise UseError("the units do not cover the image", found=f"{grid} units of {size} voxels", expected=shape)
+    return size[0], size[1], size[2]
 
 
-def _layer(panel: Panel, scene: Scene, shape: tuple[int, ...], thin: tuple[slice, ...]) -> Layer:
-    layer = Layer(panel.title)
+def _layer(panel: Panel, scene: Scene) -> Layer:
+    layer, flat, shape = Layer(panel.title, note=panel.note), scene.flat, scene.given
     if panel.mask is not None:
-        mask = _squeeze(as_array(panel.mask), 2 if scene.flat else 3)
-        layer.mask = np.ascontiguousarray(_stand(mask) if scene.flat else mask).astype(bool)
+        mask = _squeeze(as_array(panel.mask), 2 if flat else 3)
+        layer.mask = np.ascontiguousarray(_stand(mask) if flat else mask).astype(bool)
     if panel.attention is not None:
-        heads = _squeeze(as_array(panel.attention), 3 if scene.flat else 4).astype(np.float64)
+        heads = _squeeze(as_array(panel.attention), 3 if flat else 4).astype(np.float64)
         if not np.isfinite(heads).all() or heads.min() < 0:
             raise UseError("attention has values that are not shares", found="negative, NaN or infinity")
-        heads = _stand(heads) if scene.flat else heads
+        heads = _stand(heads) if flat else heads
         layer.attention = np.concatenate([heads.mean(0, keepdims=True), heads]).astype(np.float32)
     if panel.reconstruction is not None:
         guess = _squeeze(as_array(panel.reconstruction), len(shape))
@@ -276,14 +329,13 @@ def _layer(panel: Panel, scene: Scene, shape: tuple[int, ...], thin: tuple[slice
                 found=guess.shape,
                 expected=f"{shape}, finite, in the unit of the image",
             )
-        layer.reconstruction = Packed.of((_stand(guess) if scene.flat else guess)[thin])
+        layer.reconstruction = Packed.of(_stand(guess) if flat else guess)
     return layer
 
 
-def _labels(
-    labels: Any, names: Any, shape: tuple[int, ...], flat: bool, thin: tuple[slice, ...]
-) -> tuple[np.ndarray, dict[int, str]]:
+def _labels(labels: Any, names: Any, scene: Scene) -> tuple[np.ndarray, dict[int, str]]:
     labels = getattr(labels, "array", labels)  # what `read_labels` and `read_mask` give
+    shape = scene.given
     array = _squeeze(np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels), len(shape))
     if array.shape != shape or array.dtype.kind not in "biu" or array.min() < 0 or array.max() > 65535:
         raise UseError(
@@ -292,10 +344,9 @@ def _labels(
             expected=f"whole numbers of shape {shape}, 0 where there is none",
         )
     known = dict(enumerate(names, 1)) if isinstance(names, Sequence) else dict(names or {})
-    array = (_stand(array) if flat else array)[thin]
-    small = np.uint8 if array.max() < 256 else np.uint16
-    present = [int(v) for v in np.unique(array) if v]
-    return np.ascontiguousarray(array, small), {v: str(known.get(v, f"label {v}")) for v in present}
+    small = (_stand(array) if scene.flat else array).astype(np.uint8 if array.max() < 256 else np.uint16, copy=False)
+    present = [int(v) for v in np.unique(small) if v]
+    return small, {v: str(known.get(v, f"label {v}")) for v in present}
 
 
 def _squeeze(array: np.ndarray, dimensions: int) -> np.ndarray:
@@ -305,17 +356,13 @@ def _squeeze(array: np.ndarray, dimensions: int) -> np.ndarray:
     return array
 
 
-def _ordinal(n: int) -> str:
-    return {2: "2nd", 3: "3rd"}.get(n, f"{n}th")
-
-
 def window_of(window: str | Sequence[float] | None, scene: Scene) -> tuple[float, float]:
-    """Bounds from a name, a pair, or nothing: soft tissue for HU, else the whole range."""
+    """Bounds from a name of `plots.WINDOWS`, a pair, or nothing: soft tissue for HU, else the whole range."""
     if window is None:
         if scene.value_name == "HU":
             return WINDOWS["soft tissue"]
-        values = scene.image
-        return float(values.raw.min()) * values.scale + values.offset, _top(values)
+        low, high = scene.image.span
+        return low, high if high > low else low + scene.image.scale
     if isinstance(window, str):
         if window not in WINDOWS:
             raise UseError(f"no window {window!r}", expected=f"{', '.join(WINDOWS)} or (low, high)")
@@ -324,8 +371,3 @@ def window_of(window: str | Sequence[float] | None, scene: Scene) -> tuple[float
     if not low < high:
         raise UseError("a window goes from low to high", found=(low, high))
     return low, high
-
-
-def _top(values: Packed) -> float:
-    low, high = float(values.raw.min()), float(values.raw.max())
-    return (high if high > low else low + 1) * values.scale + values.offset

@@ -2,7 +2,8 @@
 
 The widget draws in the browser. Its state holds only a few settings; the voxels travel once, as
 compressed binary messages, when a front end asks for them, so that no notebook file ever holds them.
-Where no kernel answers (HTML export, a reopened notebook) the static picture shown with it remains.
+Where no kernel answers (HTML export, a reopened notebook) the static picture shown with it remains;
+`save_html` writes a page that needs none.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import base64
 import io
 import uuid
-import zlib
 from collections.abc import Mapping, Sequence
 from functools import cache
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,16 @@ import numpy as np
 import traitlets
 
 from smartlab.errors import UseError
-from smartlab.viewers import plots, render
+from smartlab.viewers import plots, render, sending
 from smartlab.viewers.scene import Panel, Scene, build, window_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Panel", "SliceViewer", "view"]
+
+FRONT_END = ("draw.js", "slices.js", "tools.js", "hand.js", "link.js")
+STATE = ("meta", "cursor", "window", "plane", "only", "shown", "opacity", "head", "span", "hidden", "contours", "picked")
 
 
 @cache
@@ -41,30 +45,40 @@ class SliceViewer(anywidget.AnyWidget):
     """Slices with overlays: a widget, and the same state as a Matplotlib figure.
 
     cursor: voxel (i, j, k) that all planes go through;  plane: axial, coronal, sagittal or all.
-    window: (low, high);  shown: overlays now visible;  opacity: overlay -> 0..1;  head: -1 is the mean.
+    window: (low, high);  shown: overlays now visible;  opacity: overlay -> 0..1;  only: panels shown, [] for all.
+    head:   -1 is the mean;  span: (low, high) of attention's colours as multiples of an even share, [] for the best.
+    hidden: how hidden units are drawn: tint, opaque (what the student gets) or outline;  contours: of labels.
+    picked: with `pick`, the voxel [i, j, k] of the last double click, which else enlarges a plane.
     """
 
-    _esm = front_end("draw.js", "slices.js") + "\nexport default { render: renderSlices };\n"
+    _esm = front_end(*FRONT_END) + "\nexport default { render: renderSlices };\n"
     _css = front_end("slices.css")
 
     meta = traitlets.Dict().tag(sync=True)
     cursor = traitlets.List(traitlets.Int()).tag(sync=True)
     window = traitlets.List(traitlets.Float()).tag(sync=True)
     plane = traitlets.Unicode("all").tag(sync=True)
+    only = traitlets.List(traitlets.Int()).tag(sync=True)
     shown = traitlets.List(traitlets.Unicode()).tag(sync=True)
     opacity = traitlets.Dict().tag(sync=True)
     head = traitlets.Int(-1).tag(sync=True)
+    span = traitlets.List(traitlets.Float()).tag(sync=True)
+    hidden = traitlets.Enum(render.STYLES, "tint").tag(sync=True)
+    contours = traitlets.Bool(False).tag(sync=True)
+    picked = traitlets.List(traitlets.Int()).tag(sync=True)
 
-    def __init__(self, scene: Scene, window: Any = None, plane: str = "axial", title: str = "") -> None:
+    def __init__(
+        self, scene: Scene, window: Any = None, plane: str = "axial", title: str = "", pick: bool = False
+    ) -> None:
         if plane not in (*plots.PLANES, "all"):
             raise UseError(f"no plane {plane!r}", expected=", ".join((*plots.PLANES, "all")))
-        self.scene, self.title, self.name = scene, title, uuid.uuid4().hex[:12]
-        bounds = window_of(window, scene)
+        self.scene, self.title, self.name, self._pick = scene, title, uuid.uuid4().hex[:12], pick
+        self._bounds = window_of(window, scene)
         alone = len(scene.layers) == 1 and not scene.flat
         super().__init__(
-            meta=describe(scene, bounds, title, self.name),
+            meta=self._describe(),
             cursor=[n // 2 for n in scene.shape],
-            window=list(bounds),
+            window=list(self._bounds),
             plane="axial" if scene.flat else "all" if alone else plane,
             shown=[name for name in ("mask", "attention", "labels") if scene.has(name)][:1],
             opacity=dict(render.OPACITY),
@@ -72,10 +86,40 @@ class SliceViewer(anywidget.AnyWidget):
         self._focus = plane if plane != "all" else "axial"
         self.on_msg(self._answer)
 
+    def _describe(self) -> dict[str, Any]:
+        return {**sending.describe(self.scene, self._bounds, self.title, self.name), "pick": self._pick}
+
     def _answer(self, _: Any, message: Any, __: Any) -> None:
-        """Send the voxels to the front end that asks for them."""
-        if isinstance(message, dict) and message.get("kind") == "load":
-            self.send(*packed(self.scene))
+        """Send voxels to the front end that asks for them."""
+        kind = message.get("kind") if isinstance(message, dict) else None
+        if kind == "load":
+            self.send(*sending.beginning(self.scene, self.cursor))
+        elif kind == "block":
+            self.send(*sending.block(self.scene, int(message["at"])))
+
+    def update(
+        self,
+        panel: int = 0,
+        *,
+        mask: Any = None,
+        attention: Any = None,
+        reconstruction: Any = None,
+        title: str = "",
+        note: str = "",
+    ) -> None:
+        """Put other overlays into a panel that is on the screen: only they travel, all else stays as it is.
+
+        Arguments as in `Panel`; what is not given stays, and False takes an overlay away. The static picture
+        is drawn anew by `figure` and `still` only.
+
+        >>> viewer.update(0, mask=hidden, note="70 % hidden")
+        """
+        names = self.scene.change(panel, Panel(title, mask, attention, reconstruction, note))
+        now = self._describe()
+        new = {name: value for name, value in now.items() if value != self.meta[name]}
+        self.meta.update(new)  # in place: a front end that comes later reads it, those there get the difference
+        content, buffers = sending.changed(self.scene, panel, names, self.cursor)
+        self.send({**content, "meta": new}, buffers)
 
     def figure(
         self, index: int | Sequence[int] | None = None, *, mm: Sequence[float] | None = None
@@ -87,12 +131,16 @@ class SliceViewer(anywidget.AnyWidget):
         return render.picture(
             self.scene,
             self._place(index, mm),
-            plane=self.plane,  # type: ignore[arg-type]
+            plane=self.plane,
             title=self.title,
+            only=self.only,
             window=self.window,
             shown=self.shown,
             opacity=self.opacity,
             head=self.head,
+            hidden=self.hidden,
+            span=self.span,
+            contours=self.contours,
         )
 
     def _place(self, index: int | Sequence[int] | None, mm: Sequence[float] | None) -> list[int]:
@@ -101,10 +149,9 @@ class SliceViewer(anywidget.AnyWidget):
             inverse = np.linalg.inv(self.scene.affine)
             place = np.rint(inverse[:3, :3] @ np.asarray(mm, float) + inverse[:3, 3]).astype(int).tolist()
         elif isinstance(index, (int, np.integer)):
-            plane = self._focus if self.plane == "all" else self.plane
-            place[render.AXES[plane][2]] = int(index) // self.scene.step
+            place[render.AXES[self._focus if self.plane == "all" else self.plane][2]] = int(index)
         elif index is not None:
-            place = [int(i) // self.scene.step for i in index]
+            place = [int(i) for i in index]
         if len(place) != 3 or any(not 0 <= i < n for i, n in zip(place, shape, strict=True)):
             raise UseError("this place is outside the image", found=place, expected=f"voxels 0 to {shape}")
         return place
@@ -113,6 +160,15 @@ class SliceViewer(anywidget.AnyWidget):
         """Write the figure as PNG, whole or not at all."""
         return plots.save(self.figure(), path)
 
+    def save_html(self, path: str | Path, *, megabytes: float = 5) -> Path:
+        """Write a page that needs neither kernel nor network: the viewer with its voxels, as it is now.
+
+        A scan that would make the page larger than this is averaged over some voxels, and the page says so.
+        """
+        from smartlab.viewers import page
+
+        return page.save(self, path, int(megabytes * 1e6))
+
     def still(self) -> str:
         """The figure as an HTML image, which the widget hides once it is drawn itself."""
         data = io.BytesIO()
@@ -120,7 +176,7 @@ class SliceViewer(anywidget.AnyWidget):
         text = base64.b64encode(data.getvalue()).decode()
         name = self.title or "Slices of the image with their overlays"
         return (
-            f'<img class="smartlab-still smartlab-still-{self.name}" alt="{_escape(name)}" '
+            f'<img class="smartlab-still smartlab-still-{self.name}" alt="{escape(name)}" '
             f'style="max-width:100%" src="data:image/png;base64,{text}">'
         )
 
@@ -138,81 +194,6 @@ class SliceViewer(anywidget.AnyWidget):
         return f"SliceViewer({self.scene.shape}{panels})"
 
 
-def _escape(text: str) -> str:
-    from html import escape
-
-    return escape(text, quote=True)
-
-
-def describe(scene: Scene, bounds: tuple[float, float], title: str, name: str) -> dict[str, Any]:
-    """What the front end must know before the voxels arrive; small and without any voxel."""
-    presets: list[tuple[str, tuple[float, float]]] = list(plots.WINDOWS.items())
-    if scene.value_name != "HU":
-        whole = window_of(None, scene)
-        presets = [
-            ("whole range", whole),
-            ("lower half", (whole[0], sum(whole) / 2)),
-            ("upper half", (sum(whole) / 2, whole[1])),
-        ]
-    if all(tuple(bounds) != tuple(known) for _, known in presets):
-        presets.append(("given", bounds))
-    units = scene.grid is not None
-    return {
-        "name": name,
-        "title": title,
-        "shape": list(scene.shape),
-        "spacing": list(scene.spacing),
-        "affine": scene.affine.tolist(),
-        "grid": list(scene.grid) if units else None,  # type: ignore[arg-type]
-        "unit_of": [scene.unit_of(axis).tolist() for axis in range(3)] if units else None,
-        "flat": scene.flat,
-        "value": scene.value_name,
-        "step": scene.step,
-        "notes": scene.notes,
-        "bounds": list(bounds),
-        "heads": scene.heads(),
-        "windows": [[label, *map(float, pair)] for label, pair in presets],
-        "overlays": [overlay for overlay in render.OVERLAYS if scene.has(overlay)],
-        "labels": {str(v): text for v, text in scene.names.items()},
-        "panels": [
-            {"title": x.title, "hidden": None if x.mask is None else float(x.mask.mean())}
-            for x in scene.layers
-        ],
-    }
-
-
-def packed(scene: Scene) -> tuple[dict[str, Any], list[bytes]]:
-    """The voxels as one message: a description of each array, and the arrays compressed."""
-    parts: list[tuple[str, np.ndarray, float, float]] = [
-        ("image", scene.image.raw, scene.image.scale, scene.image.offset),
-        ("cividis", render.palette("cividis"), 1, 0),
-        ("magma", render.palette("magma"), 1, 0),
-        ("colours", render.label_colours(), 1, 0),
-    ]
-    if scene.labels is not None:
-        parts.append(("labels", scene.labels, 1, 0))
-    sent: dict[int, str] = {}  # panels often share one attention
-    same: dict[str, str] = {}
-    for number, layer in enumerate(scene.layers):
-        guess = layer.reconstruction
-        if layer.mask is not None:
-            parts.append((f"mask{number}", layer.mask.astype(np.uint8), 1, 0))
-        if layer.attention is not None:
-            parts.append((f"attention{number}", layer.attention, 1, 0))
-        if guess is not None:
-            if id(guess.raw) in sent:
-                same[f"reconstruction{number}"] = sent[id(guess.raw)]
-                continue
-            sent[id(guess.raw)] = f"reconstruction{number}"
-            parts.append((f"reconstruction{number}", guess.raw, guess.scale, guess.offset))
-    described = [
-        {"name": name, "type": str(array.dtype), "shape": list(array.shape), "scale": scale, "offset": offset}
-        for name, array, scale, offset in parts
-    ]
-    buffers = [zlib.compress(np.ascontiguousarray(array).tobytes(), 1) for _, array, _, _ in parts]
-    return {"kind": "arrays", "arrays": described, "same": same}, buffers
-
-
 def view(
     image: Any,
     *,
@@ -228,16 +209,19 @@ def view(
     unit: float | Sequence[float] | None = None,
     panels: Sequence[Panel] | None = None,
     title: str = "",
+    pick: bool = False,
 ) -> SliceViewer:
     """Look at an image and what a method makes of it: a widget with a static picture.
 
     image:   a `Volume`, a `Mammogram`, an array (X, Y, Z) in HU and RAS order, or a 2D image (rows, columns).
-    window:  "lung", "soft tissue", "bone" or (low, high); default soft tissue for HU, else the whole range.
+    window:  a name of `viewers.plots.WINDOWS` ("lung", "soft tissue", "bone", "liver", …; add your own), or
+             (low, high); default soft tissue for HU, else the whole range.
     plane:   the plane that several panels show; one panel shows all three.
     labels:  a segmentation: what `read_labels` and `read_mask` give, or whole numbers of the image's shape, 0 for none;
              label_names: number -> name.
     mask, attention, reconstruction: as in `Panel`, or panels for several side by side.
     unit:    voxels of one mask unit along each axis; default: the image divided by the grid, where that is 1, 2, 4, …
+    pick:    a double click sets `picked` instead of enlarging a plane.
 
     >>> viewer = view(volume, window="lung", mask=hidden, attention=heads)
     >>> viewer.figure(40).savefig("slice.png")
@@ -250,4 +234,4 @@ def view(
     scene = build(
         image, chosen, spacing=spacing, affine=affine, labels=labels, label_names=label_names, unit=unit
     )
-    return SliceViewer(scene, window, plane, title)
+    return SliceViewer(scene, window, plane, title, pick)

@@ -366,7 +366,7 @@ def _example(
     for ax in axes:
         draw_slice(ax, hu, "axial", 0, window=WINDOWS["soft tissue"])
         if ax is axes[1]:
-            picture = ax.imshow(slice_of(smooth, "axial", 0), cmap="magma", vmin=0, vmax=high, alpha=0.65)
+            picture = ax.imshow(slice_of(smooth, "axial", 0), cmap="inferno", vmin=0, vmax=high, alpha=0.65)
         outline = slice_of(mask, "axial", index).astype(float)
         ax.contour(outline, levels=[0.5], colors=["#56B4E9"], linewidths=1.4)
         ax.axis("off")

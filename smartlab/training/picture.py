@@ -72,7 +72,7 @@ def reconstruction_picture(
     figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 3), layout="constrained")
     for ax, (name, panel) in zip(axes, panels.items(), strict=True):
         middle: np.ndarray = panel[0, 0, :, :, panel.shape[-1] // 2].cpu().numpy()
-        hot = "magma" if "error" in name or "attention" in name else "gray"
+        hot = "magma" if "error" in name else "inferno" if "attention" in name else "gray"
         ax.imshow(middle.T[::-1, ::-1], cmap=hot, vmin=0, vmax=1 if hot == "gray" or "att" in name else 0.5)
         ax.set_title(name, fontsize=9)
         ax.axis("off")

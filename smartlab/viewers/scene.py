@@ -139,7 +139,7 @@ class Scene:
         if not every:
             return 1.0, 2.0, 2.0
         shares = np.stack(every) * np.float64(every[0].size)
-        top = max(float(np.percentile(shares, 99)), 1.25)
+        top = max(float(np.percentile(shares, 99, method="lower")), 1.25)
         return 1.0, round(top, 3), round(max(top, float(shares.max())), 3)
 
     def unit_of(self, axis: int) -> np.ndarray:
@@ -153,6 +153,8 @@ class Scene:
 
         What is None stays, and False takes an overlay away.
         """
+        if not 0 <= number < len(self.layers):
+            raise UseError(f"there is no panel {number}", expected=f"0 to {len(self.layers) - 1}")
         old = self.layers[number]
         given = {name: getattr(panel, name) for name in ("mask", "attention", "reconstruction")}
         changed = [name for name, value in given.items() if value is not None]

@@ -176,6 +176,7 @@ class SliceViewer(anywidget.AnyWidget):
         text = base64.b64encode(data.getvalue()).decode()
         name = self.title or "Slices of the image with their overlays"
         return (
+            alone(self.name) +
             f'<img class="smartlab-still smartlab-still-{self.name}" alt="{escape(name)}" '
             f'style="max-width:100%" src="data:image/png;base64,{text}">'
         )
@@ -192,6 +193,12 @@ class SliceViewer(anywidget.AnyWidget):
     def __repr__(self) -> str:
         panels = f", {len(self.scene.layers)} panels" if len(self.scene.layers) > 1 else ""
         return f"SliceViewer({self.scene.shape}{panels})"
+
+
+def alone(name: str) -> str:
+    """Hides what JupyterLab says below the picture of a reopened notebook, whose widgets are gone with the kernel."""
+    after = f".jp-OutputArea-child:has(.smartlab-still-{name}) + .jp-OutputArea-child"
+    return f"<style>{after} .jupyter-widgets:not(:has(*)) {{ display: none }}</style>"
 
 
 def view(

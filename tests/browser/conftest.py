@@ -133,6 +133,15 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def page(browser) -> Iterator[Page]:
+    """An empty page, for the front end without a notebook."""
+    page = browser.new_page(viewport={"width": 1200, "height": 800})
+    page.set_default_timeout(60_000)
+    yield page
+    page.close()
+
+
 @pytest.fixture(scope="package")
 def context(browser, lab) -> Iterator[BrowserContext]:
     """Pages that reach the JupyterLab of these tests and nothing else."""

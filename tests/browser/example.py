@@ -21,6 +21,11 @@ NOTEBOOKS = {
         "viewer = sl.viewers.masks.compare(scan, example.masks(), attention=example.attention(),"
         " labels=example.labels('.'), label_names=example.label_names(), window='lung', title='Three strategies')\nviewer",
     ],
+    "large": [
+        "import time\nimport smartlab as sl\nfrom benchmarks.viewer import large\nimage = large((512, 512, 300))",
+        "print('began', time.time())\nviewer = sl.view(image, spacing=(0.8, 0.8, 1.0), title='Large')\nviewer",
+        "time.sleep(20)  # a kernel at work does not keep the voxels back",
+    ],
     "points": [
         "from smartlab.viewers.embedding import embedding\nfrom tests.browser import example",
         "viewer = embedding(example.points(), example.kinds(), example.crop, names=example.names(), title='UMAP')\nviewer",

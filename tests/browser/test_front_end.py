@@ -6,18 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks.viewer import PROMISED, measure, mount
-from smartlab.viewers import masks, render, view
+from smartlab.viewers import masks, plots, render, view
 from tests.browser.looking import index, pixels, readout, same, stage, windowed
 
 SHAPE, GRID = (48, 40, 32), (6, 5, 4)
-
-
-@pytest.fixture(scope="module")
-def page(browser):
-    page = browser.new_page(viewport={"width": 1200, "height": 800})
-    page.set_default_timeout(60_000)
-    yield page
-    page.close()
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +88,8 @@ def test_the_window_keys_are_the_presets(page, full):
     full.shown = []
     mount(page, full)
     stage(page, "axial").focus()
-    for key, bounds in (("1", (-1000, 400)), ("2", (-160, 240)), ("3", (-300, 1300)), ("4", (-350, 700))):
-        page.keyboard.press(key)
+    for key, bounds in enumerate([*plots.WINDOWS.values(), (-350, 700)], 1):
+        page.keyboard.press(str(key))
         assert same(pixels(page, "axial"), windowed(full.scene.image.raw, "axial", 5, *bounds)), key
 
 

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import smartlab as sl
-from smartlab.viewers import Panel, masks, render
+from smartlab.viewers import Panel, masks, plots, render, sending
 from smartlab.viewers.scene import Packed, build
-from smartlab.viewers.slices import packed
 
 SHAPE, GRID = (24, 16, 8), (6, 4, 2)
 RNG = np.random.default_rng(0)
@@ -99,16 +98,23 @@ def test_whole_numbers_travel_exactly(kind):
     assert np.array_equal(build(image, [Panel()]).image.values(), image.astype(float))
 
 
+def received(message):
+    """The arrays of a message by name, and its description."""
+    content, buffers = message
+    sent = {}
+    for part, data in zip(content["arrays"], buffers, strict=True):
+        bits = part["type"] == "bits"
+        array = np.frombuffer(zlib.decompress(data), np.uint8 if bits else part["type"])
+        sent[part["name"]] = array if bits else array.reshape(part["shape"])
+    return sent, content
+
+
 def test_what_is_sent_is_what_was_given():
     guess = IMAGE + 0.25
     viewer = sl.view(IMAGE, mask=MASK, attention=torch.as_tensor(HEADS)[None], reconstruction=guess)
-    message, buffers = packed(viewer.scene)
-    sent = {
-        part["name"]: np.frombuffer(zlib.decompress(data), part["type"]).reshape(part["shape"])
-        for part, data in zip(message["arrays"], buffers, strict=True)
-    }
-    assert np.array_equal(sent["image"], IMAGE)
-    assert np.array_equal(sent["mask0"].astype(bool), MASK)
+    sent, message = received(sending.everything(viewer.scene))
+    assert np.array_equal(sent["image"].reshape(SHAPE[::-1]).T, IMAGE)
+    assert np.array_equal(np.unpackbits(sent["mask0"], count=MASK.size, bitorder="little").reshape(GRID), MASK)
     assert np.allclose(sent["attention0"][1:], HEADS) and np.allclose(sent["attention0"][0], HEADS.mean(0))
     assert json.dumps(message)
 
@@ -121,14 +127,85 @@ def test_no_voxel_is_part_of_what_a_notebook_saves():
     assert len(large.still()) < 600_000
 
 
-def test_a_large_volume_is_thinned_and_says_so():
-    array = np.arange(24 * 24 * 24, dtype=np.int16).reshape(24, 24, 24)
-    scene = build(array, [Panel("", np.ones((6, 6, 6), bool))], spacing=(1, 1, 2), limit=13**3)
-    assert scene.step == 2 and scene.shape == (12, 12, 12)
-    assert scene.spacing == (2, 2, 4) and scene.unit == (2, 2, 2)
-    assert np.array_equal(scene.image.raw, array[::2, ::2, ::2])
-    assert (scene.affine @ [5, 5, 5, 1])[:3].tolist() == [10, 10, 20]
-    assert "every 2nd voxel is shown" in scene.notes[0]
+def test_a_large_volume_travels_whole_in_blocks(monkeypatch):
+    monkeypatch.setattr(sending, "BLOCK", 4000)
+    scene = sl.view(IMAGE, reconstruction=IMAGE * 0.5, labels=np.ones(SHAPE, np.uint8)).scene
+    planes, start = received(sending.beginning(scene, (3, 4, 5)))
+    rows, total = start["block"], SHAPE[1] * SHAPE[2]
+    assert 0 < rows < total and {part.get("axis") for part in start["arrays"]} == {None, 0, 1, 2}
+    whole = {name: np.zeros((total, SHAPE[0]), part.dtype) for name, part in planes.items() if part.ndim == 3}
+    for first in range(0, total, rows):
+        parts, _ = received(sending.block(scene, first))
+        assert sum(part.nbytes for part in parts.values()) <= 4000
+        for name, part in parts.items():
+            whole[name][first : first + rows] = part
+    for name, packed in {"image": scene.image.raw, "labels": scene.labels}.items():
+        assert np.array_equal(whole[name].reshape(SHAPE[::-1]).T, packed)
+    assert np.array_equal(whole["reconstruction0"].reshape(SHAPE[::-1]).T, scene.layers[0].reconstruction.raw)
+
+
+def test_an_update_sends_the_difference_and_python_keeps_step(monkeypatch):
+    viewer, sent = sl.view(IMAGE, mask=MASK, attention=HEADS), []
+    before = {**viewer.meta, "panels": list(viewer.meta["panels"])}
+    monkeypatch.setattr(viewer, "send", lambda content, buffers: sent.append((content, buffers)))
+    viewer.update(mask=~MASK, note="0.5 of the liver")
+    parts, content = received(sent[0])
+    assert list(parts) == ["mask0"] and list(content["meta"]) == ["panels"]
+    assert sum(map(len, sent[0][1])) < 200
+    assert np.array_equal(viewer.scene.layers[0].mask, ~MASK)
+    assert viewer.meta["panels"] == [{"title": "", "note": "0.5 of the liver", "hidden": (~MASK).mean()}]
+    assert {**viewer.meta, "panels": 0} == {**before, "panels": 0}
+    viewer.update(attention=HEADS[:1])
+    assert viewer.meta["heads"] == 1 and np.array_equal(viewer.scene.layers[0].mask, ~MASK)
+    viewer.update(attention=False)
+    assert "attention" not in viewer.meta["overlays"] and sent[2][0]["gone"] == ["attention0"]
+    plain = sl.view(IMAGE)
+    monkeypatch.setattr(plain, "send", lambda *_: None)
+    plain.update(mask=MASK)
+    assert plain.meta["grid"] == list(GRID) and plain.meta["unit_of"][0][:5] == [0, 0, 0, 0, 1]
+    with pytest.raises(sl.UseError, match="different grids"):
+        viewer.update(mask=MASK[:3])
+    with pytest.raises(sl.UseError, match="no panel 1"):
+        viewer.update(1, mask=MASK)
+
+
+@pytest.mark.parametrize("window", [(-160, 240), (-1000, 400)])
+def test_a_label_in_the_picture_is_nearest_to_its_own_swatch(window):
+    levels = np.linspace(-850, 700, 16).round().astype(int)
+    labels = np.zeros((64, 16, 4), np.uint8)
+    image = np.zeros(labels.shape, np.int16)
+    for v, level in enumerate(levels, 1):
+        labels[4 * v - 4 : 4 * v], image[4 * v - 4 : 4 * v] = v, level
+    image += RNG.normal(0, 12, image.shape).astype(np.int16)
+    viewer = sl.view(image, labels=labels, window=window)
+    scene, look = viewer.scene, render.Look(window, ["labels"])
+    drawn = render.paint(scene, scene.layers[0], "axial", 1, window=window, shown=["labels"])
+    swatches = np.stack([render.swatch(scene, v, look) for v in scene.names]) * 255
+    away = np.linalg.norm(drawn[:, :, None].astype(float) - swatches, axis=-1)
+    mean = [away[np.flip(labels[:, :, 1].T) == v].mean(0) for v in scene.names]
+    assert [int(np.argmin(row)) + 1 for row in mean] == list(scene.names)
+    shades = render.label_colours().astype(float)
+    apart = np.linalg.norm(shades[:, None] - shades, axis=-1)[~np.eye(24, dtype=bool)]
+    assert apart.min() > 60, "and no two of 24 are alike"
+
+
+def test_attention_has_no_colour_below_an_even_share_and_one_unit_does_not_take_all():
+    heads = np.full((1, *GRID), 1.0)
+    heads[0, 2, 2, 1], heads[0, 3, 2, 1] = 30, 2
+    heads /= heads.sum()
+    viewer = sl.view(IMAGE, attention=heads)
+    scene = viewer.scene
+    share = render.on_slice(heads[0], scene, "axial", 4) * heads[0].size
+    plain, drawn = (render.paint(scene, scene.layers[0], "axial", 4, window=viewer.window, shown=s) for s in ([], ["attention"]))
+    assert np.array_equal(plain[share < 1], drawn[share < 1]) and not np.array_equal(plain[share > 1], drawn[share > 1])
+    assert scene.span(-1)[1] < 3 < 15 < scene.span(-1)[2]
+
+
+def test_a_window_of_ones_own(monkeypatch):
+    monkeypatch.setitem(plots.WINDOWS, "stroke", (20, 60))
+    viewer = sl.view(IMAGE, window="stroke")
+    assert viewer.window == [20, 60] and ["stroke", 20, 60] in viewer.meta["windows"]
+    assert sl.view(IMAGE, window="liver").window == [-45, 105]
 
 
 def test_the_figure_goes_where_it_is_told(tmp_path):
@@ -149,7 +226,7 @@ def test_strategies_stand_side_by_side():
     assert [p["title"] for p in viewer.meta["panels"]] == ["random", "attention_high"]
     titles = [ax.get_title() for ax in viewer.figure().axes[:2]]
     assert titles == [f"random · {MASK.mean():.0%} hidden", f"attention_high · {(~MASK).mean():.0%} hidden"]
-    assert viewer.scene.top(-1) == pytest.approx(HEADS.mean(0).max())
+    assert viewer.scene.span(-1)[2] == pytest.approx(HEADS.mean(0).max() * HEADS[0].size, abs=1e-3)
 
 
 def test_a_viewer_shows_its_picture_and_its_widget(monkeypatch):
@@ -165,7 +242,7 @@ def test_a_viewer_shows_its_picture_and_its_widget(monkeypatch):
     [
         ({"image": np.zeros((2, 2, 2, 2))}, r"cannot view this image.*\(2, 2, 2, 2\)"),
         ({"image": np.full(SHAPE, np.nan)}, "NaN"),
-        ({"window": "liver"}, "no window 'liver'.*lung"),
+        ({"window": "spleen"}, "no window 'spleen'.*lung"),
         ({"window": (5, 5)}, "from low to high"),
         ({"plane": "oblique"}, "no plane 'oblique'"),
         ({"mask": np.zeros(48, bool)}, "not on a grid of units.*Reshape"),

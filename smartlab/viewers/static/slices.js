@@ -101,8 +101,8 @@ class SliceView {
     const widths = many ? planes.map((p) => mm(AXES[p][0])) : Array(columns).fill(mm(AXES[planes[0]][0]));
     const tallest = Math.max(...planes.map((p) => mm(AXES[p][1])));
     const total = widths.reduce((a, b) => a + b);
-    const room = (document.fullscreenElement === this.root ? 1 : 0.85) * innerHeight - 200; // the tools stay in sight
-    const limit = Math.min(standing.length > 1 ? TALLEST.many : Math.max(TALLEST.one, room), Math.max(160, room / rows - 50));
+    const room = innerHeight - (document.fullscreenElement === this.root ? 110 : 170); // the tools stay in sight
+    const limit = Math.min(standing.length > 1 ? TALLEST.many : Math.max(TALLEST.one, room), Math.max(160, room / rows - 55));
     this.grid.style.gridTemplateColumns = widths.map((w) => `minmax(0, ${w / total}fr)`).join(" ");
     this.grid.style.maxWidth = `${Math.round((limit / tallest) * total) + 10 * columns}px`;
     this.cells = standing.map(({ number, plane }) => this.cell(number, plane));

@@ -226,7 +226,9 @@ def measure_large(page: Page, depth: int, overlays: bool = False) -> dict[str, A
     if overlays:
         rng = np.random.default_rng(0)
         heads, labels = rng.random((4, 32, 32, depth // 16)), (image > -200).astype(np.uint8)
-        viewer = view(image, attention=heads / heads.sum((1, 2, 3), keepdims=True), mask=heads[0] > 0.5, labels=labels)
+        viewer = view(
+            image, attention=heads / heads.sum((1, 2, 3), keepdims=True), mask=heads[0] > 0.5, labels=labels
+        )
         viewer.shown = ["mask", "attention", "labels"]
     else:
         viewer = view(image)
@@ -239,7 +241,12 @@ def measure_large(page: Page, depth: int, overlays: bool = False) -> dict[str, A
     whole = page.evaluate("(performance.now() - window.began) / 1000")
     found = {"cell_s": cell, "first_picture_s": cell + first, "whole_s": cell + whole}
     found = {name: round(value, 2) for name, value in found.items()}
-    return {**found, "largest_message_mb": round(Kernel.largest / 1e6, 2), "slice": turned(page), "window": turned(page, "window")}
+    return {
+        **found,
+        "largest_message_mb": round(Kernel.largest / 1e6, 2),
+        "slice": turned(page),
+        "window": turned(page, "window"),
+    }
 
 
 def main() -> None:

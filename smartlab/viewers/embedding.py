@@ -18,7 +18,7 @@ from smartlab.errors import UseError
 from smartlab.viewers import plots, render
 from smartlab.viewers.scene import Panel, Scene, as_array, build, window_of
 from smartlab.viewers.sending import describe, everything
-from smartlab.viewers.slices import FRONT_END, front_end
+from smartlab.viewers.slices import FRONT_END, alone, front_end
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -137,7 +137,7 @@ class EmbeddingViewer(anywidget.AnyWidget):
         data = io.BytesIO()
         self.figure().savefig(data, format="png", dpi=80, facecolor="white")
         text = base64.b64encode(data.getvalue()).decode()
-        return (
+        return alone(self.name) + (
             f'<img class="smartlab-still smartlab-still-{self.name}" style="max-width:100%" '
             f'alt="Scatter of {len(self.points)} points" src="data:image/png;base64,{text}">'
         )

@@ -19,7 +19,7 @@ from smartlab.viewers.slices import FRONT_END, STATE, front_end
 if TYPE_CHECKING:
     from smartlab.viewers.slices import SliceViewer
 
-FEW = 10_000_000  # voxels of a page at most, whatever they compress to
+FEW = 8_000_000  # voxels of a page at most, whatever they compress to
 START = "renderSlices({ model: new Page(pageData()), el: document.querySelector('main') });"
 
 _PAGE = """<!doctype html>
@@ -48,7 +48,10 @@ def save(viewer: SliceViewer, path: str | Path, limit: int) -> Path:
     shrink = [n / m for n, m in zip(scene.shape, small.shape, strict=True)]
     state: dict[str, Any] = {name: getattr(viewer, name) for name in STATE}
     state["cursor"] = [min(int(c / s), m - 1) for c, s, m in zip(cursor, shrink, small.shape, strict=True)]
-    state["meta"] = {**sending.describe(small, viewer.meta["bounds"], viewer.title, viewer.name), "pick": False}
+    state["meta"] = {
+        **sending.describe(small, viewer.meta["bounds"], viewer.title, viewer.name),
+        "pick": False,
+    }
     text = html(viewer.title or "Slices", state, message, buffers)
     return plots.whole(path, lambda file: file.write_text(text, encoding="utf-8"))
 
@@ -68,7 +71,12 @@ def html(
     scripts: further files of `static/`;  start: what the page does once it is there;  more: JSON, beside
     `state`, `message` and `buffers` in what `pageData()` gives.
     """
-    data = {"state": state, "message": message, "buffers": [base64.b64encode(b).decode() for b in buffers], **more}
+    data = {
+        "state": state,
+        "message": message,
+        "buffers": [base64.b64encode(b).decode() for b in buffers],
+        **more,
+    }
     script = front_end(*FRONT_END, "page.js", *scripts) + "\n" + start
     text = json.dumps(data).replace("</", "<\\/")
     return _PAGE.format(title=escape(title), css=front_end("slices.css"), data=text, script=script)
@@ -78,26 +86,33 @@ def fitting(scene: Scene, limit: int) -> tuple[Scene, dict[str, Any], list[bytes
     """The scene, or the finest average of it, whose message fits into `limit` bytes of a page."""
     steps = [1, 1, 1]
     while True:
-        small = averaged(scene, steps) if max(steps) > 1 else scene
-        if small.image.raw.size <= FEW:
+        shape = [n // s for n, s in zip(scene.shape, steps, strict=True)]
+        if np.prod(shape) <= FEW:
+            small = averaged(scene, steps) if max(steps) > 1 else scene
             message, buffers = sending.everything(small)
-            if sum(map(len, buffers)) * 4 / 3 < limit or small.image.raw.size < 1000:
+            if sum(map(len, buffers)) * 4 / 3 < limit or np.prod(shape) < 1000:
                 return small, message, buffers
-        lengths = [s * n if small.shape[i] > 1 else np.inf for i, (s, n) in enumerate(zip(scene.spacing, steps, strict=True))]
+        lengths = [s * n if m > 1 else np.inf for s, n, m in zip(scene.spacing, steps, shape, strict=True)]
         steps[int(np.argmin(lengths))] += 1
 
 
 def averaged(scene: Scene, steps: Sequence[int]) -> Scene:
-    """The scene with the mean of some voxels in the place of each: what does not fill a step at the end is left out."""
+    """The scene with the mean of some voxels in the place of each, to a thousandth of the range of values.
+
+    What does not fill a step at the end is left out.
+    """
     a, b, c = steps
     shape = [n // s for n, s in zip(scene.shape, steps, strict=True)]
+    low, high = scene.image.span
 
     def mean(packed: Packed) -> Packed:
+        unit = max(1, round((high - low) / packed.scale / 1000))  # coarser numbers are shorter in a file
         new = np.empty(shape, np.float32)
         for k in range(shape[2]):  # slice by slice: a large scan is not copied as fractions
             slab = packed.raw[: shape[0] * a, : shape[1] * b, k * c : (k + 1) * c]
             new[:, :, k] = slab.reshape(shape[0], a, shape[1], b, c).mean((1, 3, 4), dtype=np.float32)
-        return Packed(np.rint(new).astype(np.int16), packed.scale, packed.offset)
+        rounded = np.clip(np.rint(new / unit) * unit, -32768, 32767)
+        return Packed(rounded.astype(np.int16), packed.scale, packed.offset)
 
     def layer(old: Layer) -> Layer:
         return old if old.reconstruction is None else replace(old, reconstruction=mean(old.reconstruction))
@@ -112,7 +127,12 @@ def averaged(scene: Scene, steps: Sequence[int]) -> Scene:
         spacing=tuple(s * n for s, n in zip(scene.spacing, steps, strict=True)),  # type: ignore[arg-type]
         affine=affine,
         layers=[layer(one) for one in scene.layers],
-        labels=None if labels is None else labels[a // 2 :: a, b // 2 :: b, c // 2 :: c][tuple(map(slice, shape))],
+        labels=None
+        if labels is None
+        else labels[a // 2 :: a, b // 2 :: b, c // 2 :: c][tuple(map(slice, shape))],
         unit=None if scene.unit is None else tuple(u / s for u, s in zip(scene.unit, steps, strict=True)),  # type: ignore[misc]
-        notes=[*scene.notes, f"each voxel is the mean of {sizes} of the scan, which keeps this page small"],
+        notes=[
+            *scene.notes,
+            f"each voxel is the mean of {sizes} of the scan, rounded, which keeps this page small",
+        ],
     )

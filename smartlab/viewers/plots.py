@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 Plane = Literal["axial", "coronal", "sagittal"]
 PLANES: tuple[Plane, ...] = ("axial", "coronal", "sagittal")
-WINDOWS: dict[str, tuple[float, float]] = {  # low and high in HU; add your own, and viewers begun later offer it
+WINDOWS: dict[
+    str, tuple[float, float]
+] = {  # low and high in HU; add your own, and viewers begun later offer it
     "lung": (-1000, 400),
     "soft tissue": (-160, 240),
     "bone": (-300, 1300),
@@ -34,9 +36,9 @@ OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "
 # 24 labels: apart from each other, from grey and from the blue of hidden units, at any brightness beneath
 LABEL_COLOURS = (
     *("#E69F00", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"),
-    *("#FF0000", "#00FF00", "#0000FF", "#FF00FF", "#00FFFF", "#800000"),
-    *("#008000", "#000080", "#808000", "#800080", "#008080", "#FF8080"),
-    *("#80FF80", "#8080FF", "#FF80FF", "#FFFF80", "#80FFFF", "#804000"),
+    *("#6000FF", "#30FF00", "#FF00F0", "#FF0060", "#00FFFF", "#90FF90"),
+    *("#600000", "#609000", "#0030FF", "#600090", "#00FF60", "#C060FF"),
+    *("#000090", "#009000", "#90FF00", "#FF0000", "#6060FF", "#C00090"),
 )
 
 _AXIS = {"axial": 2, "coronal": 1, "sagittal": 0}

@@ -132,7 +132,13 @@ def _edges(label: np.ndarray) -> np.ndarray:
 
 
 def picture(
-    scene: Scene, cursor: Sequence[int], *, plane: Plane | str, title: str = "", only: Sequence[int] = (), **how: Any
+    scene: Scene,
+    cursor: Sequence[int],
+    *,
+    plane: Plane | str,
+    title: str = "",
+    only: Sequence[int] = (),
+    **how: Any,
 ) -> Figure:
     """The viewer as a Matplotlib figure: three planes of one panel, or one plane of several.
 
@@ -241,7 +247,9 @@ def _explain(figure: Figure, axes: np.ndarray, scene: Scene, look: Look) -> None
     for style in sorted(styles):
         rgb = blended(HIDDEN, look.strength("mask")) if style == "tint" else blended(COVER, 1.0)
         blue = blended(HIDDEN, 1.0)
-        drawn = {"facecolor": "none", "edgecolor": blue, "hatch": "///"} if style == "outline" else {"color": rgb}
+        drawn = (
+            {"facecolor": "none", "edgecolor": blue, "hatch": "///"} if style == "outline" else {"color": rgb}
+        )
         entries.append(Patch(**drawn, label="hidden from the student"))
     if "labels" in look.shown and scene.names:
         for v, name in list(scene.names.items())[:24]:

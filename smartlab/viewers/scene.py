@@ -116,7 +116,10 @@ class Scene:
         labels, raw = (a[::step, ::step, ::step].ravel() for a in (self.labels, self.image.raw))
         counts = np.bincount(labels, minlength=max(self.names, default=0) + 1)
         sums = np.bincount(labels, weights=raw, minlength=len(counts))
-        means = {v: sums[v] / counts[v] if counts[v] else self.image.raw[self.labels == v].mean() for v in self.names}
+        means = {
+            v: sums[v] / counts[v] if counts[v] else self.image.raw[self.labels == v].mean()
+            for v in self.names
+        }
         return {v: float(mean) * self.image.scale + self.image.offset for v, mean in means.items()}
 
     def heads(self) -> int:
@@ -135,7 +138,11 @@ class Scene:
         They begin at an even share and end at the 99th percentile over all panels: a few units that hold
         nearly everything do not take the colours from all others. head: -1 for the mean over heads.
         """
-        every = [x.attention[head + 1] for x in self.layers if x.attention is not None and head + 1 < len(x.attention)]
+        every = [
+            x.attention[head + 1]
+            for x in self.layers
+            if x.attention is not None and head + 1 < len(x.attention)
+        ]
         if not every:
             return 1.0, 2.0, 2.0
         shares = np.stack(every) * np.float64(every[0].size)
@@ -308,7 +315,9 @@ def _unit(scene: Scene, unit: Any) -> tuple[float, float, float]:
         size = [float(u) for u in np.broadcast_to(np.asarray(unit, float), 2 if scene.flat else 3)]
         size = [size[1], size[0], 1.0] if scene.flat else size
     if any(u <= 0 or g * u < n - 0.5 for n, g, u in zip(shape, grid, size, strict=True)):
-        raise UseError("the units do not cover the image", found=f"{grid} units of {size} voxels", expected=shape)
+        raise UseError(
+            "the units do not cover the image", found=f"{grid} units of {size} voxels", expected=shape
+        )
     return size[0], size[1], size[2]
 
 
@@ -346,7 +355,9 @@ def _labels(labels: Any, names: Any, scene: Scene) -> tuple[np.ndarray, dict[int
             expected=f"whole numbers of shape {shape}, 0 where there is none",
         )
     known = dict(enumerate(names, 1)) if isinstance(names, Sequence) else dict(names or {})
-    small = (_stand(array) if scene.flat else array).astype(np.uint8 if array.max() < 256 else np.uint16, copy=False)
+    small = (_stand(array) if scene.flat else array).astype(
+        np.uint8 if array.max() < 256 else np.uint16, copy=False
+    )
     present = [int(v) for v in np.unique(small) if v]
     return small, {v: str(known.get(v, f"label {v}")) for v in present}
 

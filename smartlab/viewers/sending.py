@@ -28,7 +28,11 @@ def describe(scene: Scene, bounds: Sequence[float], title: str, name: str) -> di
     if scene.value_name != "HU":
         low, high = window_of(None, scene)
         middle = (low + high) / 2
-        presets = [("whole range", (low, high)), ("lower half", (low, middle)), ("upper half", (middle, high))]
+        presets = [
+            ("whole range", (low, high)),
+            ("lower half", (low, middle)),
+            ("upper half", (middle, high)),
+        ]
     if all(tuple(bounds) != tuple(known) for _, known in presets):
         presets.append(("given", (bounds[0], bounds[1])))
     units = scene.grid is not None
@@ -70,12 +74,14 @@ def beginning(scene: Scene, cursor: Sequence[int]) -> Message:
         return everything(scene)
     if scene.flat:
         return _begin(scene, [_stretch(n, v, 0, rows) for n, v in volumes.items()], rows)
-    return _begin(scene, [_plane(n, v, axis, cursor[axis]) for axis in (2, 1, 0) for n, v in volumes.items()], rows)
+    return _begin(
+        scene, [_plane(n, v, axis, cursor[axis]) for axis in (2, 1, 0) for n, v in volumes.items()], rows
+    )
 
 
-def block(scene: Scene, first: int) -> Message:
+def block(scene: Scene, first: int, rows: int) -> Message:
     """The rows of a block, of the image and of all that has a value for every voxel."""
-    last = min(first + _rows(scene), scene.shape[1] * scene.shape[2])
+    last = min(first + rows, scene.shape[1] * scene.shape[2])
     volumes, same = _volumes(scene)
     return _message("block", scene, [_stretch(n, v, first, last) for n, v in volumes.items()], same, at=first)
 
@@ -88,29 +94,50 @@ def changed(scene: Scene, number: int, names: Sequence[str], cursor: Sequence[in
     if "reconstruction" in names and guess is not None:
         own = {f"reconstruction{number}": guess}
         gone += list(own)  # what it shared with another panel stays that panel's
-        rows = _rows(scene)
-        if rows >= scene.shape[1] * scene.shape[2]:
-            parts, rows = parts + _whole(scene, own), 0
-        elif not scene.flat:
-            parts += [_plane(n, v, axis, cursor[axis]) for axis in (2, 1, 0) for n, v in own.items()]
+        if guess.raw.nbytes <= BLOCK:
+            parts += _whole(scene, own)
+        else:
+            rows = _rows(scene)
+            parts += [
+                _plane(n, v, axis, cursor[axis])
+                for axis in (2, 1, 0)
+                for n, v in own.items()
+                if not scene.flat
+            ]
     return _message("update", scene, parts, {}, panel=number, gone=gone, block=rows)
 
 
 def _begin(scene: Scene, voxels: list[Part], rows: int) -> Message:
-    tables = (("heat", render.palette("heat")), ("viridis", render.palette("viridis")), ("colours", render.label_colours()))
+    tables = (
+        ("heat", render.palette("heat")),
+        ("viridis", render.palette("viridis")),
+        ("colours", render.label_colours()),
+    )
     parts = [_part(name, table) for name, table in tables]
     for number in range(len(scene.layers)):
         parts += _units(scene, number, ("mask", "attention"))
-    return _message("arrays", scene, parts + voxels, _volumes(scene)[1], block=rows)
+    return _message("arrays", scene, voxels + parts, _volumes(scene)[1], block=rows)
 
 
 def _message(kind: str, scene: Scene, parts: list[Part], same: dict[str, str], **more: Any) -> Message:
-    content = {"kind": kind, "shape": list(scene.shape), "arrays": [part for part, _ in parts], "same": same, **more}
+    content = {
+        "kind": kind,
+        "shape": list(scene.shape),
+        "arrays": [part for part, _ in parts],
+        "same": same,
+        **more,
+    }
     return content, [zlib.compress(np.ascontiguousarray(array), 1) for _, array in parts]
 
 
 def _part(name: str, array: np.ndarray, scale: float = 1.0, offset: float = 0.0, **more: Any) -> Part:
-    described = {"name": name, "type": str(array.dtype), "shape": list(array.shape), "scale": scale, "offset": offset}
+    described = {
+        "name": name,
+        "type": str(array.dtype),
+        "shape": list(array.shape),
+        "scale": scale,
+        "offset": offset,
+    }
     return {**described, **more}, array
 
 

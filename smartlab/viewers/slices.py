@@ -31,7 +31,20 @@ if TYPE_CHECKING:
 __all__ = ["Panel", "SliceViewer", "view"]
 
 FRONT_END = ("draw.js", "slices.js", "tools.js", "hand.js", "link.js")
-STATE = ("meta", "cursor", "window", "plane", "only", "shown", "opacity", "head", "span", "hidden", "contours", "picked")
+STATE = (
+    "meta",
+    "cursor",
+    "window",
+    "plane",
+    "only",
+    "shown",
+    "opacity",
+    "head",
+    "span",
+    "hidden",
+    "contours",
+    "picked",
+)
 
 
 @cache
@@ -95,7 +108,7 @@ class SliceViewer(anywidget.AnyWidget):
         if kind == "load":
             self.send(*sending.beginning(self.scene, self.cursor))
         elif kind == "block":
-            self.send(*sending.block(self.scene, int(message["at"])))
+            self.send(*sending.block(self.scene, int(message["at"]), int(message["rows"])))
 
     def update(
         self,
@@ -117,7 +130,9 @@ class SliceViewer(anywidget.AnyWidget):
         names = self.scene.change(panel, Panel(title, mask, attention, reconstruction, note))
         now = self._describe()
         new = {name: value for name, value in now.items() if value != self.meta[name]}
-        self.meta.update(new)  # in place: a front end that comes later reads it, those there get the difference
+        self.meta.update(
+            new
+        )  # in place: a front end that comes later reads it, those there get the difference
         content, buffers = sending.changed(self.scene, panel, names, self.cursor)
         self.send({**content, "meta": new}, buffers)
 
@@ -175,8 +190,7 @@ class SliceViewer(anywidget.AnyWidget):
         self.figure().savefig(data, format="png", dpi=80, facecolor="white")
         text = base64.b64encode(data.getvalue()).decode()
         name = self.title or "Slices of the image with their overlays"
-        return (
-            alone(self.name) +
+        return alone(self.name) + (
             f'<img class="smartlab-still smartlab-still-{self.name}" alt="{escape(name)}" '
             f'style="max-width:100%" src="data:image/png;base64,{text}">'
         )

@@ -130,7 +130,8 @@ def test_every_tool_has_a_name_and_states_what_it_does(page, full):
     assert unnamed == 0
     axial = stage(page, "axial")
     assert axial.get_attribute("role") == "slider" and "HU" in (axial.get_attribute("aria-valuetext") or "")
-    assert page.locator("button[aria-pressed=true]").count() >= 2
+    assert page.locator("button[aria-pressed=true]").count() >= 1
+    assert page.get_by_label("Window", exact=True).locator("select").input_value() == "7", "the one given"
     page.keyboard.press("Tab")
     axial.focus()
     page.keyboard.press("ArrowUp")

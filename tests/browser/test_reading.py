@@ -30,7 +30,7 @@ def viewer(page):
         mask=MASK,
         attention=HEADS,
         reconstruction=IMAGE * 0.8,
-        labels=RNG.integers(0, 3, SHAPE).repeat(1, 0),
+        labels=RNG.integers(0, 3, SHAPE),
         pick=False,
         title="A scan",
     )
@@ -48,7 +48,9 @@ def under(page, plane="axial", at=(0.5, 0.5)) -> list[int]:
 
 def matrix(page, plane="axial") -> list[float]:
     """Scale across and down, then left and top, of a slice in its stage."""
-    text = page.locator(f'.smartlab-stage[data-plane="{plane}"] .smartlab-pixels').evaluate("e => e.style.transform")
+    text = page.locator(f'.smartlab-stage[data-plane="{plane}"] .smartlab-pixels').evaluate(
+        "e => e.style.transform"
+    )
     a, _, _, d, x, y = (float(v) for v in text[text.index("(") + 1 : -1].split(","))
     return [a, d, x, y]
 
@@ -78,9 +80,14 @@ def test_zoom_keeps_what_is_under_the_pointer_and_shows_its_voxels(page, viewer,
     zoomed(page, at)
     assert under(page, at=at) == before
     assert matrix(page)[0] == pytest.approx(scale * np.exp(2), rel=0.01)
-    assert matrix(page)[1] == pytest.approx(matrix(page)[0] * 1.5, rel=1e-3), "millimetres keep their proportions"
+    assert matrix(page)[1] == pytest.approx(matrix(page)[0] * 1.5, rel=1e-3), (
+        "millimetres keep their proportions"
+    )
     stage(page).screenshot(path=artifacts / "zoomed.png")
-    box, seen = stage(page).bounding_box(), np.asarray(Image.open(artifacts / "zoomed.png").convert("RGB")).astype(int)
+    box, seen = (
+        stage(page).bounding_box(),
+        np.asarray(Image.open(artifacts / "zoomed.png").convert("RGB")).astype(int),
+    )
     grey = windowed(IMAGE, "axial", 16, *SOFT)
     for place in ((0.2, 0.3), (0.35, 0.8), (0.8, 0.25)):
         i, j, _ = under(page, at=place)
@@ -91,7 +98,9 @@ def test_zoom_keeps_what_is_under_the_pointer_and_shows_its_voxels(page, viewer,
     stage(page).focus()
     for _ in range(20):
         page.keyboard.press("-")
-    assert matrix(page)[0] == pytest.approx(scale, rel=0.01) and matrix(page)[2:] == pytest.approx([0, 0], abs=0.5)
+    assert matrix(page)[0] == pytest.approx(scale, rel=0.01) and matrix(page)[2:] == pytest.approx(
+        [0, 0], abs=0.5
+    )
 
 
 @pytest.mark.parametrize("how", ["middle", "space"])
@@ -120,7 +129,9 @@ def test_the_right_button_turns_the_window_and_zero_turns_all_back(page, viewer)
     assert float(numbers[1]) == pytest.approx((low + high) / 2, abs=0.6) and float(numbers[3]) == high - low
     stage(page).focus()
     page.keyboard.press("0")
-    assert same(pixels(page), windowed(IMAGE, "axial", 16, *SOFT)) and matrix(page)[2:] == pytest.approx([0, 0], abs=0.5)
+    assert same(pixels(page), windowed(IMAGE, "axial", 16, *SOFT)) and matrix(page)[2:] == pytest.approx(
+        [0, 0], abs=0.5
+    )
 
 
 def test_the_wheel_lets_the_page_go_at_the_last_slice(page, viewer):
@@ -197,7 +208,10 @@ def test_new_overlays_travel_alone_and_leave_the_reader_where_he_was(page, viewe
     viewer.update(0, mask=other, note="other units")
     assert deliver(page, viewer) < 1000
     page.wait_for_function("document.querySelector('.smartlab-panel-note').textContent === 'other units'")
-    assert (matrix(page), page.evaluate("[model.get('cursor'), model.get('window'), model.get('shown')]")) == before
+    assert (
+        matrix(page),
+        page.evaluate("[model.get('cursor'), model.get('window'), model.get('shown')]"),
+    ) == before
     look = {"window": (-300, 1300), "shown": ["mask"]}
     expected = render.paint(viewer.scene, viewer.scene.layers[0], "axial", index(page), **look)
     assert np.array_equal(viewer.scene.layers[0].mask, other) and same(pixels(page), expected)
@@ -260,7 +274,10 @@ def test_attention_is_coloured_between_two_handles_and_nowhere_below(page, viewe
     plain = windowed(IMAGE, "axial", 16, *SOFT)
     assert same(pixels(page)[share < 1], plain[share < 1]) and (share < 1).any()
     low, high, top = scene.span(-1)
-    assert (low, high) == (1.0, pytest.approx(np.percentile(HEADS.mean(0) * HEADS[0].size, 99, method="lower"), abs=1e-3))
+    assert (low, high) == (
+        1.0,
+        pytest.approx(np.percentile(HEADS.mean(0) * HEADS[0].size, 99, method="lower"), abs=1e-3),
+    )
     page.locator("input[data-span=from]").fill("60")
     page.locator("input[data-span=to]").fill("80")
     span = page.evaluate("model.get('span')")
@@ -307,7 +324,9 @@ def test_cine_and_full_screen(page, viewer):
     stage(page).focus()
     page.keyboard.press("c")
     start = index(page)
-    page.wait_for_function(f"document.querySelector('.smartlab-stage').getAttribute('aria-valuenow') > {start + 2}")
+    page.wait_for_function(
+        f"document.querySelector('.smartlab-stage').getAttribute('aria-valuenow') > {start + 2}"
+    )
     assert page.get_by_role("button", name="play").get_attribute("aria-pressed") == "true"
     page.keyboard.press("c")
     rests = index(page)
@@ -349,9 +368,9 @@ def test_a_large_scan_comes_at_its_own_resolution_in_blocks(page, monkeypatch):
     held = sending.block
     asked = []
 
-    def block(scene, first):
-        asked.append(first // (SHAPE[1] * 2))
-        return held(scene, first)
+    def block(scene, first, rows):
+        asked.append(first // rows)
+        return held(scene, first, rows)
 
     monkeypatch.setattr(sending, "block", block)
     Kernel.largest = 0
@@ -388,7 +407,9 @@ def test_a_saved_picture_says_what_it_shows(page, viewer, artifacts):
         page.keyboard.press(key)
     with page.expect_download() as download:
         page.get_by_role("button", name="Save PNG").click()
-    picture = np.asarray(Image.open(io.BytesIO(download.value.path().read_bytes())).convert("RGB")).astype(int)
+    picture = np.asarray(Image.open(io.BytesIO(download.value.path().read_bytes())).convert("RGB")).astype(
+        int
+    )
     download.value.save_as(artifacts / "saved-legend.png")
     box = page.locator(".smartlab-grid").bounding_box()
     assert picture.shape[0] > 2 * box["height"] + 64 + 34
@@ -408,7 +429,12 @@ def test_a_page_of_its_own_needs_no_network_and_no_kernel(browser, tmp_path, art
     page = context.new_page()
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(("file:", "data:", "blob:")) else errors.append(request.url))
+    page.on(
+        "request",
+        lambda request: (
+            None if request.url.startswith(("file:", "data:", "blob:")) else errors.append(request.url)
+        ),
+    )
     page.goto(path.as_uri())
     page.wait_for_selector(".smartlab-stage")
     assert page.title() == "Off <line>"

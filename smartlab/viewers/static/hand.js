@@ -76,14 +76,14 @@ class Hand {
       drag = { place, box: view.box(cell), window: [...view.state.window], kind: pans ? "pan" : event.button === 2 ? "window" : "cursor" };
       if (drag.kind !== "cursor") return;
       if (this.ruler.on) return void (drag = null), this.ruler.add(cell, this.point(cell, place));
-      this.point_at(cell, place);
+      this.pointAt(cell, place);
     });
     stage.addEventListener("pointermove", (event) => {
       const place = inside(event);
       const [dx, dy] = drag ? [place[0] - drag.place[0], place[1] - drag.place[1]] : [0, 0];
       if (drag?.kind === "pan") view.lay(cell, drag.box[0] + dx, drag.box[1] + dy);
       else if (drag?.kind === "window") view.set({ window: this.turned(drag.window, dx, dy) });
-      else if (drag) return this.point_at(cell, place);
+      else if (drag) return this.pointAt(cell, place);
       view.tell(cell.number, this.voxel(cell, place));
     });
     for (const name of ["pointerup", "pointercancel"]) stage.addEventListener(name, () => { drag = null; });
@@ -95,7 +95,7 @@ class Hand {
     });
   }
 
-  point_at(cell, place) {
+  pointAt(cell, place) {
     const cursor = this.voxel(cell, place);
     this.view.set({ cursor });
     this.view.tell(cell.number, cursor);

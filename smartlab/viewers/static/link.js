@@ -46,7 +46,7 @@ class Loader {
     while (order.length && this.asked.size < AHEAD) {
       const n = order.shift();
       this.asked.add(n);
-      this.ask({ kind: "block", at: n * this.rows });
+      this.ask({ kind: "block", at: n * this.rows, rows: this.rows });
     }
   }
 }

@@ -283,7 +283,7 @@ class Painter {
     context.strokeStyle = `rgb(${HIDDEN})`;
     context.lineWidth = (hatched ? 1.6 : 1) * ratio;
     context.stroke(edges);
-    context.strokeStyle = `rgba(${HIDDEN}, 0.6)`;
+    context.strokeStyle = `rgba(${HIDDEN}, 0.85)`;
     context.lineWidth = ratio;
     context.stroke(strokes);
   }

@@ -103,9 +103,11 @@ class SliceView {
     const total = widths.reduce((a, b) => a + b);
     const room = innerHeight - (document.fullscreenElement === this.root ? 110 : 170); // the tools stay in sight
     const limit = Math.min(standing.length > 1 ? TALLEST.many : Math.max(TALLEST.one, room), Math.max(160, room / rows - 55));
-    this.grid.style.gridTemplateColumns = widths.map((w) => `minmax(0, ${w / total}fr)`).join(" ");
+    const thick = many && mm(2) < 0.4 * Math.min(mm(0), mm(1)); // then the flat planes stand one above the other, twice as wide
+    this.grid.style.gridTemplateColumns = (thick ? [1, 2] : widths.map((w) => w / total)).map((w) => `minmax(0, ${w}fr)`).join(" ");
     this.grid.style.maxWidth = `${Math.round((limit / tallest) * total) + 10 * columns}px`;
     this.cells = standing.map(({ number, plane }) => this.cell(number, plane));
+    for (const cell of this.cells) cell.figure.style.gridRow = thick && cell.plane === "axial" ? "span 2" : "";
     this.grid.replaceChildren(...this.cells.map((cell) => cell.figure));
     this.hand.active = this.cells.find((c) => c.plane === had?.plane && c.number === had?.number) ?? this.cells[0];
     if (had) this.hand.active.stage.focus({ preventScroll: true });
@@ -182,7 +184,8 @@ class SliceView {
       if (lines.width !== width || lines.height !== height) Object.assign(lines, { width, height });
       const [left, top, wide, tall] = this.box(cell);
       picture.style.transform = `matrix(${wide / picture.width}, 0, 0, ${tall / picture.height}, ${left}, ${top})`;
-      picture.style.imageRendering = wide / picture.width > 6 ? "pixelated" : "auto"; // close up, voxels are seen as such
+      const close = (wide / cell.wide) * Math.max(...this.meta.spacing) > 12;
+      picture.style.imageRendering = close ? "pixelated" : "auto"; // close up, voxels are seen as such
       const context = lines.getContext("2d");
       this.painter.lines(context, number, plane, this.state.cursor, this.state, [left, top, wide, tall].map((v) => v * ratio), ratio);
       this.hand.ruler.draw(cell, context, ratio);

@@ -183,7 +183,8 @@ class Tools {
       context.drawImage(cell.lines, x, y, w, h);
       context.restore();
       context.font = "24px sans-serif";
-      context.fillText([cell.head.textContent, cell.note.textContent].filter(Boolean).join(" · "), x, y - 10, w);
+      const words = [...cell.head.childNodes, cell.note].map((node) => node.textContent.trim()).filter(Boolean);
+      context.fillText(words.join(" · "), x, y - 10, w);
     }
     lines.forEach((entries, i) => this.write(context, entries, edge, tall - (lines.length - i) * line));
     context.canvas.toBlob((blob) => {

@@ -24,7 +24,10 @@ NOTEBOOKS = {
     "large": [
         "import time\nimport smartlab as sl\nfrom benchmarks.viewer import large\nimage = large((512, 512, 300))",
         "print('began', time.time())\nviewer = sl.view(image, spacing=(0.8, 0.8, 1.0), title='Large')\nviewer",
-        "time.sleep(20)  # a kernel at work does not keep the voxels back",
+    ],
+    "dicom": [
+        "import os\nimport smartlab as sl\nscan = sl.read_volume(os.environ['SMARTLAB_REAL_DATA'] + '/ct_series/Pancreas-CT-CB_001')",
+        "viewer = sl.view(scan, window='liver', title='Pancreas-CT-CB')\nviewer",
     ],
     "points": [
         "from smartlab.viewers.embedding import embedding\nfrom tests.browser import example",

@@ -32,7 +32,7 @@ def index(page: Page, plane: str = "axial", panel: int = 0) -> int:
 
 def windowed(array: np.ndarray, plane: str, at: int, low: float, high: float) -> np.ndarray:
     """(H, W, 3) 0..255: the slice as a radiologist sees it, computed without the viewer."""
-    cut = {"axial": array[:, :, at], "coronal": array[:, at, :], "sagittal": array[at, :, :]}[plane]
+    cut = np.take(array, at, {"sagittal": 0, "coronal": 1, "axial": 2}[plane])
     grey = np.clip((cut.astype(float) - low) / (high - low), 0, 1) * 255
     return np.repeat(np.flip(grey.T)[..., None], 3, 2)
 

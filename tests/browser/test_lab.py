@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.viewer import large
+from smartlab import read_volume
 from smartlab.viewers import render, view
 from tests.browser import example
 from tests.browser.conftest import run_notebook
@@ -201,7 +202,7 @@ def test_a_click_on_a_point_shows_its_crop(context, lab, artifacts):
 
 
 def test_a_large_scan_is_seen_soon_and_is_whole_soon_after(context, lab, artifacts):
-    """512 × 512 × 300 in JupyterLab while the kernel works on the next cell; twice the promised times, as others use the machine."""
+    """512 × 512 × 300 in JupyterLab; twice the promised times, as others use the machine."""
     page, errors = run_notebook(context, lab, "large")
     page.wait_for_selector(".smartlab-stage")
     first = time.time()
@@ -218,3 +219,35 @@ def test_a_large_scan_is_seen_soon_and_is_whole_soon_after(context, lab, artifac
     page.locator(".smartlab-viewer").screenshot(path=artifacts / "large.png")
     assert errors == []
     page.close()
+
+
+def test_a_dicom_series_at_its_own_size(real_data, context, lab, artifacts):
+    page, errors = run_notebook(context, lab, "dicom")
+    page.wait_for_selector('.smartlab-viewer[data-loaded="1"]')
+    scan = read_volume(real_data / "ct_series" / "Pancreas-CT-CB_001")
+    for axis, plane in enumerate(("sagittal", "coronal", "axial")):
+        shows(page, windowed(scan.array, plane, scan.array.shape[axis] // 2, -45, 105), plane)
+    page.locator(".smartlab-viewer").screenshot(path=artifacts / "dicom.png")
+    stage(page).dblclick()
+    assert stage(page).bounding_box()["height"] > 500, "one plane alone: its own pixels"
+    page.locator(".smartlab-viewer").screenshot(path=artifacts / "dicom-alone.png")
+    assert errors == []
+    page.close()
+
+
+def test_a_reopened_notebook_without_its_kernel_shows_the_picture_alone(context, lab, artifacts):
+    page, _ = run_notebook(context, lab, "single")
+    page.wait_for_selector(".smartlab-stage")
+    page.keyboard.press("Control+s")
+    path = lab.folder / "single.ipynb"
+    until(lambda: page.wait_for_timeout(100) or "smartlab-still" in path.read_text(encoding="utf-8"))
+    page.evaluate("jupyterapp.serviceManager.sessions.shutdownAll()")
+    page.close()
+    again = context.new_page()
+    again.goto(lab.address("single.ipynb"), wait_until="commit")
+    again.wait_for_selector("img.smartlab-still")
+    again.wait_for_timeout(5000)
+    assert again.locator("img.smartlab-still").is_visible()
+    assert "model not found" not in again.locator(".jp-Notebook").inner_text()
+    again.screenshot(path=artifacts / "reopened.png")
+    again.close()

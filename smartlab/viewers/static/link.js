@@ -60,7 +60,7 @@ function renderSlices({ model, el }) {
   el.append(root);
   let view = null, loader = null, timer = null, own = false, queue = Promise.resolve();
   const late = setTimeout(() => {
-    if (!view) root.replaceChildren(make("div", { role: "status" }, "No kernel answers: run this cell again to look around."));
+    if (!view) root.replaceChildren(make("div", { role: "status" }, "The kernel is at work, or gone: then run this cell again to look around."));
   }, PATIENCE);
   const save = () => model.save_changes();
   const changed = (change) => {

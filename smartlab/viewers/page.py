@@ -130,7 +130,7 @@ def averaged(scene: Scene, steps: Sequence[int]) -> Scene:
         labels=None
         if labels is None
         else labels[a // 2 :: a, b // 2 :: b, c // 2 :: c][tuple(map(slice, shape))],
-        unit=None if scene.unit is None else tuple(u / s for u, s in zip(scene.unit, steps, strict=True)),  # type: ignore[misc]
+        unit=None if scene.unit is None else tuple(u / s for u, s in zip(scene.unit, steps, strict=True)),  # type: ignore[arg-type]
         notes=[
             *scene.notes,
             f"each voxel is the mean of {sizes} of the scan, rounded, which keeps this page small",

@@ -108,9 +108,9 @@ def paint(scene: Scene, layer: Layer, plane: Plane, index: int, **how: Any) -> n
         low, high = look.span or scene.span(look.head)[:2]
         heads = layer.attention
         share = on_slice(heads[look.head + 1], scene, plane, index) * np.float64(heads[0].size)
-        part = np.clip((share - low) / max(high - low, 1e-6), 0, 1)
-        strength = look.strength("attention") * (0.4 + 0.6 * part)
-        lay(palette("heat")[np.rint(part * 255).astype(int)], strength[..., None], share >= low)
+        level = np.clip((share - low) / max(high - low, 1e-6), 0, 1)
+        strength = look.strength("attention") * (0.4 + 0.6 * level)
+        lay(palette("heat")[np.rint(level * 255).astype(int)], strength[..., None], share >= low)
     if guess is not None and "error" in shown:
         half = (window[1] - window[0]) / 2
         image, other = (slice_of(p.raw, plane, index) * p.scale + p.offset for p in (scene.image, guess))
@@ -183,12 +183,14 @@ def _size(scene: Scene, plane: Plane) -> tuple[float, float]:
 
 def _hatch(ax: Axes, hidden: np.ndarray) -> None:
     """Border and hatching of hidden units (H, W)."""
-    if hidden.any() and not hidden.all() and min(hidden.shape) > 1:
-        ax.contour(hidden.astype(float), [0.5], colors=[np.array(HIDDEN) / 255], linewidths=0.9)
-    if hidden.any() and min(hidden.shape) > 1:
-        filled = ax.contourf(hidden.astype(float), [0.5, 1.5], colors="none", hatches=["//"])
-        filled.set_edgecolor((*np.array(HIDDEN) / 255, 0.6))
-        filled.set_linewidth(0)
+    if not hidden.any() or min(hidden.shape) < 2:
+        return
+    red, green, blue = (v / 255 for v in HIDDEN)
+    if not hidden.all():
+        ax.contour(hidden.astype(float), [0.5], colors=[(red, green, blue)], linewidths=0.9)
+    filled = ax.contourf(hidden.astype(float), [0.5, 1.5], colors="none", hatches=["//"])
+    filled.set_edgecolor((red, green, blue, 0.6))
+    filled.set_linewidth(0)
 
 
 def _draw(
@@ -253,7 +255,7 @@ def _explain(figure: Figure, axes: np.ndarray, scene: Scene, look: Look) -> None
         entries.append(Patch(**drawn, label="hidden from the student"))
     if "labels" in look.shown and scene.names:
         for v, name in list(scene.names.items())[:24]:
-            entries.append(Patch(color=swatch(scene, v, look), label=name))
+            entries.append(Patch(color=tuple(swatch(scene, v, look)), label=name))
     figure.legend(handles=entries, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
 
 

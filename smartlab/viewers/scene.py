@@ -166,7 +166,7 @@ class Scene:
         given = {name: getattr(panel, name) for name in ("mask", "attention", "reconstruction")}
         changed = [name for name, value in given.items() if value is not None]
         gone = [name for name in changed if given[name] is False]
-        panel = replace(panel, **dict.fromkeys(gone))
+        panel = replace(panel, **dict.fromkeys(gone))  # type: ignore[arg-type]
         _set_grid(self, [panel], None)
         new = _layer(panel, self)
         self.layers[number] = replace(

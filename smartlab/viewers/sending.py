@@ -127,7 +127,7 @@ def _message(kind: str, scene: Scene, parts: list[Part], same: dict[str, str], *
         "same": same,
         **more,
     }
-    return content, [zlib.compress(np.ascontiguousarray(array), 1) for _, array in parts]
+    return content, [zlib.compress(np.ascontiguousarray(array).data, 1) for _, array in parts]
 
 
 def _part(name: str, array: np.ndarray, scale: float = 1.0, offset: float = 0.0, **more: Any) -> Part:

@@ -128,11 +128,11 @@ class SliceViewer(anywidget.AnyWidget):
         >>> viewer.update(0, mask=hidden, note="70 % hidden")
         """
         names = self.scene.change(panel, Panel(title, mask, attention, reconstruction, note))
+        if self.head >= self.scene.heads():
+            self.head = -1
         now = self._describe()
         new = {name: value for name, value in now.items() if value != self.meta[name]}
-        self.meta.update(
-            new
-        )  # in place: a front end that comes later reads it, those there get the difference
+        self.meta.update(new)  # in place: who comes later reads it, who is there gets the difference
         content, buffers = sending.changed(self.scene, panel, names, self.cursor)
         self.send({**content, "meta": new}, buffers)
 

@@ -101,7 +101,9 @@ class SliceView {
     const widths = many ? planes.map((p) => mm(AXES[p][0])) : Array(columns).fill(mm(AXES[planes[0]][0]));
     const tallest = Math.max(...planes.map((p) => mm(AXES[p][1])));
     const total = widths.reduce((a, b) => a + b);
-    const room = innerHeight - (document.fullscreenElement === this.root ? 110 : 170); // the tools stay in sight
+    const full = document.fullscreenElement === this.root;
+    const notebook = this.root.closest(".jp-WindowedPanel-outer");
+    const room = (notebook && !full ? notebook.clientHeight : innerHeight) - (full ? 110 : 170); // the tools stay in sight
     const limit = Math.min(standing.length > 1 ? TALLEST.many : Math.max(TALLEST.one, room), Math.max(160, room / rows - 55));
     const thick = many && mm(2) < 0.4 * Math.min(mm(0), mm(1)); // then the flat planes stand one above the other, twice as wide
     this.grid.style.gridTemplateColumns = (thick ? [1, 2] : widths.map((w) => w / total)).map((w) => `minmax(0, ${w}fr)`).join(" ");

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from itertools import pairwise
+from threading import Event
 
 import numpy as np
 import pytest
@@ -191,9 +191,8 @@ def test_six_panels_keep_the_tools_in_sight(page, artifacts):
     image = RNG.integers(-900, 900, (32, 32, 32)).astype(np.int16)
     viewer = masks.compare(image, {f"strategy {i}": RNG.random((4, 4, 4)) < 0.5 for i in range(6)})
     mount(page, viewer)
-    stage(page, "axial", 5).scroll_into_view_if_needed()
     bar, last = page.locator(".smartlab-bar").bounding_box(), stage(page, "axial", 5).bounding_box()
-    assert bar["y"] >= 0 and last["y"] + last["height"] <= 800
+    assert page.evaluate("scrollY") == 0 <= bar["y"] and last["y"] + last["height"] <= 800
     page.screenshot(path=artifacts / "six.png")
 
 
@@ -366,9 +365,10 @@ def test_a_large_scan_comes_at_its_own_resolution_in_blocks(page, monkeypatch):
     viewer = view(IMAGE, reconstruction=guess, labels=labels)
     viewer.shown = []
     held = sending.block
-    asked = []
+    asked, seen = [], Event()
 
     def block(scene, first, rows):
+        seen.wait(30)
         asked.append(first // rows)
         return held(scene, first, rows)
 
@@ -377,10 +377,10 @@ def test_a_large_scan_comes_at_its_own_resolution_in_blocks(page, monkeypatch):
     mount(page, viewer)
     for plane, at in (("axial", 16), ("coronal", 20), ("sagittal", 24)):
         assert same(pixels(page, plane), windowed(IMAGE, plane, at, *SOFT)), "in sight at once"
+    seen.set()
     page.wait_for_function("document.querySelector('.smartlab-viewer').dataset.loaded === '1'")
     assert Kernel.largest < 24_000 + 10_000 and len(asked) == len(set(asked)) >= 10
-    far = [abs(b - 8) for b in asked]
-    assert all(b >= a - 1 for a, b in pairwise(far)), "nearest first"
+    assert max(abs(b - 8) for b in asked[:5]) <= 3, "nearest first"
     stage(page).focus()
     page.keyboard.press("End")
     stage(page, "coronal").focus()

@@ -125,7 +125,7 @@ class SliceViewer(anywidget.AnyWidget):
         Arguments as in `Panel`; what is not given stays, and False takes an overlay away. The static picture
         is drawn anew by `figure` and `still` only.
 
-        >>> viewer.update(0, mask=hidden, note="70 % hidden")
+        >>> view(volume, mask=hidden).update(mask=~hidden, note="the other units")
         """
         names = self.scene.change(panel, Panel(title, mask, attention, reconstruction, note))
         if self.head >= self.scene.heads():

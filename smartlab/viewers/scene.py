@@ -358,7 +358,9 @@ def _labels(labels: Any, names: Any, scene: Scene) -> tuple[np.ndarray, dict[int
     small = (_stand(array) if scene.flat else array).astype(
         np.uint8 if array.max() < 256 else np.uint16, copy=False
     )
-    present = [int(v) for v in np.unique(small) if v]
+    flat, size = small.ravel(order="K"), int(small.max()) + 1
+    counts = sum(np.bincount(flat[i : i + 2**20], minlength=size) for i in range(0, flat.size, 2**20))
+    present = [int(v) for v in np.flatnonzero(counts) if v]
     return small, {v: str(known.get(v, f"label {v}")) for v in present}
 
 

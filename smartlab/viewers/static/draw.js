@@ -277,7 +277,10 @@ class Painter {
         const here = hidden(a, u);
         if (i && here !== hidden(lefts[i - 1], u)) line(edges, x1, y0, x1, y1);
         if (j && here !== hidden(a, bottoms[j - 1])) line(edges, x0, y1, x1, y1);
-        if (hatched && here) line(strokes, x0, y1, x1, y0);
+        if (!hatched || !here) return;
+        const [xm, ym] = [(x0 + x1) / 2, (y0 + y1) / 2];
+        line(strokes, x0, y1, x1, y0);
+        if (x1 - x0 > 20 * ratio) line(strokes, x0, ym, xm, y0), line(strokes, xm, y1, x1, ym);
       });
     });
     context.strokeStyle = `rgb(${HIDDEN})`;

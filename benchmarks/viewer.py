@@ -221,17 +221,14 @@ def large(shape: tuple[int, int, int]) -> np.ndarray:
 
 def measure_large(page: Page, depth: int, overlays: bool = False) -> dict[str, Any]:
     """A scan of 512 × 512: seconds to the first picture and to the last block, the largest message, times of a change."""
-    image = large((512, 512, depth))
-    began = time.perf_counter()
+    image, given = large((512, 512, depth)), {}
     if overlays:
-        rng = np.random.default_rng(0)
-        heads, labels = rng.random((4, 32, 32, depth // 16)), (image > -200).astype(np.uint8)
-        viewer = view(
-            image, attention=heads / heads.sum((1, 2, 3), keepdims=True), mask=heads[0] > 0.5, labels=labels
-        )
-        viewer.shown = ["mask", "attention", "labels"]
-    else:
-        viewer = view(image)
+        heads = np.random.default_rng(0).random((4, 32, 32, depth // 16))
+        given = {"mask": heads[0] > 0.5, "attention": heads / heads.sum((1, 2, 3), keepdims=True)}
+        given["labels"] = (image > -200).astype(np.uint8)
+    began = time.perf_counter()
+    viewer = view(image, **given)
+    viewer.shown = list(given)
     viewer.still()
     cell = time.perf_counter() - began
     Kernel.largest = 0

@@ -58,7 +58,7 @@ class Packed:
     def of(array: np.ndarray) -> Packed:
         """Pack numbers of any type; fractions keep 1/65535 of their range."""
         low, high = float(array.min()), float(array.max())
-        whole = array.dtype.kind in "iu" or bool(np.all(array == np.rint(array)))
+        whole = array.dtype.kind in "iu" or all(np.array_equal(part, np.rint(part)) for part in array)
         if whole and low >= -32768 and high <= 32767:
             return Packed(array.astype(np.int16, copy=False))
         if whole and high - low <= 65535:
@@ -66,8 +66,12 @@ class Packed:
         else:
             scale = (high - low) / 65535 or 1.0
             offset = low + 32768 * scale
-        raw = np.rint((array.astype(np.float64) - offset) / scale)
-        return Packed(raw.astype(np.int16), scale, offset)
+        raw = np.empty(array.shape, np.int16)
+        for part, out in zip(
+            array, raw, strict=True
+        ):  # in parts: a large scan is not copied as 64-bit fractions
+            out[...] = np.rint((part.astype(np.float64) - offset) / scale)
+        return Packed(raw, scale, offset)
 
 
 @dataclass

@@ -7,7 +7,7 @@ right is mirrored; its affine says so, so that positions stay those of the file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from smartlab.data import body as bodies
 from smartlab.data.cbis import find_outline
 from smartlab.data.grey import COARSE_MM, find_breast, wall_on_right
-from smartlab.data.mammography import read_mammogram
+from smartlab.data.mammography import Mammogram, read_mammogram
 from smartlab.data.readers import Volume
 from smartlab.errors import DataError
 
@@ -31,31 +31,35 @@ def read(job: Job) -> Volume:
     """The mammogram of a job, int16 0 to 4095, (rows, columns, 1)."""
     path = _only(job)
     settings: Any = job.settings
-    image = read_mammogram(path, settings.grey)
-    notes, spacing = list(image.notes), np.array(image.spacing_mm)
+    image, pixel_mm = read_mammogram(path, settings.grey), settings.pixel_mm
+    notes, spacing = [], image.spacing_mm
     if np.isnan(spacing).any():
-        if settings.pixel_mm is None:
+        if pixel_mm is None:
             raise DataError(
                 "gives no pixel spacing",
                 path=path,
                 fix="say the size of a pixel as `pixel_mm` under source.parameters in the manifest",
             )
-        spacing = np.full(2, float(settings.pixel_mm))
-        notes.append(f"{settings.pixel_mm:g} mm per pixel taken from the manifest")
-    array = image.array.astype(np.int16)
+        spacing = (float(pixel_mm), float(pixel_mm))
+        notes.append(f"{pixel_mm:g} mm per pixel taken from the manifest")
+    volume = as_volume(image, spacing, settings.spacing)
+    return replace(volume, source=str(job.path), notes=(*notes, *volume.notes))
+
+
+def as_volume(image: Mammogram, spacing: tuple[float, float], thickness: float) -> Volume:
+    """A mammogram as a volume one voxel of `thickness` mm thick, chest wall on the left."""
+    notes, array = list(image.notes), image.array.astype(np.int16)
     rows, columns = array.shape
-    along = np.array(
-        [[0, spacing[1], 0, 0], [spacing[0], 0, 0, 0], [0, 0, settings.spacing, 0], [0, 0, 0, 1]]
-    )
+    along = np.array([[0, spacing[1], 0, 0], [spacing[0], 0, 0, 0], [0, 0, thickness, 0], [0, 0, 0, 1]])
     mirrored = wall_on_right(find_breast(array, max(1, rows // _COARSE)))
     if mirrored:
         array, notes = array[:, ::-1], [*notes, "mirrored: the chest wall was on the right"]
         along[0, 1], along[0, 3] = -spacing[1], (columns - 1) * spacing[1]
     if image.laterality and (image.laterality == "R") != mirrored:
         notes.append(f"the header says {image.laterality}, the chest wall is on the other side")
-    stored = np.diag([spacing[1], spacing[0], settings.spacing, 1.0])
+    stored = np.diag([spacing[1], spacing[0], thickness, 1.0])
     array = np.ascontiguousarray(array)[:, :, None]
-    return Volume(array, along, "MG", str(job.path), tuple(notes), stored)
+    return Volume(array, along, "MG", "", tuple(notes), stored)
 
 
 def _only(job: Job) -> Path:

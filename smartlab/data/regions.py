@@ -20,7 +20,9 @@ def is_lesion(name: str) -> bool:
     return any(word in name.lower() for word in LESION_WORDS)
 
 
-def unit_shares(hu: Tensor, labels: Tensor | None, names: dict[int, str], stride: int) -> dict[str, Tensor]:
+def unit_shares(
+    hu: Tensor, labels: Tensor | None, names: dict[int, str], stride: int | tuple[int, int, int]
+) -> dict[str, Tensor]:
     """Share of every unit's voxels that is "body", "organ" or "lesion", (B, N) each.
 
     hu, labels: (B, D, H, W); names: label value -> name.

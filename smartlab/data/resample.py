@@ -46,6 +46,14 @@ def target_grid(
     return tuple(int(n) for n in count), new
 
 
+def at_spacing(array: np.ndarray, affine: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
+    """A scan with voxels of this size -> (array, affine); as it is where they are that to one percent."""
+    if (np.abs(np.linalg.norm(affine[:3, :3], axis=0) / spacing - 1) < 0.01).all():
+        return array, affine
+    shape, target = target_grid(array.shape, affine, spacing)
+    return resample(array, affine, shape, target), target
+
+
 def resample(
     array: np.ndarray,
     affine: np.ndarray,

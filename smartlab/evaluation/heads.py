@@ -48,8 +48,8 @@ from smartlab.evaluation.encoders import as_encoder, random_encoder
 from smartlab.evaluation.grids import scans
 from smartlab.evaluation.means import patient_means
 from smartlab.evaluation.result import Estimate, Result
-from smartlab.masking import head_diversity, informativeness, uniform, upsample
-from smartlab.models.encoder import Encoder
+from smartlab.masking import head_diversity, informativeness
+from smartlab.models.encoder import Encoder, dropped_patches
 from smartlab.models.reach import reach
 from smartlab.training import checkpoint
 from smartlab.training.run import Run
@@ -187,16 +187,6 @@ def measure_reach(reaches: list[dict[str, list[float]]], patients: np.ndarray) -
     names = [f"reach {what}:{stage}" for stage in reaches[0] for what in ("entropy", "variance", "distance")]
     values = np.array([[v for three in sample.values() for v in three] for sample in reaches])
     return dict(zip(names, patient_means(values, patients), strict=True))
-
-
-def dropped_patches(
-    encoder: Encoder, x: Tensor, share: float, generator: torch.Generator, unit: str | None = None
-) -> Tensor:
-    """What the noisy teacher does not see: (B, D/2, H/2, W/2) bool, as in training, or by another unit."""
-    cell = encoder.unit_patches if (unit or encoder.config.teacher.dropout_unit) == "mask_unit" else 1
-    d, h, w = (length // encoder.config.encoder.patch // cell for length in x.shape[2:])
-    units = uniform((x.shape[0], d * h * w), x.device, generator) < share
-    return upsample(units, (d, h, w), cell)
 
 
 def _scan_attention(encoder: Encoder, store: Store, about: pd.DataFrame) -> tuple[list[Tensor], np.ndarray]:

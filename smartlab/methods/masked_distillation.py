@@ -50,7 +50,7 @@ from smartlab.methods.distillation import (
     regress_patches,
     sinkhorn,
 )
-from smartlab.models.encoder import Encoded, Encoder, normed
+from smartlab.models.encoder import Encoded, Encoder, dropped_patches, normed
 from smartlab.models.heads import CoarseHead, ReconstructionHead
 
 
@@ -186,13 +186,13 @@ class MaskedDistillation(nn.Module):
         if not settings.patch_dropout:
             return x, None, None
         encoder = self.student.encoder
-        whole = settings.dropout_unit == "mask_unit"
-        cell = encoder.unit_patches if whole else 1
-        d, h, w = (length // encoder.config.encoder.patch // cell for length in x.shape[2:])
-        units = uniform((rows, d * h * w), x.device, generator, shard) < settings.patch_dropout
+        dropped, cell = (
+            dropped_patches(encoder, x, settings.patch_dropout, generator, shard=shard),
+            encoder.unit_patches,
+        )
         # elsewhere counting would wait
-        kept = int((~units).sum()) if whole and x.device.type == "cpu" else None
-        return x, upsample(units, (d, h, w), cell), kept
+        counts = settings.dropout_unit == "mask_unit" and x.device.type == "cpu"
+        return x, dropped, int((~dropped[:, ::cell, ::cell, ::cell]).sum()) if counts else None
 
     def _shown(self, hidden: Tensor) -> int | None:
         """How many units masks leave, in all rows together, where the settings say so."""

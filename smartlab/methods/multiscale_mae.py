@@ -25,6 +25,12 @@ from smartlab.models.decoder import Decoder, finer, from_patches, to_patches
 from smartlab.models.vit import ViTEncoder
 
 
+def places_of(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(B, N) bool with `count` hidden in every row -> places of the visible and of the hidden, ascending."""
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, : order.shape[1] - count], order[:, order.shape[1] - count :]
+
+
 class Seeing(nn.Module):
     """What is exported: the encoder. The decoders are left behind."""
 
@@ -86,9 +92,7 @@ class MultiscaleMAE(nn.Module):
             device=device,
             shard=(clock.rank, clock.world),
         )
-        order = mask.to(torch.uint8).argsort(dim=1, stable=True)
-        shown = order.shape[1] - hidden_count(m.ratio, order.shape[1])
-        return order[:, :shown], order[:, shown:]
+        return places_of(mask, hidden_count(m.ratio, mask.shape[1]))
 
     def target(self, views: Tensor, scale: int) -> tuple[Tensor, Tensor, Tensor]:
         """Patches (B, N·s², p²) of the views at a scale, as they are to be predicted, with the mean and spread
@@ -100,14 +104,21 @@ class MultiscaleMAE(nn.Module):
         return (patches - mean) / spread, mean, spread
 
     @torch.no_grad()
-    def reconstruct(self, views: Tensor, generator: torch.Generator) -> dict[int, dict[str, Tensor]]:
+    def reconstruct(
+        self, views: Tensor, generator: torch.Generator | None = None, mask: Tensor | None = None
+    ) -> dict[int, dict[str, Tensor]]:
         """By scale, images (B, 1, s·input, s·input): "target", "guess" (every patch predicted) and "hidden".
 
+        What is hidden is drawn by the generator, or given: mask (B, N) bool, equally many in every row.
         Where targets are normalised, the guess gets the true mean and spread of each patch back: it shows
         what is predicted, which is the pattern within a patch and not its brightness.
         """
         encoder = self.student.encoder
-        keep, hidden = self.choose(len(views), views.device, generator, Clock(0, 1, 1))
+        if mask is not None:
+            keep, hidden = places_of(mask, int(mask[0].sum()))
+        else:
+            assert generator is not None
+            keep, hidden = self.choose(len(views), views.device, generator, Clock(0, 1, 1))
         seen, _ = encoder.visible(encoder.shrink(views), keep)
         found = {}
         for d in self.config.mae.decoders():

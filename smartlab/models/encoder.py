@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from smartlab.config import Config
 from smartlab.errors import UseError
-from smartlab.masking import upsample
+from smartlab.masking import uniform, upsample
 from smartlab.models.semantic import SemanticAttention
 from smartlab.models.swin import Repeats, Swin
 from smartlab.models.windows import Grid
@@ -232,14 +232,9 @@ class Encoder(nn.Module):
 
     def _on_grid(self, volume: Volume) -> np.ndarray:
         """HU at the voxel size of training, whose features these weights know."""
-        spacing = self.config.data.spacing
-        if all(abs(s - spacing) < 0.01 * spacing for s in volume.spacing):
-            return volume.array
-        from smartlab.data.grid import AIR
-        from smartlab.data.resample import resample, target_grid
+        from smartlab.data.resample import at_spacing
 
-        shape, affine = target_grid(volume.array.shape, volume.affine, spacing)
-        return resample(volume.array, volume.affine, shape, affine, fill=AIR)
+        return at_spacing(volume.array, volume.affine, self.config.data.spacing)[0]
 
     def _window(self, x: Tensor, window: int | None) -> int:
         if window is not None:
@@ -249,6 +244,21 @@ class Encoder(nn.Module):
                 )
             return window
         return self.config.data.view
+
+
+def dropped_patches(
+    encoder: Encoder,
+    x: Tensor,
+    share: float,
+    generator: torch.Generator,
+    unit: str | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> Tensor:
+    """What the noisy teacher does not see: (B, D/2, H/2, W/2) bool, as in training, or by another unit."""
+    cell = encoder.unit_patches if (unit or encoder.config.teacher.dropout_unit) == "mask_unit" else 1
+    d, h, w = (length // encoder.config.encoder.patch // cell for length in x.shape[2:])
+    units = uniform((x.shape[0], d * h * w), x.device, generator, shard) < share
+    return upsample(units, (d, h, w), cell)
 
 
 def normed(x: Tensor) -> Tensor:

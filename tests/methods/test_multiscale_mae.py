@@ -119,6 +119,17 @@ def test_targets_are_the_stored_pixels_averaged_down():
     torch.testing.assert_close(found[1]["target"], F.avg_pool2d(x, 2))
 
 
+def test_a_mask_that_is_given_is_what_is_hidden():
+    """The same reconstruction as of the same mask drawn."""
+    net, x = make().eval(), views(2)
+    _, hidden = net.choose(2, x.device, torch.Generator().manual_seed(5), Clock(0, 1, 1))
+    mask = torch.zeros(2, net.side**2, dtype=torch.bool).scatter(1, hidden, True)
+    drawn, given = net.reconstruct(x, torch.Generator().manual_seed(5)), net.reconstruct(x, mask=mask)
+    for scale, parts in drawn.items():
+        for name, image in parts.items():
+            torch.testing.assert_close(given[scale][name], image)
+
+
 def test_what_is_hidden_reaches_neither_encoder_nor_decoders():
     """Changing only hidden pixels changes no prediction."""
     net, x = make().eval(), views()

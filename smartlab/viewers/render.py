@@ -260,6 +260,7 @@ def _explain(figure: Figure, axes: np.ndarray, scene: Scene, look: Look) -> None
 
 
 def swatch(scene: Scene, label: int, look: Look) -> np.ndarray:
-    """A label's colour as it looks over the mean grey of what it marks, 0..1."""
+    """A label's colour as it looks over the mean grey of what it marks, or as its contour, 0..1."""
     over = np.clip((scene.means[label] - look.window[0]) / (look.window[1] - look.window[0]), 0, 1) * 255
-    return blended(label_colours()[(label - 1) % 24], look.strength("labels"), float(over))
+    part = 1.0 if look.contours else look.strength("labels")
+    return blended(label_colours()[(label - 1) % 24], part, float(over))

@@ -135,7 +135,7 @@ class Tools {
     if (on("labels")) {
       for (const [v, [text, mean]] of Object.entries(meta.labels)) {
         const grey = Math.min(255, Math.max(0, ((mean - low) / (high - low)) * 255));
-        found.push({ swatch: over(colours.data.slice(((v - 1) % 24) * 3, ((v - 1) % 24) * 3 + 3), state.opacity.labels, grey), text });
+        found.push({ swatch: over(colours.data.slice(((v - 1) % 24) * 3, ((v - 1) % 24) * 3 + 3), state.contours ? 1 : state.opacity.labels, grey), text });
       }
     }
     return found;

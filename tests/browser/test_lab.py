@@ -13,8 +13,8 @@ from benchmarks.viewer import large
 from smartlab import read_volume
 from smartlab.viewers import render, view
 from tests.browser import example
-from tests.browser.conftest import run_notebook
 from tests.browser.looking import index, pixels, readout, same, stage, windowed
+from tests.browser.server import run_notebook
 
 pytestmark = pytest.mark.slow
 SOFT = (-160, 240)

@@ -62,6 +62,7 @@ bench: $(READY) ## time what we promise, under ten minutes on two quiet cores; r
 	$(BIN)/python -m benchmarks.step --quick --view 64 --only step,parts,memory,data,start_up --out runs/bench/step.json
 	$(BIN)/python -m benchmarks.loader --quick --out runs/bench/loader.json
 	$(BIN)/python -m benchmarks.viewer --out runs/bench/viewer.json
+	$(BIN)/python -m benchmarks.explorer --out runs/bench/explorer.json
 
 bench-gpu: $(READY) ## what only an NVIDIA GPU can tell, in eight minutes: equality, speed, memory
 	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu.json

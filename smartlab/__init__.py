@@ -40,6 +40,7 @@ _PUBLIC = {
     "Result": "smartlab.evaluation.result",
     "load_results": "smartlab.batch.results",
     "view": "smartlab.viewers.slices",
+    "explore": "smartlab.viewers.explore",
     "DataError": "smartlab.errors",
     "UseError": "smartlab.errors",
     "SmartlabError": "smartlab.errors",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.interop import export, load_encoder
     from smartlab.training.loop import pretrain
     from smartlab.training.run import Run
+    from smartlab.viewers.explore import explore
     from smartlab.viewers.slices import view
 
 

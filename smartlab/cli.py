@@ -169,6 +169,43 @@ def _judged_by(config: Config, out: Path) -> str:
     return f"smartlab evaluate {out} --task heads"
 
 
+@app.command(epilog="Example: smartlab explore scans/patient-1 --encoder runs/x --out explorer.html")
+def explore(
+    scan: Annotated[
+        Path, typer.Argument(help="A scan: file or DICOM folder; with a run of mammograms one of these.")
+    ],
+    encoder: Annotated[
+        Path | None,
+        typer.Option(help="Run folder or exported file; default: the encoder that comes with smartlab."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Where it begins, as key=value: ratio=0.5 strategy=block.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("explorer.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Look at masks on a scan of your own: writes a page that needs no kernel, and says how to explore it live."""
+    from smartlab.config import parse_overrides
+    from smartlab.viewers.explore import explore as look
+
+    given = parse_overrides(settings or [])
+    page = look(scan, encoder, **given).save_html(out)
+    named = ", ".join(
+        [
+            repr(str(scan)),
+            *([] if encoder is None else [repr(str(encoder))]),
+            *(f"{k}={v!r}" for k, v in given.items()),
+        ]
+    )
+    live = ["import smartlab as sl", f"sl.explore({named})"]
+    size = page.stat().st_size
+    text = (
+        f"{page}: {size / 2**20:.1f} MB, opens in any browser\nwith every control, in JupyterLab:\n"
+        + "\n".join(f"    {line}" for line in live)
+    )
+    say(as_json, {"file": str(page), "bytes": size, "live": live}, text)
+
+
 @app.command(epilog="Example: smartlab export runs/x --to monai --out encoder.pt")
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],

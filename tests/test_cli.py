@@ -56,3 +56,27 @@ def test_what_comes_after_a_pretraining_fits_its_data(tmp_path, facts, rest):
     (tmp_path / "manifest.json").write_text(json.dumps({"name": "own", "cases": [case], **facts}))
     config = sl.load_config("tiny", {"data.manifest": str(tmp_path)})
     assert cli._judged_by(config, "a") == f"smartlab {rest}"
+
+
+def test_a_scan_is_explored_without_a_kernel(monkeypatch, capsys, tmp_path):
+    """A page, and the lines for JupyterLab; a scan that is not there, or a setting that is none, is one line."""
+    import nibabel
+    import numpy as np
+
+    scan, page = tmp_path / "scan.nii.gz", tmp_path / "page.html"
+    values = np.random.default_rng(0).integers(-900, 300, (70, 70, 70)).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([2.0, 2.0, 2.0, 1.0])), scan)
+    monkeypatch.setattr(sys, "argv", ["smartlab", "explore", str(scan), "ratio=0.5", "--out", str(page)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    said = capsys.readouterr()
+    assert not end.value.code and page.stat().st_size > 100_000
+    assert f"sl.explore({str(scan)!r}, ratio=0.5)" in said.out and not said.err
+    for words, code in (
+        (["nowhere.nii.gz"], 1),
+        ([str(scan), "ratoi=0.5"], 2),
+        ([str(scan), "--encoder", "none"], 2),
+    ):
+        found, line = call(monkeypatch, capsys, "explore", *words, "--out", str(tmp_path / "no.html"))
+        assert found == code and words[-1].split("=")[0] in line and "Traceback" not in line, line
+    assert not (tmp_path / "no.html").exists()

@@ -6,11 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from smartlab.viewers.explore import Explorer as Explorer
     from smartlab.viewers.scene import Panel as Panel
     from smartlab.viewers.slices import SliceViewer as SliceViewer
     from smartlab.viewers.slices import view as view
 
-_PUBLIC = {"Panel": "scene", "SliceViewer": "slices", "view": "slices"}
+_PUBLIC = {"Explorer": "explore", "Panel": "scene", "SliceViewer": "slices", "view": "slices"}
 _MODULES = ("embedding", "masks", "plots", "slices")
 
 

@@ -29,6 +29,10 @@ NOTEBOOKS = {
         "import os\nimport smartlab as sl\nscan = sl.read_volume(os.environ['SMARTLAB_REAL_DATA'] + '/ct_series/Pancreas-CT-CB_001')",
         "viewer = sl.view(scan, window='liver', title='Pancreas-CT-CB')\nviewer",
     ],
+    "explorer": [
+        "import smartlab as sl\nfrom tests.browser import example",
+        "explorer = example.explorer('.')\nexplorer",
+    ],
     "points": [
         "from smartlab.viewers.embedding import embedding\nfrom tests.browser import example",
         "viewer = embedding(example.points(), example.kinds(), example.crop, names=example.names(), title='UMAP')\nviewer",
@@ -61,6 +65,20 @@ def label_names() -> dict[int, str]:
 
     pairs = ORGANS.items() if isinstance(ORGANS, dict) else enumerate(ORGANS, 1)
     return {int(v): str(name) for v, name in ((b, a) if isinstance(a, str) else (a, b) for a, b in pairs)}
+
+
+def explorer(folder: str | Path):
+    """On the middle of the phantom, by the encoder that comes with smartlab."""
+    import smartlab as sl
+
+    return sl.explore(
+        scan(folder),
+        labels=labels(folder),
+        label_names=label_names(),
+        strategy="attention_high",
+        seed=1,
+        window="lung",
+    )
 
 
 def attention() -> np.ndarray:

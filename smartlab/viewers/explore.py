@@ -1,0 +1,394 @@
+"""`explore`: turn the knobs of masking on a scan of one's own and see at once what is hidden.
+
+The model looks at a view once per crop and draw of noise; what a control changes after that is one call of
+`smartlab.masking.make_mask` and a message of a few hundred bytes to the viewer, which holds the voxels.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as widgets
+import numpy as np
+import torch
+from torch import Tensor
+
+from smartlab.errors import UseError
+from smartlab.masking import head_diversity, hidden_count, hidden_share, informativeness, make_mask
+from smartlab.viewers.controls import SHOWN, Choice, Controls, CopyButton
+from smartlab.viewers.scene import Panel
+from smartlab.viewers.slices import SliceViewer, view
+from smartlab.viewers.subject import Model, Subject, View, subject_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SEEN_AT_LEAST = 64  # voxels a side: less shows no anatomy
+TOGETHER = 10  # units a side up to which attention received is looked at with the other: all pairs of units
+
+
+class Explorer:
+    """Controls, a viewer and numbers, in a notebook; the same by code, and as a picture.
+
+    choice:    what the controls say; `set` moves them.       settings: the same as words for `smartlab pretrain`.
+    mask:      (d, h, w) bool of the first strategy.          attention: (heads, d, h, w) of the look that guides.
+    numbers:   what is hidden of body, organs and lesion, against chance, and how informative attention is.
+    """
+
+    def __init__(
+        self, subject: Subject, model: Model, side: int, choice: Choice, title: str, look: Mapping[str, Any]
+    ) -> None:
+        self.subject, self.model, self.side, self.title = subject, model, side, title
+        self.center = subject.center
+        self._view = lru_cache(8)(
+            lambda center: subject.view(center, side, model.stride, model.config.data.window)
+        )
+        self._look = lru_cache(256)(lambda center, *how: model.look(self._view(center).input, *how))
+        self._told = lru_cache(256)(self._tell_of)
+        self._table, self._copy = widgets.HTML(), CopyButton()
+        self.controls = Controls(model, choice, self._table)
+        self._masks = self._draw()
+        self.viewer = self._new_viewer(look)
+        self._frame = widgets.VBox([self.viewer], layout={"width": "100%"})
+        right = widgets.VBox([self._frame, self._copy], layout={"flex": "1 1 auto", "min_width": "0"})
+        self.box = widgets.HBox([self.controls, right], layout={"width": "100%"})
+        self.box.add_class("smartlab-explorer")
+        self.controls.observe(self._follow, "choice")
+        self._show()
+        self._tell()
+
+    # ---- what there is to see ----
+
+    @property
+    def choice(self) -> Choice:
+        return self.controls.choice
+
+    def set(self, **changes: Any) -> Explorer:
+        """Move controls: `explorer.set(ratio=0.5, strategy="block")`."""
+        choice = Choice.of(self.model, {**vars(self.choice), **changes})
+        self.controls.choice = choice
+        return self
+
+    def move(self, center: Sequence[int]) -> Explorer:
+        """Look at the crop around another voxel of `subject.array`."""
+        self.center = np.clip(np.asarray(center, int), 0, np.array(self.subject.array.shape) - 1)
+        self._masks, old = self._draw(), self.viewer
+        self.viewer = self._new_viewer({"window": old.window, "plane": old._focus})
+        for name in ("plane", "only", "shown", "opacity", "head", "hidden", "span", "contours"):
+            setattr(self.viewer, name, getattr(old, name))
+        self._frame.children = [self.viewer]
+        old.close()
+        self._tell()
+        return self
+
+    @property
+    def view(self) -> View:
+        """The crop: image, affine, labels, and which part of each unit is body, organ or lesion."""
+        return self._view(tuple(self.center.tolist()))
+
+    def look(self, choice: Choice) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What guides by a choice: attention (1, heads, N), received (1, N), and the importance that is made of them,
+        (1, heads, N) whose mean counts, or (1, N). None without semantic attention."""
+        noise = (choice.dropout, choice.draw) if choice.guide == "noisy" else (0.0, 0)
+        by_received = choice.importance == "received"
+        few = self.model.receives and self.view.input.shape[2] // self.model.stride <= TOGETHER
+        attention, received = self._look(tuple(self.center.tolist()), *noise, by_received or few)
+        if attention is None or choice.importance == "mean":
+            return attention, received, attention
+        one = received if by_received else attention[:, int(choice.importance[5:]) - 1]
+        return attention, received, one
+
+    def hide(self, choice: Choice) -> Tensor:
+        """(1, N) bool: what the choice's strategy hides, from a generator of its own with the choice's seed."""
+        grid = self.model.units(self.view)
+        return make_mask(
+            choice.strategy,
+            self.look(choice)[2] if choice.strategy.startswith("attention") else None,
+            choice.ratio,
+            (1,) * (3 - len(grid)) + grid,  # type: ignore[arg-type]
+            generator=torch.Generator().manual_seed(choice.seed),
+            batch=1,
+            **choice.drawing(self.model.config.mask),
+        )
+
+    def _draw(self) -> dict[str, Tensor]:
+        c = self.choice
+        return {name: self.hide(replace(c, strategy=name)) for name in (c.strategy, c.against) if name}
+
+    def _on_grid(self, units: Tensor | None) -> np.ndarray | None:
+        return None if units is None else units.unflatten(-1, self.model.units(self.view))[0].numpy()
+
+    @property
+    def masks(self) -> dict[str, np.ndarray]:
+        """Strategy -> (d, h, w) bool, or (h, w) of a mammogram."""
+        return {name: self._on_grid(mask) for name, mask in self._masks.items()}  # type: ignore[misc]
+
+    @property
+    def mask(self) -> np.ndarray:
+        return self.masks[self.choice.strategy]
+
+    @property
+    def attention(self) -> np.ndarray | None:
+        """(heads, d, h, w), each summing to 1; of received attention the same for every head."""
+        return self.seen(self.choice)
+
+    def seen(self, choice: Choice) -> np.ndarray | None:
+        """`attention` by a choice."""
+        attention, received, _ = self.look(choice)
+        if attention is not None and received is not None and choice.importance == "received":
+            attention = received[:, None].expand_as(attention)
+        return self._on_grid(attention)
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """chance, hidden (strategy -> region -> share), and where there is attention informativeness,
+        head_diversity (cosine), head_divergence (Jensen–Shannon); of two strategies overlap and overlap_chance."""
+        masks, view = self._masks, self.view
+        n = next(iter(masks.values())).shape[1]
+        found: dict[str, Any] = {"chance": hidden_count(self.choice.ratio, n) / n}
+        found["hidden"] = {
+            name: {region: float(hidden_share(mask.float(), share)) for region, share in view.shares.items()}
+            for name, mask in masks.items()
+        }
+        found |= self.told(self.choice)
+        if len(masks) == 2:
+            first, second = masks.values()
+            found["overlap"] = float((first & second).sum() / first.sum().clamp_min(1))
+            found["overlap_chance"] = float(second.float().mean())
+        return found
+
+    def told(self, choice: Choice) -> dict[str, float]:
+        """How informative the look that guides by a choice is, and how the heads differ; empty without attention."""
+        looks = Choice(
+            guide=choice.guide, dropout=choice.dropout, draw=choice.draw, importance=choice.importance
+        )
+        return self._told(tuple(self.center.tolist()), looks)
+
+    def _tell_of(self, center: tuple[int, ...], choice: Choice) -> dict[str, float]:
+        attention, _, importance = self.look(choice)
+        if attention is None or importance is None:
+            return {}
+        apart = head_diversity(attention)
+        return {
+            "informativeness": float(informativeness(importance)),
+            "head_diversity": float(apart["cosine"]),
+            "head_divergence": float(apart["jensen_shannon"]),
+        }
+
+    @property
+    def settings(self) -> list[str]:
+        """The choice as words: `smartlab pretrain tiny $(…)`. A `UseError` says what no training can be told."""
+        return self.choice.words(self.model)
+
+    # ---- what follows a control ----
+
+    def _follow(self, change: Any) -> None:
+        """Draw anew, and tell the viewer what is different."""
+        before, now = change["old"], change["new"]
+        if replace(before, shown=now.shown) != now:
+            self._masks = self._draw()
+            looks = ("guide", "dropout", "draw", "importance")
+            fresh = any(getattr(before, name) != getattr(now, name) for name in looks)
+            attention = self.attention if fresh else None
+            shown = list(self.masks.items())
+            for number in range(2 if fresh else len(shown)):
+                name, mask = shown[min(number, len(shown) - 1)]
+                self.viewer.update(number, mask=mask, attention=attention, title=name.replace("_", " "))
+        if (before.importance, before.shown, before.against) != (now.importance, now.shown, now.against):
+            self._show()
+        self._tell()
+        self._rebuild()
+
+    def _new_viewer(self, look: Mapping[str, Any]) -> SliceViewer:
+        """Two panels, the second of which stands there only if there is a second strategy."""
+        crop, flat, names = self.view, self.model.flat, list(self._masks)
+        panels = [
+            Panel(
+                name.replace("_", " "),
+                self.masks[name],
+                self.attention,
+                self._guess(name) if number < len(names) else None,
+            )
+            for number, name in enumerate((names * 2)[:2])
+        ]
+        viewer = view(
+            crop.image,
+            affine=None if flat else crop.affine,
+            spacing=(self.model.config.data.spacing,) * 2 if flat else None,
+            labels=crop.labels if crop.labels is not None and crop.labels.any() else None,
+            label_names=self.subject.names,
+            unit=self.model.stride,
+            panels=panels,
+            title=self.title,
+            pick=True,
+            **{"window": self.model.config.data.window, **look},
+        )
+        if viewer.scene.has("labels"):  # drawn round, so that the mask is seen over them
+            viewer.contours, viewer.opacity, viewer.shown = (
+                True,
+                {**viewer.opacity, "labels": 0.0},
+                ["labels"],
+            )
+        viewer.observe(self._picked, "picked")
+        viewer.observe(lambda _: self._rebuild(), "shown")
+        self._rebuilt = self._masks
+        return viewer
+
+    def _show(self) -> None:
+        """Which panels and overlays are on, and how the mask is drawn; labels stay as they are."""
+        (overlays, style), viewer = SHOWN[self.choice.shown], self.viewer
+        only = [0] if len(self._masks) == 1 else []
+        if viewer.only != only:
+            viewer.only = only
+            if not self.model.flat:
+                viewer.plane = "all" if only else viewer._focus
+        viewer.hidden = style
+        viewer.shown = [*overlays, *(["labels"] if "labels" in viewer.shown else [])]
+        looks = self.choice.importance
+        viewer.head = int(looks[5:]) - 1 if looks.startswith("head") else -1
+
+    def _picked(self, change: Any) -> None:
+        """A voxel was clicked twice: look at the crop around it."""
+        if not (voxel := change["new"]):
+            return
+        place = np.array(voxel)
+        if self.model.flat:  # the viewer stands images up: its columns and rows run backwards
+            rows, columns = self.view.image.shape
+            place = np.array([rows - 1 - voxel[1], columns - 1 - voxel[0], 0])
+        inverse = np.linalg.inv(self.subject.affine)
+        start = inverse[:3, :3] @ self.view.affine[:3, 3] + inverse[:3, 3]
+        self.move(np.rint(start + place).astype(int))
+
+    def _guess(self, name: str) -> np.ndarray | None:
+        return self.model.rebuild(self.view, self._masks[name]) if self.model.rebuilds else None
+
+    def _rebuild(self) -> None:
+        """The student's reconstruction, only where somebody looks at it: it takes another forward pass."""
+        if not self.model.rebuilds or not {"reconstruction", "error"} & set(self.viewer.shown):
+            return
+        if self._rebuilt is not self._masks:
+            for number, name in enumerate(self._masks):
+                self.viewer.update(number, reconstruction=self._guess(name))
+            self._rebuilt = self._masks
+
+    def _tell(self) -> None:
+        self._table.value = self._as_html()
+        try:
+            self._copy.text = " ".join(self.settings)
+        except UseError as error:
+            self._copy.text, self._copy.why = "", str(error)
+
+    def _as_html(self) -> str:
+        found = self.numbers
+        names = [name.replace("_", " ") for name in found["hidden"]]
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in ["hidden", *names, "chance"])
+        rows = [
+            f"<tr><td>{region}</td>"
+            + "".join(f"<td>{shares[region]:.0%}</td>" for shares in found["hidden"].values())
+            + f"<td>{found['chance']:.0%}</td></tr>"
+            for region in self.view.shares
+        ]
+        facts = spell(found)
+        if "overlap" in found:
+            facts.append(
+                f"of what {names[0]} hides, {names[1]} hides {found['overlap']:.0%} (chance {found['overlap_chance']:.0%})"
+            )
+        return f'<div class="smartlab-shares"><table>{head}{"".join(rows)}</table><div>{"<br>".join(facts)}</div></div>'
+
+    # ---- without a kernel ----
+
+    def figure(self, index: Any = None) -> Figure:
+        """What is shown now as a Matplotlib figure, as `SliceViewer.figure`."""
+        return self.viewer.figure(index)
+
+    def save_png(self, path: str | Path) -> Path:
+        """Write the figure as PNG, whole or not at all."""
+        return self.viewer.save_png(path)
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write a page that needs neither kernel nor network: the viewer as it is now, and masks of every strategy by
+        some ratios and draws, of the clean and the noisy teacher."""
+        from smartlab.viewers import saved
+
+        return saved.save(self, path)
+
+    def _ipython_display_(self, **_: Any) -> None:
+        from IPython.display import display
+
+        display({"text/html": self.viewer.still(), "text/plain": repr(self)}, raw=True)
+        bundle: Any = self.box._repr_mimebundle_()
+        display({**bundle, "text/plain": repr(self)}, raw=True)
+
+    def __repr__(self) -> str:
+        grid = self.model.units(self.view)
+        return f"Explorer({' × '.join(map(str, self.view.image.shape))}, {' × '.join(map(str, grid))} units, {self.choice.strategy})"
+
+
+def spell(told: Mapping[str, float]) -> list[str]:
+    """`Explorer.told` in words."""
+    if "informativeness" not in told:
+        return []
+    return [
+        f"attention informativeness {told['informativeness']:.3f} (0 even, 1 a single unit)",
+        f"heads differ by {told['head_diversity']:.2f} (cosine), {told['head_divergence']:.2f} (Jensen–Shannon)",
+    ]
+
+
+def explore(
+    scan: Any,
+    encoder: Any = None,
+    *,
+    case: int | str = 0,
+    labels: Any = None,
+    label_names: Mapping[int, str] | None = None,
+    center: Sequence[int] | None = None,
+    size: int | None = None,
+    window: str | Sequence[float] | None = None,
+    plane: str = "axial",
+    title: str = "",
+    **settings: Any,
+) -> Explorer:
+    """The live mask explorer: strategies, ratio, noise and heads on a scan of one's own, in JupyterLab.
+
+    scan:     a file or DICOM folder, a `Volume`, a `Mammogram`, an array at the encoder's spacing, or a store, of
+              which `case` is looked at (a number, or a key of `store.cases`).
+    encoder:  a run folder (then reconstructions can be seen, too), an exported file, or an encoder; by default the
+              one that comes with smartlab. Mammograms need a run of their own.
+    labels:   a segmentation on the scan's grid, or its file; label_names: number -> name.
+    center:   voxel, at the encoder's spacing, that the view is around; by default the lesion, else the body's middle.
+    size:     voxels per side of the view; by default as in training, at least 64.
+    settings: where the controls begin: strategy, against, ratio, hint, temperature, p_attention, seed, guide,
+              dropout, draw, importance, shown (see `Choice`); by default as the encoder was trained.
+
+    >>> explorer = explore("scan.nii.gz", strategy="attention_high", against="random")
+    >>> explorer.settings
+    ['mask.strategy=attention_high', 'mask.ratio=0.7', ...]
+    """
+    model = Model(encoder)
+    choice = Choice.of(model, settings)
+    side = _side(model, size)
+    data = model.config.data
+    subject = subject_of(scan, data.spacing, model.flat, case=case, labels=labels, label_names=label_names)
+    if center is not None:
+        subject = replace(subject, center=np.asarray(center, int))
+    look = {"plane": plane} | ({} if window is None else {"window": window})
+    return Explorer(subject, model, side, choice, title, look)
+
+
+def _side(model: Model, size: int | None) -> int:
+    """Voxels per side of a view, checked."""
+    trained = model.config.data.view
+    if model.flat:
+        if size not in (None, trained):
+            raise UseError(f"size={size}", expected=f"{trained}, the view that this model was trained on")
+        return trained
+    total = model.config.encoder.stride(4)
+    side = max(trained, -(-SEEN_AT_LEAST // total) * total) if size is None else size
+    if side < total or side % total:
+        raise UseError(f"size={size} voxels", expected=f"a multiple of {total}, the encoder's total stride")
+    return side

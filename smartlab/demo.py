@@ -285,6 +285,7 @@ td:nth-child(2) {{ text-align: right; white-space: nowrap }}
 section {{ border-top: 1px solid #d5dbe1; padding: 1.6rem 0 }} p {{ margin: .3rem 0 .8rem }}
 figure {{ margin: 1rem 0 1.4rem }} figure img {{ display: block; max-width: 100%; border-radius: 4px }}
 figcaption {{ color: #44515d; font-size: .95rem; margin-top: .5rem }}
+iframe {{ border: 1px solid #d5dbe1; border-radius: 4px; width: 100%; height: 46rem }}
 .headline {{ font-size: 1.12rem; font-weight: 600 }} .failed {{ color: #a4262c }} small, .waiting {{ color: #5a6672 }}
 </style></head><body>
 <h1>{title}</h1>
@@ -316,9 +317,16 @@ def _write_page(result: DemoResult) -> None:
             if step.state == "done"
             else ""
         )
+        live = f"{step.name}/explorer.html"
+        knobs = (
+            f'<iframe src="{live}" title="Mask explorer" loading="lazy"></iframe><figcaption>Turn the knobs: every mask in '
+            f'this page was drawn by the notebook. <a href="{live}">In a window of its own</a></figcaption>\n'
+            if (result.out / live).is_file()
+            else ""
+        )
         sections.append(
             f'<section id="{step.name}"><h2>{title}</h2><p>{html.escape(step.about)}</p>'
-            f'<p class="{style}">{said}</p>{pictures}{more}</section>\n'
+            f'<p class="{style}">{said}</p>{pictures}{knobs}{more}</section>\n'
         )
     patient = (
         '<figure><img alt="patient" src="patient.png"><figcaption>One of the synthetic patients that everything below works '

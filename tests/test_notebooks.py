@@ -266,7 +266,7 @@ def check_outputs(executed: Path) -> None:
         data = [o.data for o in cell.outputs if "data" in o]
         widgets = [d for d in data if "application/vnd.jupyter.widget-view+json" in d]
         stills = [d for d in data if 'src="data:image/png;base64,' in str(d.get("text/html", ""))]
-        viewers = [w for w in widgets if "Viewer(" in w["text/plain"]]
+        viewers = [w for w in widgets if re.match(r"\w*(Viewer|Explorer)\(", w["text/plain"])]
         assert len(stills) >= len(viewers), f"{executed.name} {cell.id}: a widget without a static picture"
         assert len(viewers) == len([w for w in widgets if "%|" not in w["text/plain"]]), "else only progress"
         said = "".join(o.get("text", "") for o in cell.outputs if o.output_type == "stream")

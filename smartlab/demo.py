@@ -113,7 +113,7 @@ def run_demo(
         print(f"The page is there, and fills: {result.page}", flush=True)
     _show_a_patient(result)
     cohorts = _draw_phantoms(
-        [n for n, more in zip(notebooks, given.values(), strict=True) if "manifest" not in more]
+        [n for n, more in zip(notebooks, given.values(), strict=True) if "data" not in more]
     )
     if progress and cohorts:
         print(f"  Phantom patients: the first there in {time.monotonic() - start:.0f} s", flush=True)
@@ -194,7 +194,7 @@ def _draw_phantoms(notebooks: Sequence[Path]) -> dict[Any, Any]:
     for number, patients in enumerate(wanted):
         few = patients <= 8  # sooner drawn here than workers are started
         given = {
-            "manifest": "phantom-ct",
+            "data": "phantom-ct",
             "patients": patients,
             "workers": 0 if few else JOBS,
             "progress": False,
@@ -214,7 +214,7 @@ def _patients(notebook: Path) -> Any:
 
     with suppress(UseError):
         known = notebook_parameters(notebook)
-        return known.get("patients") if known.get("manifest", "phantom-ct") == "phantom-ct" else None
+        return known.get("patients") if known.get("data", "phantom-ct") == "phantom-ct" else None
     return None
 
 

@@ -89,12 +89,24 @@ def phantom_folder(name: str, patients: int, seed: int = 0) -> Path:
     return cache_folder() / f"{name}-{patients}-seed{seed}"
 
 
+def is_phantom(data: str) -> bool:
+    """Whether a notebook works on synthetic data, so that its numbers say nothing about patients."""
+    return data in ("phantom-ct", "phantom-mammo")
+
+
+def described(data: str, root: str = "") -> Manifest:
+    """What the data are, before anything is made or built: for parameters that are checked against it."""
+    from smartlab.data.prepare import name_data
+
+    return name_data(data, root or None, progress=False)[0]
+
+
 def open_cohort(
-    manifest: str, root: str = "", *, patients: int = 12, workers: int = 2, progress: bool = True
+    data: str, root: str = "", *, patients: int = 12, workers: int = 2, progress: bool = True
 ) -> Cohort:
     """Manifest, store and image folder, making what is missing; all notebooks share it through the cache.
 
-    manifest: a folder of scans, a manifest.json or its folder, or a shipped name, as `--data` takes them;
+    data: a folder of scans, a manifest.json or its folder, or a shipped name, as `--data` takes them;
     root: folder of the images, if elsewhere.
     patients: of a phantom; a real cohort is taken whole.
 
@@ -104,20 +116,20 @@ def open_cohort(
     from smartlab.data.index import read_header
     from smartlab.data.prepare import find_data, locate_images, prepare_store, store_place
 
-    found, place = find_data(manifest, root or None, progress)
+    found, place = find_data(data, root or None, progress)
     drawn = found.source.kind == "phantom"
     if drawn and place is None:
         place = phantom_folder(found.name, patients, int(found.source.parameters["seed"]))
-    data = DataConfig(
-        manifest=manifest,
+    config = DataConfig(
+        manifest=data,
         root=None if place is None else str(place),
         spacing=SPACING,
         phantom_cases=patients,
         workers=workers,
     )
-    located = locate_images(data, progress, None if drawn else found)
+    located = locate_images(config, progress, None if drawn else found)
     finished = read_header(store_place(*located, SPACING)) is not None
-    made, store = prepare_store(data, progress and not finished, located)
+    made, store = prepare_store(config, progress and not finished, located)
     return Cohort(made, store, located[1])
 
 

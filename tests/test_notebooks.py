@@ -128,7 +128,7 @@ CHANGED |= {
     },
     "09_ablations": {"workers": 1, "seed": 2},
 }
-COMMON = {"encoder", "manifest", "root", "patients"}  # set below, for all notebooks that have them
+COMMON = {"encoder", "data", "root", "patients"}  # set below, for all notebooks that have them
 ELSEWHERE = {  # tests of their own
     "02_pretrain": {"processes", "attach", "attach_seconds"},
     "08_mammography": {"preset"},
@@ -306,7 +306,7 @@ def test_the_demo_runs_every_notebook_with_every_parameter_changed(tmp_path, mon
     config = sl.load_config("tiny", small)
     sl.pretrain(config, tmp_path / "run", progress=False)
     (tmp_path / "small.yaml").write_text((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
-    common = {"encoder": str(tmp_path / "run"), "manifest": str(data / "own.json"), "root": str(data)}
+    common = {"encoder": str(tmp_path / "run"), "data": str(data / "own.json"), "root": str(data)}
     given = {}
     for path in NOTEBOOKS:
         known, changed = parameters_of(path), dict(CHANGED[path.stem])

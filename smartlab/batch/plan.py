@@ -1,6 +1,6 @@
 """Plans: which notebooks to run with which parameters, checked before anything runs.
 
-A parameter is named bare (`manifest`: in every step that has it) or with its step (`probe.shots`).
+A parameter is named bare (`data`: in every step that has it) or with its step (`probe.shots`).
 The notebooks' own `parameters` cells say which there are and of what type. A text may take in the folder
 of an earlier step's run, the plan's folder, and factors: "{pretrain}/run", "{plan}/my.yaml",
 "mask.ratio={ratio}". How the file is written: `plan_file`.

@@ -6,7 +6,7 @@ steps:
   - {name: probe, notebook: 04_linear_probe, parameters: {run: "{pretrain}/run"}}
 parameters: {steps: 2000}                                     # the same in every run
 grid: {strategy: [random, attention_high]}                    # every combination
-paired: {manifest: [a.json, b.json], root: [data/a, data/b]}  # values that go together
+paired: {data: [a.json, b.json], root: [data/a, data/b]}  # values that go together
 list: [{batch: 2}, {batch: 4, lr: 0.001}]                     # one set of values after another
 seeds: [0, 1, 2]                                              # or a number of seeds
 exclude: [{strategy: random, batch: 4}]

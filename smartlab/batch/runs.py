@@ -21,6 +21,7 @@ import smartlab
 from smartlab.batch.plan import Assignment, Plan, Step
 from smartlab.batch.plan_file import Resources
 from smartlab.batch.records import digest
+from smartlab.data.manifest import shipped_manifests
 
 NAME_LENGTH = 100  # of the readable part of a folder's name
 FILES_LOOKED_AT = 10_000  # in a folder of data that is not described by a manifest
@@ -148,16 +149,22 @@ def data_digest(parameters: Mapping[str, Any]) -> str:
 
     Nothing inside the images is read. A phantom follows from its manifest, and stores from their images.
     """
-    manifest, root = parameters.get("manifest"), parameters.get("root")
-    parts = []
-    if isinstance(manifest, str) and manifest:
-        parts.append(_cohort(manifest, root if isinstance(root, str) else ""))
+    root, parts, told = parameters.get("root"), [], {"store"}
+    for name in ("data", "manifest"):  # as our notebooks call it, and as others may
+        value = parameters.get(name)
+        if isinstance(value, str) and _names_a_cohort(value):
+            parts.append(_cohort(value, root if isinstance(root, str) else ""))
+            told |= {name, "root"}
     for name, value in sorted(parameters.items()):
-        if name in ("manifest", "store") or (name == "root" and parts) or not isinstance(value, str):
+        if name in told or not isinstance(value, str):
             continue
         if "/" in value and "{" not in value and Path(value).exists():
             parts.append(f"{name}:{_contents(Path(value))}")
     return _digest(parts) if parts else ""
+
+
+def _names_a_cohort(value: str) -> bool:
+    return value in shipped_manifests() or value.endswith(".json") or (value != "" and Path(value).is_dir())
 
 
 @lru_cache(maxsize=256)

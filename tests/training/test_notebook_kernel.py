@@ -78,7 +78,7 @@ def test_stopping_the_training_cell_loses_nothing_and_leaves_no_process(settings
     config.save(tmp_path / "small.yaml")
     out = tmp_path / "out"
     given = {"preset": str(tmp_path / "small.yaml"), "method": "simmim", "steps": STEPS, "workers": 1}
-    given |= {"manifest": str(cohort[0]), "root": str(cohort[1]), "out": str(out)}
+    given |= {"data": str(cohort[0]), "root": str(cohort[1]), "out": str(out)}
     code = [*CELLS[:1], "\n".join(f"{name} = {value!r}" for name, value in given.items()), CELLS[1]]
     with kernel(tmp_path) as (manager, client):
         for cell in code:

@@ -211,8 +211,25 @@ def _window_mean(share: np.ndarray, axis: int, n: int, region: int) -> np.ndarra
     return np.moveaxis(np.tensordot(weights, share, axes=(1, axis)), 0, axis)
 
 
+def middle_of_mask(store: Store, image: int, wanted: list[int]) -> list[float] | None:
+    """The middle (RAS mm) of the largest piece that these labels have in a scan; None where they have none."""
+    from scipy import ndimage
+
+    stored = store.labels(image) if wanted else None
+    if stored is None:
+        return None
+    parts, number = ndimage.label(np.isin(stored[:], wanted))
+    if not number:
+        return None
+    largest = 1 + int(np.bincount(parts.ravel())[1:].argmax())
+    affine = store.affine(image)
+    return list(map(float, affine[:3, :3] @ ndimage.center_of_mass(parts == largest) + affine[:3, 3]))
+
+
 class LesionDataset(CropDataset):
     """Crops centred on lesions, one per case, for evaluation. Nothing random.
+
+    Where no case of the store says where its lesion is, the masks of lesions do.
 
     size:     voxels, one number or three.
     spacing:  resample the crop to this voxel size in mm, exactly centred; by default the store's own
@@ -233,9 +250,15 @@ class LesionDataset(CropDataset):
         spacing: float | None = None,
         cases: Iterable[str] | None = None,
     ) -> None:
+        from smartlab.data.regions import is_lesion
+
         self.store, self.spacing = store, spacing
         self.size = (size,) * 3 if isinstance(size, int) else tuple(size)
         table = store.cases
+        marked = [value for value, name in store.label_names.items() if is_lesion(name)]
+        if marked and table.center_mm.isna().all():
+            middles: Any = [middle_of_mask(store, image, marked) for image in table.image]
+            table = table.assign(center_mm=middles)
         keys = list(table.index[table.center_mm.notna()] if cases is None else cases)
         if unknown := [key for key in keys if key not in table.index]:
             raise UseError(

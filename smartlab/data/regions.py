@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smartlab.data.scan_names import UNNAMED
+
 LESION_WORDS = ("nodule", "tumour", "tumor", "lesion", "mass", "metasta", "cancer", "gtv", "neoplasm", "cyst")
 BODY_HU = -500.0  # denser than this: body, not air or lung
 
 
 def is_lesion(name: str) -> bool:
-    """Whether a label's name means a lesion rather than an organ."""
-    return any(word in name.lower() for word in LESION_WORDS)
+    """Whether a label's name means a lesion, or whatever a user marked, rather than an organ."""
+    return name == UNNAMED or any(word in name.lower() for word in LESION_WORDS)
 
 
 def unit_shares(

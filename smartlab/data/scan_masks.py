@@ -11,10 +11,18 @@ import numpy as np
 from smartlab.data.png_stacks import explain
 from smartlab.data.readers import check_same_grid, read_labels
 from smartlab.data.scan_files import CONTOURS, SEGMENTATION, Found, frames_apart
-from smartlab.data.scan_names import MASK_WORD, fits, fits_path, folder_of, key_of, slug, stem, words_of
+from smartlab.data.scan_names import (
+    MASK_WORD,
+    UNNAMED,
+    fits,
+    fits_path,
+    folder_of,
+    key_of,
+    slug,
+    stem,
+    words_of,
+)
 from smartlab.errors import DataError
-
-UNNAMED = "mask"  # where no name says which structure a mask shows
 
 
 class Pairs:

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 
 from smartlab.data.readers import NIFTI
 
+UNNAMED = "mask"  # a mask whose name does not say what it shows: what its owner marked
 MASK_WORD = re.compile(
     r"(mask|seg|segmentation|label|labelmap|roi|annotation)s?|(label|mask|seg)s?(tr|ts|va)"
 )

@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import ndimage
 
 from smartlab.data.body import BLOCK
-from smartlab.data.crops import CropDataset, Fields, Item, LesionDataset, read_crop
+from smartlab.data.crops import CropDataset, Fields, Item, LesionDataset, middle_of_mask, read_crop
 from smartlab.data.grid import AIR
 from smartlab.data.images import ImageDataset, lesion_crops
 from smartlab.data.regions import is_lesion
@@ -40,25 +39,13 @@ def places(store: Store, about: pd.DataFrame, size: int, spacing: float | None) 
     wanted = [value for value, name in store.label_names.items() if is_lesion(name)]
     owner, centers, masked = [], [], 0
     for k, image in enumerate(about.image):
-        middle = _middle_of_mask(store, int(image), wanted)
+        middle = middle_of_mask(store, int(image), wanted)
         found = _windows(store, int(image), size, spacing) if middle is None else [middle]
         owner += [k] * len(found)
         centers += found
         masked += middle is not None
     how = f"the middle of the lesion's mask in {masked} cases, windows over the whole scan in {len(about) - masked}"
     return Places(np.array(owner), centers), how
-
-
-def _middle_of_mask(store: Store, image: int, wanted: list[int]) -> list[float] | None:
-    stored = store.labels(image) if wanted else None
-    if stored is None:
-        return None
-    parts, number = ndimage.label(np.isin(stored[:], wanted))
-    if not number:
-        return None
-    largest = 1 + int(np.bincount(parts.ravel())[1:].argmax())
-    affine = store.affine(image)
-    return list(map(float, affine[:3, :3] @ ndimage.center_of_mass(parts == largest) + affine[:3, 3]))
 
 
 def _windows(store: Store, image: int, size: int, spacing: float | None) -> list[list[float]]:

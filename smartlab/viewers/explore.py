@@ -55,7 +55,12 @@ class Explorer:
         self._masks = self._draw()
         self.viewer = self._new_viewer(look)
         self._frame = widgets.VBox([self.viewer], layout={"width": "100%"})
-        right = widgets.VBox([self._frame, self._copy], layout={"flex": "1 1 auto", "min_width": "0"})
+        self._map: SliceViewer | None = None
+        self._where = widgets.Accordion([widgets.VBox()], titles=("Where in the scan",), selected_index=None)
+        self._where.observe(lambda _: self._locate(), "selected_index")
+        right = widgets.VBox(
+            [self._frame, self._copy, self._where], layout={"flex": "1 1 auto", "min_width": "0"}
+        )
         self.box = widgets.HBox([self.controls, right], layout={"width": "100%"})
         self.box.add_class("smartlab-explorer")
         self.controls.observe(self._follow, "choice")
@@ -84,6 +89,7 @@ class Explorer:
         self._frame.children = [self.viewer]
         old.close()
         self._tell()
+        self._locate()
         return self
 
     @property
@@ -253,16 +259,47 @@ class Explorer:
         viewer.head = int(looks[5:]) - 1 if looks.startswith("head") else -1
 
     def _picked(self, change: Any) -> None:
-        """A voxel was clicked twice: look at the crop around it."""
+        """A voxel was clicked twice, in the view or in the whole scan: look at the crop around it."""
         if not (voxel := change["new"]):
             return
-        place = np.array(voxel)
+        whole = change["owner"] is self._map
+        place, shape = np.array(voxel), self.subject.array.shape if whole else self.view.image.shape
         if self.model.flat:  # the viewer stands images up: its columns and rows run backwards
-            rows, columns = self.view.image.shape
-            place = np.array([rows - 1 - voxel[1], columns - 1 - voxel[0], 0])
+            place = np.array([shape[0] - 1 - voxel[1], shape[1] - 1 - voxel[0], 0])
+        self.move((place if whole else self._start + place).tolist())
+
+    @property
+    def _start(self) -> np.ndarray:
+        """The first voxel of the view."""
         inverse = np.linalg.inv(self.subject.affine)
-        start = inverse[:3, :3] @ self.view.affine[:3, 3] + inverse[:3, 3]
-        self.move(np.rint(start + place).astype(int))
+        return np.rint(inverse[:3, :3] @ self.view.affine[:3, 3] + inverse[:3, 3]).astype(int)
+
+    def _locate(self) -> None:
+        """The whole scan with the units of the view outlined, for who opens it; a double click there moves the view."""
+        if self._where.selected_index is None:
+            return
+        subject, stride, spacing = self.subject, self.model.stride, self.model.config.data.spacing
+        place = np.zeros([-(-n // stride) for n in subject.array.shape], bool)
+        low, high = self._start // stride, -(-(self._start + self.side) // stride)
+        place[tuple(slice(max(a, 0), max(b, 1)) for a, b in zip(low, high, strict=True))] = True
+        where: dict[str, Any] = {"affine": subject.affine}
+        array = subject.array
+        if self.model.flat:
+            array, place, where = array[..., 0], place[..., 0], {"spacing": (spacing, spacing)}
+        if self._map is None:
+            look: dict[str, Any] = {
+                "window": list(self.viewer.window),
+                "pick": True,
+                "title": "Outlined: the view above",
+            }
+            self._map = view(array, mask=place, unit=stride, **where, **look)
+            self._map.hidden = "outline"
+            self._map.observe(self._picked, "picked")
+            self._where.children[0].children = [self._map]
+        else:
+            self._map.update(mask=place)
+        if not self.model.flat:
+            self._map.cursor = self.center.tolist()
 
     def _guess(self, name: str) -> np.ndarray | None:
         return self.model.rebuild(self.view, self._masks[name]) if self.model.rebuilds else None

@@ -204,6 +204,19 @@ def test_it_begins_at_the_lesion_and_a_double_click_moves_it(store, explorer):
     assert np.abs(inner[:3] - 32)[free].max(initial=0) < 0.51
 
 
+def test_the_whole_scan_shows_where_the_view_is_and_moves_it(explorer):
+    assert explorer._map is None, "nothing is sent before somebody opens it"
+    explorer._where.selected_index = 0
+    shape = explorer.subject.array.shape
+    for voxel in ([40, 40, 40], [n // 2 for n in shape]):
+        explorer._map.picked = voxel
+        assert explorer.center.tolist() == voxel
+        place = explorer._map.scene.layers[0].mask
+        inside = np.argwhere(place)
+        start = np.clip(np.array(voxel) - 32, 0, np.array(shape) - 64)
+        assert (inside.min(0) == start // 8).all() and (inside.max(0) == (start + 63) // 8).all()
+
+
 def test_settings_are_words_that_pretrain_takes(explorer):
     explorer.set(
         strategy="attention_hint", ratio=0.55, hint=0.2, guide="noisy", dropout=0.4, importance="received"
@@ -282,6 +295,9 @@ def test_mammograms_in_one_plane(tmp_path):
     free = ((explorer.center >= 64) & (explorer.center <= shape - 64))[:2]
     assert free.any()
     assert np.abs((np.linalg.inv(explorer.view.affine) @ world)[:2] - 64)[free].max() < 0.51
+    explorer._where.selected_index = 0
+    explorer._map.picked = [shape[1] - 1 - 90, shape[0] - 1 - 120, 0]
+    assert explorer.center.tolist() == [120, 90, 0]
     with pytest.raises(sl.UseError, match="one of mammograms"):
         sl.explore(sl.Volume(np.zeros((80, 80, 80), np.int16), np.eye(4)), run)
     with pytest.raises(sl.UseError, match=r"one of CT.*run of mammograms"):

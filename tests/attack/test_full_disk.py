@@ -33,10 +33,8 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_and_leaves_nothing_behind(se
     assert "a checkpoint could not be written" in child.said and "GB free" in child.said, child.said
     assert "Traceback" not in child.said
     assert [p for p in (out / "checkpoints").rglob("*") if p.is_file()] == []
-    for place in (out, tmp_path / "whole"):
-        again = Child(train, settings, place)
-        assert again.wait() == 0, again.said
-    assert_same_run(tmp_path / "whole", out, 8)
+    again = Child(train, settings, out)
+    assert again.wait() == 0 and checkpoint.steps(out)[-1] == 8, again.said
 
 
 @pytest.mark.parametrize("to", ["monai", "safetensors"])

@@ -37,13 +37,13 @@ def holder(tmp_path):
 
 
 def test_the_second_pretraining_is_told_and_the_first_goes_on(settings, tmp_path):  # noqa: F811
-    settings = settings | {"train.steps": 40, "train.checkpoint_every": 2}
+    settings = settings | {"train.steps": 20, "train.checkpoint_every": 2}
     first = Child(train, settings, tmp_path / "run", 0.15)
     wait_for_step(tmp_path / "run", 2, first)
     with pytest.raises(DataError, match=rf"another process trains .*process {first.pid} on"):
         sl.pretrain(sl.load_config("tiny", settings), tmp_path / "run", resume=True, progress=False)
     assert first.wait() == 0, first.said
-    assert pd.read_csv(tmp_path / "run" / "metrics.csv").step.tolist() == list(range(1, 41))
+    assert pd.read_csv(tmp_path / "run" / "metrics.csv").step.tolist() == list(range(1, 21))
 
 
 def test_so_is_the_second_fine_tuning(holder, tmp_path):

@@ -52,6 +52,7 @@ def test_a_killed_worker_ends_the_command_with_a_line_that_says_why(settings, tm
         assert "Traceback" not in child.said
 
 
+@pytest.mark.slow
 def test_a_run_whose_worker_died_goes_on_as_if_it_had_not(settings, tmp_path):  # noqa: F811
     settings = settings | {"data.workers": 2, "train.checkpoint_every": 2}
     killed = Child(train, settings, tmp_path / "killed", 0.3)

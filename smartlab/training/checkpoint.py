@@ -28,7 +28,7 @@ from smartlab.files import written
 
 ROLES = ("student", "teacher")
 _NAME = re.compile(r"^step-(\d{6,})$")
-_HASH = "sha256"  # in the header of a safetensors file
+_HASH, _HAS_HASH = "sha256", "hashed"  # in the header of a safetensors file; two, as one could lose its name
 
 
 def save(
@@ -101,7 +101,7 @@ def set_aside(damaged: list[Path]) -> None:
 def save_weights(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
     """A safetensors file that can tell whether it is still what was written."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-    save_file(tensors, path, {**about, _HASH: _hash_of(tensors, about)})
+    save_file(tensors, path, {**about, _HAS_HASH: "yes", _HASH: _hash_of(tensors, about)})
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -112,8 +112,8 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  no mapping
     except Exception as error:
         raise _unreadable(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
-    told = about.pop(_HASH, None)
-    if told not in (None, _hash_of(tensors, about)):  # None: of another program
+    told, expected = about.pop(_HASH, None), about.pop(_HAS_HASH, None) is not None
+    if (told or expected) and told != _hash_of(tensors, about):  # neither: of another program
         raise _unreadable(path, "another content than was written")
     return tensors, about
 
@@ -188,7 +188,11 @@ def header_of(file: Path) -> dict[str, str]:
     """The text kept with the weights of a safetensors file."""
     try:
         with safe_open(file, "pt") as opened:
-            return {name: text for name, text in (opened.metadata() or {}).items() if name != _HASH}
+            return {
+                name: text
+                for name, text in (opened.metadata() or {}).items()
+                if name not in (_HASH, _HAS_HASH)
+            }
     except Exception as error:
         raise _unreadable(file, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
 

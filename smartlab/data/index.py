@@ -126,16 +126,9 @@ class Journal:
         self.path = out / JOURNAL
 
     def read(self) -> list[Row]:
-        """What an earlier run finished; a last line that a kill cut short is left out."""
-        if not self.path.exists():
-            return []
-        whole, _, _ = self.path.read_bytes().rpartition(b"\n")
-        try:
-            return [_row_of(line) for line in whole.splitlines()]
-        except ValueError as error:
-            raise DataError(
-                "is damaged", path=self.path, found=error, fix="delete this file and build the store again"
-            ) from None
+        """What an earlier run finished; a line that is not what was written is left out, and its image built again."""
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        return [row for line in lines if (row := _row_of(line))]
 
     def start(self, rows: list[Row]) -> None:
         """Begin with these rows, and without a line cut short."""
@@ -153,11 +146,15 @@ def _line_of(row: Row) -> bytes:
     return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
-def _row_of(line: bytes) -> Row:
+def _row_of(line: bytes) -> Row | None:
+    """The row of a line, None of a damaged one; version 0.1 wrote rows without a checksum."""
     told, _, text = line.partition(b" ")
-    if told != b"%08x" % zlib.crc32(text):
-        raise ValueError("a line is not what was written")
-    return json.loads(text)
+    try:
+        if line.startswith(b"{"):
+            return json.loads(line)
+        return json.loads(text) if told == b"%08x" % zlib.crc32(text) else None
+    except ValueError:
+        return None
 
 
 def clean(out: Path, rows: Iterable[Row]) -> int:

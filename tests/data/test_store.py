@@ -312,6 +312,21 @@ def test_a_line_of_the_journal_cut_by_a_kill_is_left_out(cohort, end):
     assert [row["key"] for row in journal.read()] == (["a"] if end else ["a", "b"])
 
 
+@pytest.mark.parametrize("old", [True, False], ids=["without checksums", "with checksums"])
+def test_a_damaged_line_of_the_journal_costs_one_image_and_one_of_an_older_version_none(cohort, old):
+    build(cohort)
+    out = cohort[2]
+    journal = index.Journal(out)
+    journal.start(list(index.read_lines(out, index.read_header(out), "images")))
+    (out / "store.json").unlink()  # as if that build had been killed
+    lines = journal.path.read_bytes().splitlines()
+    lines = [line.partition(b" ")[2] for line in lines] if old else lines
+    journal.path.write_bytes(b"\n".join([lines[0][:-9], *lines[1:], b"garbage", b""]))
+    report = build(cohort)
+    assert (report.built, report.skipped, report.failed) == (1, 3, 0)
+    assert sl.open_store(out).verify() == []
+
+
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
 def test_a_write_that_breaks_off_leaves_the_old_file(tmp_path, monkeypatch, moment):
     file = tmp_path / "store.json"

@@ -8,13 +8,15 @@ safetensors file carries a hash of its tensors and its header, each `.pt` file t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for role in state.pop("roles", there):
             file = path / f"{role}.safetensors"
             method |= {f"{role}.encoder.{k}": v for k, v in load_weights(file)[0].items()}
+    except (OSError, MemoryError):
+        raise
     except Exception as error:
         raise DataError(
             "the checkpoint cannot be read",
@@ -106,12 +110,9 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header text of a safetensors file, compared with its hash where it carries one."""
-    try:
-        with safe_open(path, "pt") as opened:
-            about = dict(opened.metadata() or {})
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  no mapping
-    except Exception as error:
-        raise _unreadable(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+    with _reading(path), safe_open(path, "pt") as opened:
+        about = dict(opened.metadata() or {})
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  no mapping
     told, expected = about.pop(_HASH, None), about.pop(_HAS_HASH, None) is not None
     if (told or expected) and told != _hash_of(tensors, about):  # neither: of another program
         raise _unreadable(path, "another content than was written")
@@ -133,18 +134,33 @@ def finite(weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 def load_pickled(path: Path) -> Any:
     """What torch.save wrote: tensors and plain values only, compared with the checksums of its zip format."""
-    try:
+    with _reading(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if (name := archive.testzip()) is not None:
                     raise _unreadable(path, f"another content than was written in {name}")
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """A missing file or wrong content is a DataError; where memory, handles or rights are lacking, the file may be whole."""
+    try:
+        if path.is_file():
+            path.open("rb").close()  # safetensors would call it missing, whatever the system said
+        yield
     except DataError:
         raise
     except Exception as error:
-        code = "weights_only" in str(error)  # torch's advice would be to run that code
-        found = "objects that only running code could restore" if code else type(error).__name__
-        raise _unreadable(path, found) from None
+        text = str(error)
+        if "allocate memory" in text:  # a RuntimeError of torch's
+            raise MemoryError(text) from None
+        nonsense = getattr(error, "errno", None) == errno.EINVAL  # a position that only damage asks for
+        if isinstance(error, MemoryError | OSError) and path.is_file() and not nonsense:
+            raise
+        if "weights_only" in text:  # torch's advice would be to run that code
+            text = "objects that only running code could restore"
+        raise _unreadable(path, text.splitlines()[0] if text else type(error).__name__) from None
 
 
 def _unreadable(path: Path, found: str) -> DataError:
@@ -186,15 +202,10 @@ def prune(run: Path, keep_last: int, keep_every: int | None) -> None:
 
 def header_of(file: Path) -> dict[str, str]:
     """The text kept with the weights of a safetensors file."""
-    try:
-        with safe_open(file, "pt") as opened:
-            return {
-                name: text
-                for name, text in (opened.metadata() or {}).items()
-                if name not in (_HASH, _HAS_HASH)
-            }
-    except Exception as error:
-        raise _unreadable(file, str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+    with _reading(file), safe_open(file, "pt") as opened:
+        return {
+            name: text for name, text in (opened.metadata() or {}).items() if name not in (_HASH, _HAS_HASH)
+        }
 
 
 def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:

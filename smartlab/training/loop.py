@@ -35,7 +35,7 @@ from smartlab.models.reach import reach
 from smartlab.training import checkpoint, schedules
 from smartlab.training.families import family_of
 from smartlab.training.monitor import Monitor
-from smartlab.training.requests import Requests, only_one
+from smartlab.training.requests import Requests, from_main, only_one
 from smartlab.training.run import Run
 from smartlab.training.setup import (
     compile_report,
@@ -113,7 +113,7 @@ class Trainer:
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.header = {"config": json.dumps(config.model_dump(mode="json")), "data": store.voxels}
         self.damaged: list[Path] = []
-        weights, state = self._load(allow_changes) if there else (None, None)
+        weights, state = self._load(allow_changes) if from_main(bool(there)) else (None, None)
         self.images, held_out = self._training_images(state)
         self.loader = self._make_loader()
         per_epoch = config.train.steps_per_epoch or max(1, len(self.loader) // config.train.accumulate)
@@ -397,7 +397,12 @@ class Trainer:
 
     def _load(self, allow_changes: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Weights and training state of the newest whole checkpoint, if it is one of the same settings and data."""
-        method, state, self.damaged = checkpoint.newest_whole(self.out)
+        method, state, self.damaged = (
+            checkpoint.newest_whole(self.out) if self.main else ({}, {"step": 0}, [])
+        )
+        step, self.damaged = from_main((state["step"], self.damaged))
+        if not self.main:
+            method, state = checkpoint.load(checkpoint.folder(self.out, step))
         if (
             state["header"]["data"] == self.store.fingerprint
         ):  # as runs of 0.1 noted it, labels and splits included

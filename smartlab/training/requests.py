@@ -7,11 +7,13 @@ import signal
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from smartlab.files import held
+
+T = TypeVar("T")
 
 
 class Requests:
@@ -49,6 +51,14 @@ class Requests:
     def close(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def from_main(value: T) -> T:
+    """What the first process of a run found, on all of them: another may see another state of a shared disk."""
+    told = [value]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(told)
+    return told[0]
 
 
 def only_one(out: Path) -> AbstractContextManager[None]:

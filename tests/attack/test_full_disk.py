@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -97,6 +98,30 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(settings, 
     assert checkpoint.steps(run.path) == [8] and run.finished
     assert_same_run(tmp_path / "whole", run.path, 8)
     assert (run.path / "checkpoints" / "damaged-step-000008").is_dir()
+
+
+def test_what_the_system_lacks_is_no_damage_to_a_checkpoint(tmp_path, monkeypatch):
+    weights = {"student.encoder.a": torch.zeros(3), "b": torch.zeros(3)}
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, weights, {}, {})
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            checkpoint.load_weights(checkpoint.folder(tmp_path, 2) / "student.safetensors")
+        with pytest.raises(OSError, match="Too many open files"):
+            checkpoint.newest_whole(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with monkeypatch.context() as patch:
+        full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        patch.setattr(torch, "load", lambda *given, **more: (_ for _ in ()).throw(full))
+        with pytest.raises(MemoryError):
+            checkpoint.newest_whole(tmp_path)
+    (checkpoint.folder(tmp_path, 2) / "student.safetensors").unlink()
+    assert checkpoint.newest_whole(tmp_path)[2] == [checkpoint.folder(tmp_path, 2)]
 
 
 def test_without_a_whole_checkpoint_resuming_says_which_is_damaged(settings, tmp_path):  # noqa: F811

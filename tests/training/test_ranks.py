@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -98,6 +99,30 @@ def test_two_processes_equal_one_with_twice_the_batch(method, more, settings_of,
     for key, moment in moments[0].items():
         apart = (moment["exp_avg"] - moments[1][key]["exp_avg"]).abs().max()
         assert apart < 1e-6 + 1e-4 * moment["exp_avg"].abs().max(), key
+
+
+def resume(settings, out, newest_hidden):
+    if newest_hidden:  # as a listing of a shared disk may
+        listed = checkpoint.steps
+        checkpoint.steps = lambda run: listed(run)[:-1]
+    sl.pretrain(sl.load_config("tiny", settings), out, resume=True, progress=False)
+
+
+def test_all_processes_resume_from_the_checkpoint_that_the_first_one_chose(settings, tmp_path):
+    settings = settings | {
+        "train.batch": 1,
+        "train.steps": 6,
+        "train.checkpoint_every": 2,
+        "train.keep_last": 3,
+    }
+    run, ended = tmp_path / "run", []
+    for hidden in (False, True):
+        port = free_port()
+        pair = [Child(resume, settings, run, hidden and r == 1, env=rank_of_two(r, port)) for r in range(2)]
+        assert [child.wait(60) for child in pair] == [0, 0], pair[1].said[-2000:]
+        ended.append(checkpoint.load(checkpoint.folder(run, 6))[0])
+        shutil.rmtree(checkpoint.folder(run, 6))
+    assert all((value - ended[1][name]).abs().max() < 1e-6 for name, value in ended[0].items())
 
 
 @SLOW

@@ -85,7 +85,8 @@ def make_mask(
     k = counts
     if strategy == "attention_hint":
         most = torch.as_tensor(counts, device=device)
-        hints = (hint * most).round().long().minimum(n - most)
+        hinted = round(hint * counts) if isinstance(counts, int) else (hint * counts).round().long()
+        hints = torch.as_tensor(hinted, device=device).minimum(n - most)
         among = most if hint_from == "any" else hints.clamp_min(hidden_count(hint, n)).minimum(most)
         shown = _top(uniform((rows, n), device, generator, shard).where(_top(score, among), -1.0), hints)
         score = score.masked_fill(shown, -1.0)  # below every rank

@@ -39,6 +39,10 @@ Arrays = dict[str, np.ndarray]
 PATIENCE, PATIENCE_TO_STOP = 300.0, 5.0  # seconds without an answer of a worker, which takes milliseconds
 
 
+class GivenUp(DataError):
+    """The next batch did not come after the run was asked to stop; it is not counted as read."""
+
+
 class CropLoader:
     """Iterate over batches of a `CropDataset`; one `for` loop is (the rest of) one epoch.
 
@@ -299,14 +303,17 @@ class _Pool:
         return arrays, [about[row] for row in range(count)]
 
     def _receive(self, worker: int, stopped: Callable[[], bool]) -> Any:
-        """The answer of a worker. One that gives none for long is given up, sooner if the run was asked to stop."""
-        began, patience = time.monotonic(), float(os.environ.get("SMARTLAB_LOADER_WAIT", PATIENCE))
+        """The answer of a worker. One that gives none for long is given up, sooner once the run was asked to stop.
+
+        What is counted are polls: the time in which all of the run was suspended is not the worker's.
+        """
+        patience, waited, since_asked = float(os.environ.get("SMARTLAB_LOADER_WAIT", PATIENCE)), 0.0, 0.0
         try:
             while not self.pipes[worker].poll(0.5):
-                waited = time.monotonic() - began
-                if waited > (min(patience, PATIENCE_TO_STOP) if stopped() else patience):
+                waited, since_asked = waited + 0.5, since_asked + 0.5 * stopped()
+                if waited >= patience or since_asked >= PATIENCE_TO_STOP:
                     self.close(0)
-                    raise DataError(
+                    raise (GivenUp if since_asked else DataError)(
                         "a loader worker does not answer",
                         found=f"nothing for {waited:.0f} s",
                         fix="check the disk that holds the store; the last checkpoint is whole, go on with --resume",

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from smartlab.config import Config, load_config
 from smartlab.data.augment import window
 from smartlab.data.crops import CropLoader
+from smartlab.data.loader import GivenUp
 from smartlab.data.manifest import load_manifest
 from smartlab.data.prepare import locate_images, prepare_store
 from smartlab.errors import DataError, SmartlabError, UseError
@@ -169,7 +170,12 @@ class Trainer:
         train, began, seen, waited = self.config.train, time.monotonic(), 0, self.loader.wait_seconds
         first = self.step
         while self.step < train.steps:
-            metrics = self.one_step()
+            try:
+                metrics = self.one_step()
+            except GivenUp:
+                if self.world > 1 or any(p.grad is not None for p in self._trained()):  # the step had begun
+                    raise
+                return self._stop()
             self.step += 1
             if train.compile and self.step == first + 1:
                 self.monitor.event("compiled", seconds=round(time.monotonic() - began, 1), **compile_report())
@@ -192,12 +198,15 @@ class Trainer:
             ):
                 self._picture()
             request = self.requests.agreed()
+            if request == "stop":
+                return self._stop()
             if self.step % train.checkpoint_every == 0 or self.step == train.steps or request:
                 self.save()
-            if request == "stop":
-                self.monitor.event("stopped", step=self.step)
-                return
         self.monitor.finish(self.step)
+
+    def _stop(self) -> None:
+        self.save()
+        self.monitor.event("stopped", step=self.step)
 
     def one_step(self) -> dict[str, Any]:
         """Forward and backward over the micro-batches, then the optimiser, then the teacher."""

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from smartlab.config import TrainConfig
 from smartlab.data.crops import CropDataset, CropLoader
+from smartlab.data.loader import GivenUp
 from smartlab.errors import DataError, UseError
 from smartlab.evaluation.encoders import total_stride
 from smartlab.evaluation.folds import deal
@@ -315,10 +316,14 @@ class Trainer:
         """Those of the steps that are left."""
         if self.done:
             return
-        for batch in self.loader:
-            yield batch
-            if self.done:
-                return
+        try:
+            for batch in self.loader:
+                yield batch
+                if self.done:
+                    return
+        except GivenUp:
+            self.save()
+            raise Stopped(self.out, self.step) from None
 
     def _table(self) -> pd.DataFrame:
         import pandas as pd

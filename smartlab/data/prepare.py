@@ -121,6 +121,11 @@ def prepare_store(
     as_built = {name: built[name] for name in ("crop_body", "tilt") if name in built}  # not for us to say
     crop, tilt = as_built.get("crop_body", True), as_built.get("tilt", "refuse")
     if is_current(store, man, root, settings_for(man, data.spacing, crop, tilt=tilt, grey=data.grey)):
+        if progress and (failed := (index.read_header(store) or {}).get("failed")):
+            print(
+                f"{store}: images that failed: {failed}, see {index.FAILURES}; smartlab data build tries again",
+                file=sys.stderr,
+            )
         return man, open_store(store)
     report = build_store(
         man,

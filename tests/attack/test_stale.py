@@ -39,6 +39,19 @@ def test_a_store_that_is_up_to_date_is_opened_without_a_build(people, monkeypatc
     assert len(prepare_store(people, False)[1]) == 2
 
 
+def test_a_bad_scan_does_not_keep_a_store_from_being_up_to_date(people, tmp_path, monkeypatch, capsys):
+    bad = tmp_path / "raw" / "p1" / "ct.nii.gz"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:100])
+    prepare_store(people, False)
+    with monkeypatch.context() as patch:
+        no_build(patch)
+        assert len(prepare_store(people, True)[1]) == 1
+    assert "images that failed: 1, see failures.csv" in capsys.readouterr().err
+    bad.write_bytes(whole)
+    assert len(prepare_store(people, False)[1]) == 2
+
+
 def test_so_is_one_that_may_only_be_read(people, tmp_path, monkeypatch):
     prepare_store(people, False)
     before = snapshot(tmp_path / "store")

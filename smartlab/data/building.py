@@ -86,6 +86,7 @@ def build_store(
     grey: str = "voi",
     scheduler: str | None = None,
     progress: bool = True,
+    state: str | None = None,
 ) -> StoreReport:
     """Resample the images of a manifest below `root` to `spacing` mm into the store `out`.
 
@@ -95,6 +96,7 @@ def build_store(
     labels:     also store label maps and masks, merged into one uint8 volume per image.
     tilt:       "refuse" gantry-tilted DICOM series, or "correct" them.
     grey:       how mammograms are windowed: "voi" or "percentile" (`read_mammogram`).
+    state:      of the sources, where the caller has just asked for it (`building.state_of`).
 
     Run it again after any interruption, or when the manifest or the data changed.
 
@@ -106,7 +108,7 @@ def build_store(
     settings = settings_for(man, spacing, crop_body, labels, tilt, grey)
     _check_request(man, root, out, settings.spacing, workers)
     with index.locked(out), draining() as stop:
-        build = _Build(man, root, out, settings)
+        build = _Build(man, root, out, settings, state)
         build.resume()
         total = len(build.cohort.groups)
         todo = [i for i in range(total) if build.pending(i)]
@@ -141,7 +143,9 @@ def _numbered(result: tuple[int, Outcome] | Lost[Task]) -> tuple[int, Outcome]:
 class _Build:
     """The state of one run."""
 
-    def __init__(self, man: Manifest, root: Path, out: Path, settings: Settings | FlatSettings) -> None:
+    def __init__(
+        self, man: Manifest, root: Path, out: Path, settings: Settings | FlatSettings, state: str | None
+    ) -> None:
         self.man, self.out, self.settings, self.salt = man, out, settings, salt()
         self.labels = storable(man)
         self.cohort = Cohort(man, root, out, settings, self.salt)
@@ -151,8 +155,8 @@ class _Build:
         self.failures: dict[int, tuple[Failure, ...]] = {}
         self.report = StoreReport(str(out), 0, 0, 0, 0, 0, 0, 0, False, 0)
         self.journal = index.Journal(out)
-        self.state = _state(
-            man, root, self.salt
+        self.state = state or state_of(
+            man, root
         )  # before any of it is read: what changes meanwhile is seen next time
 
     # ---- what is there already
@@ -340,22 +344,28 @@ def made_from(man: Manifest, root: Path, settings: Settings | FlatSettings, key:
     return hashed(key, "made from", json.dumps(facts))
 
 
-def _state(man: Manifest, root: Path, key: bytes) -> str | None:
+def state_of(man: Manifest, root: Path) -> str | None:
+    """`cohort_state` as a store may keep it, salted."""
     state = cohort_state(man, root)
-    return None if state is None else hashed(key, "state", state)
+    return None if state is None else hashed(salt(), "state", state)
 
 
-def is_current(out: Path, man: Manifest, root: Path, settings: Settings | FlatSettings) -> bool:
-    """Whether a build would change nothing here: told by names, sizes and times, in under a second for 10,000 images."""
+def is_current(
+    out: Path, man: Manifest, root: Path, settings: Settings | FlatSettings, state: str | None
+) -> bool:
+    """Whether a build would change nothing here: told by names, sizes and times, in under a second for 10,000 images.
+
+    state: of the sources (`state_of`).
+    """
     header, key = index.read_header(out) or {}, salt()
     wanted = {
         "complete": True,  # what failed failed on these very files
         "format": settings.format,
         "settings": asdict(settings),
         "made_from": made_from(man, root, settings, key),
-        "state": _state(man, root, key),
+        "state": state,
     }
-    if wanted["state"] is None or any(header.get(name) != value for name, value in wanted.items()):
+    if state is None or any(header.get(name) != value for name, value in wanted.items()):
         return False
     try:
         with os.scandir(out / "volumes") as entries:

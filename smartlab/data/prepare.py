@@ -13,7 +13,7 @@ from pathlib import Path
 
 from smartlab.config import DataConfig
 from smartlab.data import index
-from smartlab.data.building import is_current, made_from, settings_for
+from smartlab.data.building import is_current, made_from, settings_for, state_of
 from smartlab.data.manifest import Manifest, load_manifest, shipped_manifests
 from smartlab.data.places import cache_folder, remembered_store
 from smartlab.data.privacy import salt
@@ -120,7 +120,8 @@ def prepare_store(
             )
     as_built = {name: built[name] for name in ("crop_body", "tilt") if name in built}  # not for us to say
     crop, tilt = as_built.get("crop_body", True), as_built.get("tilt", "refuse")
-    if is_current(store, man, root, settings_for(man, data.spacing, crop, tilt=tilt, grey=data.grey)):
+    settings, state = settings_for(man, data.spacing, crop, tilt=tilt, grey=data.grey), state_of(man, root)
+    if is_current(store, man, root, settings, state):
         if progress and (failed := (index.read_header(store) or {}).get("failed")):
             print(
                 f"{store}: images that failed: {failed}, see {index.FAILURES}; smartlab data build tries again",
@@ -135,6 +136,7 @@ def prepare_store(
         spacing=data.spacing,
         grey=data.grey,
         progress=progress,
+        state=state,
         **as_built,
     )
     if progress and (report.failed or (report.built and report.notes)):

@@ -165,8 +165,9 @@ def files_of(source: Path) -> list[Path]:
 def cohort_state(man: Manifest, root: Path) -> str | None:
     """Digest of a manifest and of name, size and time of every file it names; None where these cannot be told.
 
-    Opens no image and takes a fraction of a second for 10,000. What lies below `root` under another name than its
-    series UID is known to who has read all headers only.
+    Of the files of a series, their number and the first and last are looked at, and the time of their folder, which
+    tells when one came, went or was replaced. Opens no image and takes a fraction of a second for 10,000. What lies
+    below `root` under another name than its series UID is known to who has read all headers only.
     """
     digest = hashlib.sha256(f"{FORMAT} {LABELS} {man.model_dump_json()}".encode())
     images = [case.image or case.series_uid for case in man.cases]
@@ -181,14 +182,19 @@ def cohort_state(man: Manifest, root: Path) -> str | None:
 
 
 def _seen(source: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, size and time of every file below a source."""
-    if source.is_dir():
-        with os.scandir(source) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                yield from _seen(Path(entry.path)) if entry.is_dir() else [_facts(entry.name, entry.stat())]
+    if not source.is_dir():
+        for file in files_of(source):
+            yield _facts(file.name, file.stat())
         return
-    for file in files_of(source):
-        yield _facts(file.name, file.stat())
+    with os.scandir(source) as entries:
+        inside = sorted(entries, key=lambda entry: entry.name)
+    files = [entry for entry in inside if not entry.is_dir()]
+    yield ".", len(files), source.stat().st_mtime_ns
+    for entry in inside:
+        if entry.is_dir():
+            yield from _seen(Path(entry.path))
+        elif entry in (files[0], files[-1]):
+            yield _facts(entry.name, entry.stat())
 
 
 def _facts(name: str, stat: os.stat_result) -> tuple[str, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 
 import numpy as np
@@ -12,10 +13,10 @@ import SimpleITK as sitk
 import smartlab as sl
 from smartlab.batch.runs import data_digest
 from smartlab.config import DataConfig
-from smartlab.data import prepare
+from smartlab.data import building, prepare, request
 from smartlab.data.prepare import prepare_store
 from smartlab.errors import UseError
-from tests.data.dicom_factory import itk_image, scan
+from tests.data.dicom_factory import itk_image, scan, write_series
 from tests.data.store_cohort import make_cohort, manifest, person, save, snapshot
 
 
@@ -89,12 +90,46 @@ def test_a_store_that_is_not_is_brought_up_to_date(people, tmp_path, change, mon
     change(tmp_path / "raw")
     built, original = [], prepare.build_store
     monkeypatch.setattr(prepare, "build_store", lambda *a, **k: built.append(1) or original(*a, **k))
+    looked, state = [], building.cohort_state
+    monkeypatch.setattr(building, "cohort_state", lambda *given: looked.append(1) or state(*given))
     _, after = prepare_store(people, False)
-    assert built and after.verify() == []
+    assert built and len(looked) == 1 and after.verify() == []
     if change is _other_voxels:
         assert after.voxels != voxels
     if change is _other_label:
         assert [c["grade"] for c in after.cases.labels] != grades
+
+
+def _new_slice(series):
+    shutil.copy(sorted(series.iterdir())[1], series / "another.dcm")
+
+
+def _slice_gone(series):
+    sorted(series.iterdir())[1].unlink()
+
+
+def _slice_replaced(series):
+    slices = sorted(series.iterdir())
+    shutil.copy(slices[2], series / "new")
+    os.replace(series / "new", slices[1])
+
+
+def _all_written_over(series):
+    for file in series.iterdir():
+        file.write_bytes(file.read_bytes())
+
+
+@pytest.mark.parametrize("change", [None, _new_slice, _slice_gone, _slice_replaced, _all_written_over])
+def test_what_changes_in_a_series_is_seen_without_a_look_at_every_file(tmp_path, change, monkeypatch):
+    write_series(tmp_path / "s", scan(6))
+    man = manifest([{"id": "a", "patient": "a", "image": "s"}])
+    looked, facts = [], request._facts
+    monkeypatch.setattr(request, "_facts", lambda *given: looked.append(given) or facts(*given))
+    before = request.cohort_state(man, tmp_path)
+    if change:
+        change(tmp_path / "s")
+    assert (request.cohort_state(man, tmp_path) == before) == (change is None)
+    assert len(looked) == 4
 
 
 def test_another_voxel_size_does_not_pull_a_store_away_from_who_reads_it(people, tmp_path):

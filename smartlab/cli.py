@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -77,14 +78,26 @@ class _WithSettings(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
-            name = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
-            if not name:
+            if (
+                type(error).__name__ != "NoSuchOption"
+            ):  # click's, or that of the click which newer typers contain
                 raise
-            from smartlab.config import known_keys
+            name = error.option_name.lstrip("-").replace("-", "_")  # type: ignore[attr-defined]
+            full = next((key for key in _known(ctx.info_name) if name in (key, key.rpartition(".")[2])), None)
+            if full is None:
+                raise
+            raise UseError(f"no option --{name}", fix=f"settings have no dashes: {full}=…") from None
 
-            full = [key for key in known_keys() if key.rpartition(".")[2] == name]
-            example = full[0] if full and ctx.info_name == "pretrain" else name
-            raise UseError(f"no option --{name}", fix=f"settings have no dashes: {example}=…") from None
+
+def _known(command: str) -> Iterable[str]:
+    """The settings that a command takes."""
+    if command == "pretrain":
+        from smartlab.config import known_keys
+
+        return known_keys()
+    from smartlab.evaluation.evaluate import known_settings
+
+    return known_settings()
 
 
 @app.command(epilog="Example: smartlab doctor --json")

@@ -302,6 +302,15 @@ def function_of(task: str) -> Callable[..., Result]:
     return getattr(import_module(f"smartlab.evaluation.{where}"), task)
 
 
+def known_settings() -> set[str]:
+    """The names of the settings of all tasks."""
+    from smartlab.evaluation.finetune.trainer import Settings
+
+    takes = (signature(function_of(task)).parameters.values() for task in TASKS)
+    own = {one.name for parameters in takes for one in parameters if one.kind is Parameter.KEYWORD_ONLY}
+    return (own - _PREPARED) | Settings.model_fields.keys()
+
+
 def checked(task: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings in the types that the task declares; unknown names and values that do not fit are refused.
 

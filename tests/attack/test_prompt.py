@@ -147,6 +147,11 @@ def a_setting_as_an_option(folder):
     return ["pretrain", "tiny", "--steps", 10, "--out", folder / "r"]
 
 
+@case("no option --folds", "dashes: folds=", code=2)
+def a_setting_of_a_task_as_an_option(folder):
+    return ["evaluate", folder / "r", "--folds", 3]
+
+
 @case("no task 'prob'", "id you mean 'probe'", code=2)
 def a_task_that_is_misspelt(folder):
     return ["evaluate", run_folder(folder / "r"), "--task", "prob"]
@@ -244,6 +249,18 @@ def test_a_mistake_is_one_line_that_says_what_and_where(tmp_path, say, name):
     assert code == expected and len(lines) == 1 and lines[0].startswith("smartlab: "), said
     for word in words:
         assert word in said, said
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["evaluate", "r", "--tsak", "probe"], "--task"),
+        (["pretrain", "tiny", "--out"], "'--out' requires an argument"),
+    ],
+)
+def test_an_option_that_is_misspelt_or_lacks_its_value_is_not_taken_for_a_setting(say, words, told):
+    code, said = say(*words)
+    assert code == 2 and told in said and "dashes" not in said
 
 
 def test_a_plan_may_name_a_notebook_with_spaces_and_magics(tmp_path, say):

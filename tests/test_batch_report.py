@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 import smartlab as sl
 from smartlab.batch import records
 from smartlab.batch.report import write_report
@@ -44,6 +46,14 @@ def test_a_run_killed_while_it_wrote_its_result_hides_no_other(tmp_path):
     record(tmp_path / "toy" / "b-2", "2", "toy", state=records.RUNNING, x=2)
     (tmp_path / "toy" / "b-2" / "result.json").write_text('{"metrics": {"sc')
     assert list(sl.load_results(tmp_path).x) == [1]
+
+
+def test_a_damaged_result_of_a_single_notebook_hides_no_other(tmp_path):
+    for x in (1, 2):
+        result(tmp_path / f"run-{x}", 0.5, x=x)
+    (tmp_path / "run-2" / "result.json").write_text("[]")
+    with pytest.warns(UserWarning, match=r"run-2/result\.json: is no result"):
+        assert set(sl.load_results(tmp_path).x) == {1}
 
 
 def test_factors_of_upstream_work_that_was_done_again_stay(tmp_path):

@@ -171,17 +171,14 @@ def _execute(notebook: Path, folder: Path, parameters: dict[str, Any], environme
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
         else:
             break
-    return _fault(folder / "result.json")
+    return _fault(folder)
 
 
-def _fault(path: Path) -> str:
+def _fault(folder: Path) -> str:
     """What is wrong with the result, if anything."""
-    if not path.is_file():
+    if not (folder / "result.json").is_file():
         return "the notebook ended without writing result.json"
-    try:
-        whole = isinstance(json.loads(path.read_text(encoding="utf-8"))["metrics"], dict)
-    except (ValueError, KeyError, TypeError):
-        whole = False
+    whole = "metrics" in (records.result(folder) or {})
     return "" if whole else "the notebook wrote a result.json that is not JSON with metrics"
 
 

@@ -73,7 +73,7 @@ _FIELDS = {  # of a record
 def read(folder: Path) -> dict[str, Any]:
     """The record of a run, empty where there is none.
 
-    One that cannot be read counts as none, and a run whose result is gone as not done: both are done again.
+    One that cannot be read counts as none, and a run whose result cannot as not done: both are done again.
     """
     path = folder / "run.json"
     try:
@@ -86,10 +86,22 @@ def read(folder: Path) -> dict[str, Any]:
     if wrong:
         warnings.warn(f"{path}: is damaged ({wrong[0]}); the run counts as not done", stacklevel=2)
         return {}
-    if record["state"] == DONE and not (folder / "result.json").is_file():
-        warnings.warn(f"{folder}: its result.json is gone; the run counts as not done", stacklevel=2)
+    if record["state"] == DONE and result(folder) is None:
+        warnings.warn(
+            f"{folder}: its result.json is gone or damaged; the run counts as not done", stacklevel=2
+        )
         return record | {"state": RUNNING}
     return record
+
+
+def result(folder: Path) -> dict[str, Any] | None:
+    """The result of a run, None without a whole one."""
+    try:
+        found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        tables = [found.get(part, {}) for part in ("metrics", "parameters")]
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
+        return None
+    return found if all(isinstance(table, dict) for table in tables) else None
 
 
 def write(folder: Path, record: dict[str, Any], name: str = "run.json") -> None:

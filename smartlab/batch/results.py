@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,16 +106,11 @@ def _record(folder: Path) -> dict[str, Any]:
     record = records.read(folder)
     if record and record["state"] != records.DONE:  # its result may be half written
         return record
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        if not isinstance(result.get("metrics", {}), dict) or not isinstance(
-            result.get("parameters", {}), dict
-        ):
-            raise ValueError("its metrics or parameters are no table")
-    except FileNotFoundError:
+    result = records.result(folder)
+    if result is None:
+        if (folder / "result.json").exists():
+            warnings.warn(f"{folder / 'result.json'}: is no result and left out", stacklevel=2)
         return record
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise DataError("is no result", path=folder / "result.json", found=error) from None
     if not record:
         if not {"step", "parameters", "metrics"} <= result.keys():
             return {}

@@ -330,12 +330,16 @@ def test_one_damaged_record_hides_no_other_run_and_is_named(tmp_path, content):
         assert list(sl.load_results(tmp_path).x) == [1]
 
 
-def test_a_run_whose_result_is_gone_is_named_and_not_done(tmp_path):
+@pytest.mark.parametrize("content", [None, "", '{"metrics": {"sc', "[]", '{"metrics": 3}'])
+def test_a_run_whose_result_is_gone_or_damaged_is_named_and_not_done(tmp_path, content):
     record(tmp_path / "toy" / "a-1", "a", x=1)
     record(tmp_path / "toy" / "b-2", "b", x=2)
     (tmp_path / "toy" / "b-2" / "result.json").unlink()
-    with pytest.warns(UserWarning, match=r"b-2: its result\.json is gone"):
+    if content is not None:
+        (tmp_path / "toy" / "b-2" / "result.json").write_text(content)
+    with pytest.warns(UserWarning, match=r"b-2: its result\.json is gone or damaged"):
         found = records.survey(tmp_path)
+        assert list(sl.load_results(tmp_path).x) == [1]
     assert {key: row["state"] for key, (_, row) in found.items()} == {"a": "done", "b": "running"}
 
 

@@ -28,7 +28,7 @@ from smartlab.data.grid import AIR, LPS_TO_RAS, check_affine, clip_notes, ras_gr
 from smartlab.errors import DataError, SmartlabError, UseError
 
 NIFTI, ITK = (".nii", ".nii.gz"), (".nrrd", ".nhdr", ".mhd", ".mha")
-_NIFTI_START = 1 << 16  # bytes that hold the header of a NIfTI with its extensions
+_NIFTI_START = 540  # bytes of the longer of the two headers of NIfTI
 LARGEST_GB = 8.0  # of one image unpacked; SMARTLAB_LARGEST_GB overrides it
 _USUAL_HEADER, LONGEST_HEADER = 1 << 14, 1 << 20  # bytes of the text header of a NRRD or MetaImage
 _UNIT_MM = {1: 1000.0, 3: 0.001}  # NIfTI codes for metre and micron; 2 is mm, 0 unknown and taken as mm
@@ -332,11 +332,8 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
         except zlib.error as error:
             raise _cut(path, f"gzip data that do not unpack ({error})") from error
     image, affine, notes = _parse_nifti(raw, path)
-    dtype, needed = image.get_data_dtype(), _bytes_of(image)
-    if (
-        len(raw) != needed
-    ):  # also with too many: were a size in the header damaged, all slices would be cut wrong
-        raise _cut(path, f"{len(raw)} bytes where the header promises {needed}")
+    dtype = image.get_data_dtype()
+    _check_length(image, len(raw), path, raw[_bytes_of(image) :])
     if dtype.kind not in "iuf":  # RGB is a structured type, complex is complex: to_int16 says so
         return np.zeros((2, 2, 2), dtype), affine, notes
     return (
@@ -347,9 +344,10 @@ def _read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 
 def _unpack(packed: bytes, path: Path) -> bytes:
-    """A gzip file unpacked whole, its checksum compared; never more than the header in it promises and a byte."""
+    """A gzip file unpacked whole, its checksum compared; never more than the header in it promises and some padding."""
     start = zlib.decompressobj(31).decompress(packed, _NIFTI_START)
-    room, parts = _bytes_of(_parse_nifti(start, path)[0]) + 1, []
+    image = _parse_nifti(start, path, alone=True)[0]
+    room, parts = _bytes_of(image) + _step(image), []
     while packed and room > 0:  # a file that was packed in parallel has several members
         member = zlib.decompressobj(31)
         parts.append(member.decompress(packed, room))
@@ -363,6 +361,25 @@ def _unpack(packed: bytes, path: Path) -> bytes:
 def _bytes_of(image: Any) -> int:
     """Bytes of a NIfTI file with this header, unpacked."""
     return int(image.dataobj.offset) + math.prod(image.shape) * image.get_data_dtype().itemsize
+
+
+def _step(image: Any) -> int:
+    """The fewest bytes by which the file changes where an axis is one longer."""
+    return math.prod(image.shape) // max(image.shape) * image.get_data_dtype().itemsize
+
+
+def _check_length(image: Any, size: int, path: Path, behind: bytes = b"") -> None:
+    """Refuse less than the header promises, and more than padding: were a size in the header damaged, all slices would be cut wrong."""
+    needed = _bytes_of(image)
+    if size < needed:
+        raise _cut(path, f"{size} bytes where the header promises {needed}")
+    if size - needed >= _step(image) or behind.strip(b"\0"):
+        raise DataError(
+            "holds more than its header says",
+            path=path,
+            found=f"{size - needed} bytes or more behind the last voxel",
+            fix="fetch it again, or correct the sizes in its header",
+        )
 
 
 def _check_size(needed: float, path: Path) -> None:
@@ -386,11 +403,10 @@ def _nifti_header(path: Path) -> tuple[tuple[int, ...], Any, np.ndarray, list[st
             raw = stream.read(_NIFTI_START)
     except (EOFError, OSError, zlib.error) as error:
         raise _cut(path, f"gzip data that do not unpack ({error})") from error
-    image, affine, notes = _parse_nifti(raw, path)
+    image, affine, notes = _parse_nifti(raw, path, alone=True)
     dtype = image.get_data_dtype()
-    needed = _bytes_of(image)
-    if not compressed and (size := path.stat().st_size) != needed:
-        raise _cut(path, f"{size} bytes where the header promises {needed}")
+    if not compressed:
+        _check_length(image, path.stat().st_size, path)
     if dtype.kind not in "iuf":
         to_int16(np.zeros((2, 2, 2), dtype), path)  # says what is wrong with it
     return image.shape, dtype if _plain(image) else np.float32, affine, notes
@@ -401,8 +417,11 @@ def _plain(image: Any) -> bool:
     return (image.dataobj.slope, image.dataobj.inter) == (1.0, 0.0)
 
 
-def _parse_nifti(raw: bytes, path: Path) -> tuple[Any, np.ndarray, list[str]]:
-    """(nibabel image whose voxels are not looked at, RAS affine in mm, notes), the header checked."""
+def _parse_nifti(raw: bytes, path: Path, alone: bool = False) -> tuple[Any, np.ndarray, list[str]]:
+    """(nibabel image whose voxels are not looked at, RAS affine in mm, notes), the header checked.
+
+    alone: leave out what is behind the header: its extensions, which may be of any length, and the voxels.
+    """
     import nibabel as nib
 
     kind = nib.Nifti2Image if raw[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") else nib.Nifti1Image
@@ -413,7 +432,8 @@ def _parse_nifti(raw: bytes, path: Path) -> tuple[Any, np.ndarray, list[str]]:
         header = kind.header_class(raw[:size], check=False)  # before nibabel repairs it
         pixdim = np.array(header["pixdim"][1:4], float)
         codes = int(header["sform_code"]), int(header["qform_code"])
-        image: Any = kind.from_bytes(raw)
+        with _silent():
+            image: Any = kind.from_bytes(raw[:size] + bytes(4) if alone else raw)
         affine = np.array(image.affine, float)
         apart = _forms_apart(image) if all(codes) else 0.0
         if min(image.shape, default=0) < 1:
@@ -437,6 +457,18 @@ def _parse_nifti(raw: bytes, path: Path) -> tuple[Any, np.ndarray, list[str]]:
     affine[:3] *= scale
     notes += [f"header unit converted to mm (× {scale:g})"] if scale != 1 else []
     return image, affine, notes
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """nibabel prints what it finds wrong with a header; here it is said in words of our own."""
+    from nibabel.imageglobals import logger
+
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _check_nifti_header(path: Path, pixdim: np.ndarray, codes: tuple[int, int]) -> None:

@@ -162,7 +162,14 @@ def nifti_voxels_from_the_first_byte(d):
     return file
 
 
-@bad("cut short or damaged", "bytes where the header promises")
+@bad("holds more than its header says", "bytes or more behind the last voxel")
+def nifti_with_padding_that_is_not_zero(d):
+    file = write_nifti(d / "a.nii", scan())
+    file.write_bytes(file.read_bytes() + b"\0\1")
+    return file
+
+
+@bad("holds more than its header says", "bytes or more behind the last voxel")
 def nifti_with_more_than_its_header_says(d):
     return write_nifti(d / "a.nii", scan(), dim=[3, 6, 10, 11, 1, 1, 1, 1])
 

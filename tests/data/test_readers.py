@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from smartlab import read_volume
-from smartlab.data.readers import read_labels
+from smartlab.data.readers import read_grid, read_labels
 from smartlab.errors import DataError
 from tests.data.dicom_factory import (
     ANGLES,
@@ -124,6 +126,23 @@ def test_contradicting_forms_are_told(tmp_path):
     volume = read_volume(file)
     assert np.allclose(volume.affine, nib.load(file).affine)
     assert any("40.0 mm apart; sform used" in note for note in volume.notes)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_long_extensions_and_padding_with_zeros_change_no_voxel(tmp_path, suffix):
+    image = nib.Nifti1Image(scan(), np.diag([2.0, 2, 3, 1]))
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", bytes(range(256)) * 1000))
+    raw = image.to_bytes() + bytes(100)
+    (tmp_path / f"a{suffix}").write_bytes(gzip.compress(raw) if suffix == ".nii.gz" else raw)
+    volume = read_volume(tmp_path / f"a{suffix}")
+    assert np.array_equal(volume.array, image.dataobj)
+    assert np.array_equal(read_grid(tmp_path / f"a{suffix}").affine, volume.affine)
+
+
+def test_only_smartlab_says_what_is_wrong_with_a_header(tmp_path, caplog):
+    with pytest.raises(DataError, match="not a valid NIfTI"):
+        read_grid(write_nifti(tmp_path / "a.nii", scan(), datatype=-9812))
+    assert not caplog.records
 
 
 def test_an_unreadable_disk_is_told_with_the_path(tmp_path, monkeypatch):

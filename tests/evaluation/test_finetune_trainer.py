@@ -11,6 +11,7 @@ import torch
 
 import smartlab as sl
 from smartlab.data.crops import CropDataset
+from smartlab.data.loader import GivenUp
 from smartlab.errors import DataError, UseError
 from smartlab.evaluation.finetune.classifier import Classifier
 from smartlab.evaluation.finetune.draws import rounds
@@ -90,7 +91,11 @@ def same(a, b):
     )
 
 
-def test_stopping_in_the_middle_changes_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("hung", [False, True], ids=["asked", "asked while the disk hangs"])
+def test_stopping_in_the_middle_changes_nothing(tmp_path, monkeypatch, hung):
+    def give_up(*given):
+        raise GivenUp("a loader worker does not answer")
+
     scores = {2: 0.1, 4: 0.5, 6: 0.4, 8: 0.3}
 
     def one(out, stop, resume=False):
@@ -98,7 +103,9 @@ def test_stopping_in_the_middle_changes_nothing(tmp_path, monkeypatch):
             original = Trainer.one_step
 
             def step(self, batch):
-                if self.step == 4:
+                if self.step == 4 and hung:
+                    self.loader.indices = give_up
+                elif self.step == 4:
                     self.requests.asked = "stop"
                 return original(self, batch)
 

@@ -379,4 +379,7 @@ def _work(pipe: Connection, others: list[Connection], dataset: CropDataset, slot
             answer = error
         except Exception:
             answer = RuntimeError(f"a loader worker failed:\n{traceback.format_exc()}")
-        pipe.send(answer)
+        try:
+            pipe.send(answer)
+        except OSError:  # nobody reads: the main process has ended
+            return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 
 import pytest
@@ -23,11 +24,12 @@ def killed_until_done(function, *given, seed, least, most):
         end = time.monotonic() + rng.uniform(least, most)
         while child.running and time.monotonic() < end:
             time.sleep(0.005)
-        if not child.running:
+        if child.running:
+            child.send(signal.SIGKILL)
+        if child.wait() != -signal.SIGKILL:  # it has ended, perhaps just before the signal
             assert child.wait() == 0, child.said
             note("kill", function.__name__, {"kills": kills})
             return kills
-        child.kill()
         kills += 1
         least, most = least * 1.1, most * 1.1  # so that it ends
 

@@ -10,12 +10,13 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 SALT = "tests-only-no-secret"
 os.environ["SMARTLAB_SALT"] = SALT  # for what fixtures of the whole session make
+REAL = os.environ.setdefault("SMARTLAB_REAL_DATA", str(REPO.parent / "shared" / "data"))  # also for kernels
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real images, or skip. Set SMARTLAB_REAL_DATA to point at it."""
-    folder = Path(os.environ.get("SMARTLAB_REAL_DATA", REPO.parent / "shared" / "data"))
+    folder = Path(REAL)
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set SMARTLAB_REAL_DATA")
     return folder

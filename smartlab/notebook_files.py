@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from smartlab.files import write_text
 
 LARGEST = 60_000  # bytes of a notebook without outputs
 METADATA = {
@@ -80,9 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         text = text_of(path)
         if text != path.read_text(encoding="utf-8"):
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
+            write_text(path, text)
             print(f"{path}: cleaned")
     return 1 if dirty else 0
 

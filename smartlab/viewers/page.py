@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smartlab.viewers import plots, sending
+from smartlab.files import write_text
+from smartlab.viewers import sending
 from smartlab.viewers.scene import Layer, Packed, Scene
 from smartlab.viewers.slices import FRONT_END, STATE, front_end
 
@@ -53,7 +54,8 @@ def save(viewer: SliceViewer, path: str | Path, limit: int) -> Path:
         "pick": False,
     }
     text = html(viewer.title or "Slices", state, message, buffers)
-    return plots.whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(Path(path), text)
+    return Path(path)
 
 
 def html(

@@ -7,12 +7,13 @@ the left; millimetres keep their proportions.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from smartlab.files import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,17 +162,9 @@ def draw_box(ax: Axes, plane: Plane, shape: Sequence[int], low: Any, high: Any, 
 
 def save(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
     """Write the figure as PNG, whole or not at all."""
-    return whole(path, lambda file: figure.savefig(file, dpi=dpi, format="png", facecolor="white"))
-
-
-def whole(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """A file that is there when it is complete: `write` gets another name beside it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
-    return path
+    with whole(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png", facecolor="white")
+    return Path(path)
 
 
 def curves(history: pd.DataFrame, panels: Sequence[Sequence[str]], title: str = "") -> Figure:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from smartlab.errors import UseError
+from smartlab.files import write_text
 from smartlab.masking import hidden_count
-from smartlab.viewers import page, plots, sending
+from smartlab.viewers import page, sending
 from smartlab.viewers.controls import SHOWN, Choice
 from smartlab.viewers.explore import Explorer, spell
 from smartlab.viewers.scene import Panel
@@ -35,7 +36,8 @@ def save(explorer: Explorer, path: str | Path) -> Path:
     text = page.html(
         title, state, content, buffers, scripts=("explore.js",), start=START, saved=drawn(explorer, choice)
     )
-    return plots.whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+    write_text(Path(path), text)
+    return Path(path)
 
 
 def drawn(explorer: Explorer, choice: Choice) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _row_of(line: bytes) -> Row | None:
         return None
 
 
-def clean(out: Path, rows: Iterable[Row]) -> int:
+def clean(out: Path, rows: Iterable[Row]) -> None:
     """Delete what no row and no index names -> number of volumes removed.
 
     Only files with names of the store's own form: nothing that somebody else put here.
@@ -173,7 +173,6 @@ def clean(out: Path, rows: Iterable[Row]) -> int:
     stray = [f for f in volumes if f"volumes/{f.name}" not in keep]
     for file in [*stray, *out.glob(f"{TEMPORARY}*")]:
         file.unlink(missing_ok=True)
-    return len([f for f in stray if not f.name.startswith(".") or f.name.endswith(".labels.b2nd")])
 
 
 @contextmanager

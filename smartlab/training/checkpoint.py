@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from smartlab.errors import DataError
-from smartlab.files import written
+from smartlab.files import TEMPORARY, written
 
 ROLES = ("student", "teacher")
 _NAME = re.compile(r"^step-(\d{6,})$")
@@ -196,8 +196,9 @@ def prune(run: Path, keep_last: int, keep_every: int | None) -> None:
     for step in every[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
             shutil.rmtree(folder(run, step))
-    for left in (run / "checkpoints").glob(".*"):  # of a run that was killed while saving
-        shutil.rmtree(left, ignore_errors=True)
+    for pattern in (f"{TEMPORARY}*", ".writing-*"):  # of a run that was killed while saving, also one of 0.1
+        for left in (run / "checkpoints").glob(pattern):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def header_of(file: Path) -> dict[str, str]:

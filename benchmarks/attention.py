@@ -25,9 +25,9 @@ from scipy import stats
 
 import smartlab as sl
 from benchmarks.harness import machine
-from smartlab.data.prepare import prepare_store
-from smartlab.data.regions import is_lesion, unit_shares
-from smartlab.data.store import Store
+from smartlab.data.crops.regions import is_lesion, unit_shares
+from smartlab.data.store.prepare import prepare_store
+from smartlab.data.store.store import Store
 from smartlab.masking import informativeness, lift
 from smartlab.models.encoder import Encoder
 from smartlab.notebook import code_version
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS)
     parser.add_argument("settings", nargs="*", help="further settings, key=value")
     args = parser.parse_args()
-    from smartlab.config import parse_overrides
+    from smartlab.core.config import parse_overrides
 
     config = sl.load_config(
         "tiny",

@@ -29,14 +29,14 @@ import smartlab as sl
 from benchmarks.harness import machine
 from benchmarks.real_data import DATA
 from smartlab.batch.results import effects, load_runs, one_metric, summarise
-from smartlab.data.prepare import prepare_store
-from smartlab.evaluation.clusters import clusters
-from smartlab.evaluation.encoders import random_encoder
-from smartlab.evaluation.features import organ_features
-from smartlab.evaluation.grids import scans
-from smartlab.evaluation.heads import heads
-from smartlab.evaluation.result import clean
-from smartlab.evaluation.stats import paired_mean, t_interval
+from smartlab.data.store.prepare import prepare_store
+from smartlab.evaluation.features.encoders import random_encoder
+from smartlab.evaluation.features.features import organ_features
+from smartlab.evaluation.features.grids import scans
+from smartlab.evaluation.judge.result import clean
+from smartlab.evaluation.judge.stats import paired_mean, t_interval
+from smartlab.evaluation.look.clusters import clusters
+from smartlab.evaluation.look.heads import heads
 from smartlab.notebook import code_version
 
 FACTORS = ["semantic", "dropout", "strategy"]

@@ -22,14 +22,14 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.harness import machine
-from smartlab.data.manifest import LabelSpec
-from smartlab.evaluation import metrics, stats
-from smartlab.evaluation.clusters import clusters
-from smartlab.evaluation.compare import compare
-from smartlab.evaluation.fewshot import fewshot
-from smartlab.evaluation.outcome import outcome
-from smartlab.evaluation.probe import knn, probe
-from smartlab.evaluation.table import FeatureTable
+from smartlab.data.cohort.manifest import LabelSpec
+from smartlab.evaluation.features.table import FeatureTable
+from smartlab.evaluation.judge import metrics, stats
+from smartlab.evaluation.judge.compare import compare
+from smartlab.evaluation.learn.fewshot import fewshot
+from smartlab.evaluation.learn.outcome import outcome
+from smartlab.evaluation.learn.probe import knn, probe
+from smartlab.evaluation.look.clusters import clusters
 from smartlab.notebook import code_version
 
 RESULTS = Path(__file__).parent / "results" / "evaluation.json"

@@ -26,13 +26,13 @@ from benchmarks.attention import interval
 from benchmarks.components import FACTORS
 from benchmarks.harness import machine
 from smartlab.batch.results import load_runs
-from smartlab.data.augment import window
-from smartlab.data.prepare import prepare_store
-from smartlab.data.regions import unit_shares
-from smartlab.data.store import Store
-from smartlab.evaluation.grids import scans
-from smartlab.evaluation.heads import dropped_patches
-from smartlab.evaluation.result import clean
+from smartlab.data.crops.augment import window
+from smartlab.data.crops.regions import unit_shares
+from smartlab.data.store.prepare import prepare_store
+from smartlab.data.store.store import Store
+from smartlab.evaluation.features.grids import scans
+from smartlab.evaluation.judge.result import clean
+from smartlab.evaluation.look.heads import dropped_patches
 from smartlab.masking import hidden_share, informativeness, lift, make_mask
 from smartlab.notebook import code_version
 

@@ -80,8 +80,8 @@ def make_volumes(folder: Path, count: int) -> tuple[Any, str]:
     """NIfTI files of SHAPE with a manifest."""
     import nibabel as nib
 
-    from smartlab.data.readers import read_volume
-    from smartlab.data.resample import resample, target_grid, to_hounsfield
+    from smartlab.data.images.readers import read_volume
+    from smartlab.data.images.resample import resample, target_grid, to_hounsfield
 
     files, source = source_files(folder.with_name("phantom"), count)
     folder.mkdir(parents=True)
@@ -100,14 +100,14 @@ def source_files(folder: Path, count: int) -> tuple[list[Path], str]:
         return sorted(real.glob("ct_sarcoma/*/CT_image.nii.gz"))[
             :count
         ], "24 soft-tissue sarcoma CTs, mirrored"
-    from smartlab.data.phantom import make_phantom
+    from smartlab.data.phantoms.make import make_phantom
 
     made = make_phantom("ct", folder, n=2, seed=0, progress=False)
     return [group.cases[0].locate(folder) for group in made.images()], "CT phantom, mirrored"
 
 
 def cohort(name: str, images: dict[str, str]) -> Any:
-    from smartlab.data.manifest import Manifest
+    from smartlab.data.cohort.manifest import Manifest
 
     return Manifest.model_validate(
         {
@@ -127,7 +127,7 @@ def cohort(name: str, images: dict[str, str]) -> Any:
 
 
 def measure(manifest: Any, folder: Path, rounds: int) -> dict[str, Any]:
-    from smartlab.data.store import build_store, open_store
+    from smartlab.data.store.store import build_store, open_store
 
     raw = len(manifest.cases) * int(np.prod(SHAPE)) * 2
     start = time.perf_counter()
@@ -169,7 +169,7 @@ Reader = Callable[[], int]  # reads some batches, returns how many views
 
 
 def store_reader(store: Any, batches: int = 16) -> Reader:
-    from smartlab.data.crops import CropLoader, ViewDataset
+    from smartlab.data.crops.views import CropLoader, ViewDataset
 
     draws = -(-batches * BATCH // len(store))
     loader = CropLoader(ViewDataset(store, region=REGION, view=VIEW, draws=draws), BATCH)
@@ -243,7 +243,7 @@ def unmapped(path: Path) -> Any:
     """The store with ordinary file reads, which the system counts."""
     import blosc2
 
-    from smartlab.data.store import open_store
+    from smartlab.data.store.store import open_store
 
     store = open_store(path)
     store.array = lambda i: blosc2.open(  # type: ignore[method-assign]
@@ -268,7 +268,7 @@ def cold(files: Path, read: Reader) -> dict[str, int | None]:
 
 def real_cases(folder: Path) -> dict[str, Any] | None:
     """Share of the raw size for whole real scans as they are stored: resampled and cropped."""
-    from smartlab.data.store import build_store, open_store
+    from smartlab.data.store.store import build_store, open_store
 
     if (root := real_data()) is None:
         return None

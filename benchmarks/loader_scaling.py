@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def measure(folder: Path, count: int, passes: int, workers: list[int]) -> dict[str, Any]:
-    from smartlab.data.store import build_store
+    from smartlab.data.store.store import build_store
 
     manifest, source = make_volumes(folder / "volumes", count)
     build_store(manifest, folder / "volumes", folder / "store", workers=0, crop_body=False, progress=False)
@@ -63,8 +63,8 @@ def measure(folder: Path, count: int, passes: int, workers: list[int]) -> dict[s
 
 def one_pass(path: Path, workers: int) -> float:
     """Views per second over all volumes once, from the first batch to the last."""
-    from smartlab.data.crops import CropLoader, ViewDataset
-    from smartlab.data.store import open_store
+    from smartlab.data.crops.views import CropLoader, ViewDataset
+    from smartlab.data.store.store import open_store
 
     store = open_store(path)
     draws = -(-3 * BATCH // len(store))

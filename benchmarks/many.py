@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def measure(folder: Path, images: int, times: int) -> dict[str, Any]:
-    from smartlab.data.store import build_store, open_store
+    from smartlab.data.store.store import build_store, open_store
 
     man = make_images(folder / "raw", images)
     start = time.perf_counter()
@@ -71,7 +71,7 @@ def make_images(folder: Path, images: int) -> Any:
     """Files of their own with a manifest: a small body in air, the same content."""
     import nibabel as nib
 
-    from smartlab.data.manifest import Manifest
+    from smartlab.data.cohort.manifest import Manifest
 
     folder.mkdir(parents=True)
     hu = np.full((SIZE,) * 3, -1000, np.int16)

@@ -32,20 +32,20 @@ import torch
 
 import smartlab as sl
 from benchmarks.harness import machine
-from smartlab.config import Config
-from smartlab.data.augment import window
-from smartlab.data.images import ImageDataset
-from smartlab.data.prepare import prepare_store
-from smartlab.data.store import Store
-from smartlab.evaluation import metrics, stats
-from smartlab.evaluation.encoders import random_encoder
-from smartlab.evaluation.features import lesion_features
-from smartlab.evaluation.predictions import areas, from_table
-from smartlab.evaluation.probe import probe
-from smartlab.evaluation.result import Estimate
-from smartlab.evaluation.spectrum import detail, enlarged
+from smartlab.core.config import Config
+from smartlab.core.plots import OKABE_ITO
+from smartlab.data.crops.augment import window
+from smartlab.data.crops.flat import ImageDataset
+from smartlab.data.store.prepare import prepare_store
+from smartlab.data.store.store import Store
+from smartlab.evaluation.features.encoders import random_encoder
+from smartlab.evaluation.features.features import lesion_features
+from smartlab.evaluation.judge import metrics, stats
+from smartlab.evaluation.judge.predictions import areas, from_table
+from smartlab.evaluation.judge.result import Estimate
+from smartlab.evaluation.learn.probe import probe
+from smartlab.evaluation.look.spectrum import detail, enlarged
 from smartlab.notebook import code_version
-from smartlab.viewers.plots import OKABE_ITO
 
 RESULTS = Path(__file__).parent / "results" / "miram.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "miram.png"

@@ -28,13 +28,13 @@ import torch
 import smartlab as sl
 from benchmarks.harness import machine
 from benchmarks.shipped import tensors
-from smartlab.config import load_config
-from smartlab.data.manifest import Case, Manifest, Source
-from smartlab.errors import SmartlabError
-from smartlab.evaluation.clusters import clusters
-from smartlab.evaluation.encoders import as_encoder, random_encoder
-from smartlab.evaluation.result import Result, clean
-from smartlab.evaluation.unsupervised import organ_tokens, unsupervised
+from smartlab.core.config import load_config
+from smartlab.core.errors import SmartlabError
+from smartlab.data.cohort.manifest import Case, Manifest, Source
+from smartlab.evaluation.features.encoders import as_encoder, random_encoder
+from smartlab.evaluation.judge.result import Result, clean
+from smartlab.evaluation.look.clusters import clusters
+from smartlab.evaluation.look.unsupervised import organ_tokens, unsupervised
 from smartlab.notebook import code_version
 
 HERE = Path(__file__).parent

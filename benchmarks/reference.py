@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from monai.networks.nets.swin_unetr import SwinTransformer
 from torch import Tensor, nn
 
-from smartlab.config import Config
+from smartlab.core.clock import Clock
+from smartlab.core.config import Config
 from smartlab.masking import upsample
-from smartlab.methods.clock import Clock
 from smartlab.methods.masked_distillation import MaskedDistillation
 from smartlab.models.encoder import Encoded
 

@@ -20,13 +20,13 @@ from safetensors.numpy import load_file
 
 import smartlab as sl
 from benchmarks.harness import machine
-from smartlab.data.prepare import prepare_store
-from smartlab.evaluation.clusters import clusters
-from smartlab.evaluation.encoders import random_encoder
-from smartlab.evaluation.features import lesion_features, organ_features
-from smartlab.evaluation.localize import localize
-from smartlab.evaluation.probe import probe
-from smartlab.evaluation.result import Result, clean
+from smartlab.data.store.prepare import prepare_store
+from smartlab.evaluation.features.encoders import random_encoder
+from smartlab.evaluation.features.features import lesion_features, organ_features
+from smartlab.evaluation.judge.result import Result, clean
+from smartlab.evaluation.learn.probe import probe
+from smartlab.evaluation.look.clusters import clusters
+from smartlab.evaluation.look.localize import localize
 from smartlab.notebook import WEIGHTS, code_version
 
 RECIPE = {

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from benchmarks import harness
 from benchmarks.reference import Reference
 from benchmarks.running import data_share, processes, start_up
-from smartlab.config import Config, load_config
-from smartlab.methods.clock import Clock
+from smartlab.core.clock import Clock
+from smartlab.core.config import Config, load_config
 from smartlab.methods.masked_distillation import MaskedDistillation
 from smartlab.training.setup import keep_freed_memory, parameter_groups
 

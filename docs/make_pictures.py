@@ -18,10 +18,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
+from smartlab.core.plots import OKABE_ITO
 from smartlab.data.phantoms import breast, ct, mammo
 from smartlab.data.phantoms.organs import ORGANS
 from smartlab.data.phantoms.patient import Patient, affine, draw_patient, world
-from smartlab.viewers.plots import OKABE_ITO
 
 IMAGES = Path(__file__).parent / "images"
 LUNG, SOFT = (-1350, 150), (-150, 250)

@@ -12,61 +12,61 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it
 _PUBLIC = {
-    "load_config": "smartlab.config",
-    "Config": "smartlab.config",
-    "read_volume": "smartlab.data.readers",
-    "read_labels": "smartlab.data.readers",
-    "Volume": "smartlab.data.readers",
-    "read_mammogram": "smartlab.data.mammography",
-    "scan_folder": "smartlab.data.scan",
-    "load_manifest": "smartlab.data.manifest",
-    "Manifest": "smartlab.data.manifest",
-    "verify_manifest": "smartlab.data.verify",
-    "build_store": "smartlab.data.store",
-    "open_store": "smartlab.data.store",
-    "ViewDataset": "smartlab.data.crops",
-    "LesionDataset": "smartlab.data.crops",
-    "CropLoader": "smartlab.data.crops",
-    "ImageDataset": "smartlab.data.images",
-    "make_phantom": "smartlab.data.phantom",
-    "fetch": "smartlab.data.sources",
+    "load_config": "smartlab.core.config",
+    "Config": "smartlab.core.config",
+    "read_volume": "smartlab.data.images.readers",
+    "read_labels": "smartlab.data.images.readers",
+    "Volume": "smartlab.data.images.readers",
+    "read_mammogram": "smartlab.data.images.mammography",
+    "scan_folder": "smartlab.data.cohort.scan",
+    "load_manifest": "smartlab.data.cohort.manifest",
+    "Manifest": "smartlab.data.cohort.manifest",
+    "verify_manifest": "smartlab.data.cohort.verify",
+    "build_store": "smartlab.data.store.store",
+    "open_store": "smartlab.data.store.store",
+    "ViewDataset": "smartlab.data.crops.views",
+    "LesionDataset": "smartlab.data.crops.views",
+    "CropLoader": "smartlab.data.crops.views",
+    "ImageDataset": "smartlab.data.crops.flat",
+    "make_phantom": "smartlab.data.phantoms.make",
+    "fetch": "smartlab.data.fetch.sources",
     "pretrain": "smartlab.training.loop",
     "Run": "smartlab.training.run",
-    "load_encoder": "smartlab.interop",
-    "export": "smartlab.interop",
+    "load_encoder": "smartlab.interop.weights",
+    "export": "smartlab.interop.weights",
     "evaluate": "smartlab.evaluation.evaluate",
     "plan_protocol": "smartlab.evaluation.protocols.plan",
-    "compare": "smartlab.evaluation.compare",
-    "Result": "smartlab.evaluation.result",
+    "compare": "smartlab.evaluation.judge.compare",
+    "Result": "smartlab.evaluation.judge.result",
     "load_results": "smartlab.batch.results",
     "view": "smartlab.viewers.slices",
     "explore": "smartlab.viewers.explore",
-    "DataError": "smartlab.errors",
-    "UseError": "smartlab.errors",
-    "SmartlabError": "smartlab.errors",
+    "DataError": "smartlab.core.errors",
+    "UseError": "smartlab.core.errors",
+    "SmartlabError": "smartlab.core.errors",
 }
 
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.batch.results import load_results
-    from smartlab.config import Config, load_config
-    from smartlab.data.crops import CropLoader, LesionDataset, ViewDataset
-    from smartlab.data.images import ImageDataset
-    from smartlab.data.mammography import read_mammogram
-    from smartlab.data.manifest import Manifest, load_manifest
-    from smartlab.data.phantom import make_phantom
-    from smartlab.data.readers import Volume, read_labels, read_volume
-    from smartlab.data.scan import scan_folder
-    from smartlab.data.sources import fetch
-    from smartlab.data.store import build_store, open_store
-    from smartlab.data.verify import verify_manifest
-    from smartlab.errors import DataError, SmartlabError, UseError
-    from smartlab.evaluation.compare import compare
+    from smartlab.core.config import Config, load_config
+    from smartlab.core.errors import DataError, SmartlabError, UseError
+    from smartlab.data.cohort.manifest import Manifest, load_manifest
+    from smartlab.data.cohort.scan import scan_folder
+    from smartlab.data.cohort.verify import verify_manifest
+    from smartlab.data.crops.flat import ImageDataset
+    from smartlab.data.crops.views import CropLoader, LesionDataset, ViewDataset
+    from smartlab.data.fetch.sources import fetch
+    from smartlab.data.images.mammography import read_mammogram
+    from smartlab.data.images.readers import Volume, read_labels, read_volume
+    from smartlab.data.phantoms.make import make_phantom
+    from smartlab.data.store.store import build_store, open_store
     from smartlab.evaluation.evaluate import evaluate
+    from smartlab.evaluation.judge.compare import compare
+    from smartlab.evaluation.judge.result import Result
     from smartlab.evaluation.protocols.plan import plan_protocol
-    from smartlab.evaluation.result import Result
-    from smartlab.interop import export, load_encoder
+    from smartlab.interop.weights import export, load_encoder
     from smartlab.training.loop import pretrain
     from smartlab.training.run import Run
     from smartlab.viewers.explore import explore

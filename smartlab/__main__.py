@@ -1,5 +1,5 @@
 """`python -m smartlab`: the command line, also under launchers such as torchrun."""
 
-from smartlab.cli import main
+from smartlab.cli.app import main
 
 main()

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smartlab.errors import UseError
+from smartlab.core.errors import UseError
 
 STRATEGIES = ("random", "block", "attention_high", "attention_hint", "attention_low", "attention_sample")
 

@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import smartlab
-from smartlab.errors import DataError, UseError
-from smartlab.files import write_bytes, write_text
+from smartlab.core.errors import DataError, UseError
+from smartlab.core.files import write_bytes, write_text
 
 if TYPE_CHECKING:
-    from smartlab.config import Config
-    from smartlab.data.manifest import Manifest
-    from smartlab.data.store import Store
+    from smartlab.core.config import Config
+    from smartlab.data.cohort.manifest import Manifest
+    from smartlab.data.store.store import Store
     from smartlab.models.encoder import Encoder
     from smartlab.training.run import Run
 
@@ -84,7 +84,7 @@ class Cohort(NamedTuple):
 
 def phantom_folder(name: str, patients: int, seed: int = 0) -> Path:
     """Where the images of a phantom are kept for all notebooks."""
-    from smartlab.data.places import cache_folder
+    from smartlab.core.places import cache_folder
 
     return cache_folder() / f"{name}-{patients}-seed{seed}"
 
@@ -96,7 +96,7 @@ def is_phantom(data: str) -> bool:
 
 def described(data: str, root: str = "") -> Manifest:
     """What the data are, before anything is made or built: for parameters that are checked against it."""
-    from smartlab.data.prepare import name_data
+    from smartlab.data.store.prepare import name_data
 
     return name_data(data, root or None, progress=False)[0]
 
@@ -112,9 +112,9 @@ def open_cohort(
 
     >>> cohort, store, root = open_cohort("phantom-ct")
     """
-    from smartlab.config import DataConfig
-    from smartlab.data.index import read_header
-    from smartlab.data.prepare import find_data, locate_images, prepare_store, store_place
+    from smartlab.core.config import DataConfig
+    from smartlab.data.store.index import read_header
+    from smartlab.data.store.prepare import find_data, locate_images, prepare_store, store_place
 
     found, place = find_data(data, root or None, progress)
     drawn = found.source.kind == "phantom"

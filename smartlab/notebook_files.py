@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from smartlab.files import write_text
+from smartlab.core.files import write_text
 
 LARGEST = 60_000  # bytes of a notebook without outputs
 METADATA = {

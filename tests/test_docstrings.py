@@ -24,12 +24,12 @@ from PIL import Image
 from pydantic import Field
 
 import smartlab as sl
-from smartlab import config, settings
-from smartlab.data import manifest
+from smartlab.core import config, settings
+from smartlab.data.cohort import manifest
+from tests.batch.test_report import record
 from tests.conftest import REPO
-from tests.evaluation.test_finetune_trainer import TINY
+from tests.evaluation.finetune.test_trainer import TINY
 from tests.shared import once
-from tests.test_batch_report import record
 from tests.training.conftest import FLAT, SMALL
 
 # by the name of what has the docstring
@@ -100,7 +100,7 @@ def names_of(place, module, used):
     generator = torch.Generator().manual_seed(0)
 
     def store():
-        of_images = module == "smartlab.data.images"
+        of_images = module == "smartlab.data.crops.flat"
         return sl.open_store(f"{mammo}-store-1mm" if of_images else f"{ct}-store-5mm")
 
     def net():
@@ -113,7 +113,7 @@ def names_of(place, module, used):
         return torch.rand(2, 1, *[32] * (3 if scans else 2), generator=generator)
 
     def table():
-        from smartlab.evaluation.features import lesion_features
+        from smartlab.evaluation.features.features import lesion_features
 
         return lesion_features(runs / "a", store(), ct, pooling="cls", progress=False)
 
@@ -121,12 +121,12 @@ def names_of(place, module, used):
         return sl.evaluate(runs / "a", "probe", ct, label="malignancy", folds=2, draws=100, progress=False)
 
     def features_per_organ():
-        from smartlab.evaluation.features import organ_features
+        from smartlab.evaluation.features.features import organ_features
 
         return organ_features(runs / "a", store(), ct, progress=False)
 
     def auc():
-        from smartlab.evaluation.metrics import auc
+        from smartlab.evaluation.judge.metrics import auc
 
         return auc
 

@@ -25,7 +25,7 @@ from papermill.exceptions import PapermillExecutionError
 from pydantic import Field
 
 from smartlab import UseError
-from smartlab.demo import run_demo
+from smartlab.cli.demo import run_demo
 from smartlab.notebook import NotebookParameters
 from smartlab.notebook_files import main, problems
 from tests.conftest import REPO
@@ -380,7 +380,7 @@ def test_ctrl_c_ends_the_demo_and_its_kernels(tmp_path):
     book.cells = [nbformat.v4.new_markdown_cell("# Long"), nbformat.v4.new_code_cell(body)]
     nbformat.write(book, tmp_path / "00_long.ipynb")
     code = (
-        "import pathlib, sys, smartlab.demo as demo; from smartlab.cli import main\n"
+        "import pathlib, sys, smartlab.cli.demo as demo; from smartlab.cli.app import main\n"
         f"demo.notebook_folder = lambda: pathlib.Path({str(tmp_path)!r}); demo._draw_phantoms = lambda *a: {{}}\n"
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background\n"
         "sys.argv = ['smartlab', 'demo', '--all', '--out', sys.argv[1]]; main()"
@@ -439,7 +439,7 @@ def test_a_failing_notebook_is_reported_and_does_not_stop_the_others(tmp_path, m
     ]
     nbformat.write(book, tmp_path / "00_broken.ipynb")
     nbformat.write(good, tmp_path / "01_good.ipynb")
-    monkeypatch.setattr("smartlab.demo.notebook_folder", lambda: tmp_path)
+    monkeypatch.setattr("smartlab.cli.demo.notebook_folder", lambda: tmp_path)
     result = run_demo(tmp_path / "out", everything=True, progress=False)
     assert not result.ok
     assert "ZeroDivisionError" in result.steps[0].problem and result.steps[1].headline == "fine"

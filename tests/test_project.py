@@ -71,7 +71,7 @@ def test_the_version_is_the_same_everywhere():
 
 
 def test_version_is_told_without_loading_torch():
-    words = [sys.executable, "-X", "importtime", "-m", "smartlab.cli", "--version"]
+    words = [sys.executable, "-X", "importtime", "-m", "smartlab.cli.app", "--version"]
     done = subprocess.run(words, cwd=REPO, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"smartlab {project()['version']}"
     assert not re.search(r"\| +(torch|numpy|pandas)$", done.stderr, re.M)
@@ -172,13 +172,13 @@ def test_every_function_that_contributing_names_exists():
     said = text("CONTRIBUTING.md")
     for place, names in {
         "smartlab/masking.py": ["STRATEGIES", "make_mask", "_top", "uniform"],
-        "smartlab/settings.py": ["Strategy", "MaskConfig", "EncoderPreset", "EncoderConfig"],
-        "smartlab/config.py": ["ENCODERS"],
+        "smartlab/core/settings.py": ["Strategy", "MaskConfig", "EncoderPreset", "EncoderConfig"],
+        "smartlab/core/config.py": ["ENCODERS"],
         "smartlab/models/build.py": ["make_encoder"],
-        "smartlab/evaluation/encoders.py": ["untrained"],
+        "smartlab/evaluation/features/encoders.py": ["untrained"],
         "smartlab/evaluation/evaluate.py": ["LABELLED", "TASKS", "AS_STORED"],
-        "smartlab/data/compose.py": ["BUILDERS"],
-        "smartlab/cli.py": ["EVALUATE"],
+        "smartlab/data/cohort/compose.py": ["BUILDERS"],
+        "smartlab/cli/app.py": ["EVALUATE"],
     }.items():
         assert place in said
         for name in names:

@@ -45,14 +45,14 @@ def test_a_start_of_training_waits_for_nothing_it_does_not_use():
 
 
 def test_help_is_quick_and_every_command_shows_an_example():
-    assert best_of(3, "-m", "smartlab.cli", "--help") < 0.5
+    assert best_of(3, "-m", "smartlab.cli.app", "--help") < 0.5
     for words in (
         ["doctor"],
         ["demo"],
         ["config"],
         *(["data", c] for c in ["list", "show", "fetch", "verify", "build", "phantom", "compose"]),
     ):
-        assert "Example: smartlab" in python("-m", "smartlab.cli", *words, "--help").stdout
+        assert "Example: smartlab" in python("-m", "smartlab.cli.app", *words, "--help").stdout
 
 
 def test_every_public_name_exists():
@@ -103,7 +103,10 @@ def test_make_setup_is_instant_when_done(tmp_path):
 
 def test_doctor_reports_every_point_and_what_to_do():
     result = subprocess.run(
-        [sys.executable, "-m", "smartlab.cli", "doctor", "--json"], cwd=REPO, capture_output=True, text=True
+        [sys.executable, "-m", "smartlab.cli.app", "doctor", "--json"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
     )
     report = json.loads(result.stdout)
     assert {c["name"] for c in report["checks"]} == {
@@ -121,7 +124,7 @@ def test_doctor_reports_every_point_and_what_to_do():
 
 
 def test_doctor_survives_a_broken_package(monkeypatch):
-    from smartlab import doctor
+    from smartlab.cli import doctor
 
     monkeypatch.setattr(doctor, "REQUIRED", ["torch", "no_such_package"])
     monkeypatch.setattr(doctor, "_gpu", lambda: 1 / 0)
@@ -142,7 +145,7 @@ def test_doctor_survives_a_broken_package(monkeypatch):
 )
 def test_bad_use_gives_one_line_and_its_exit_code(words, code, says):
     result = subprocess.run(
-        [sys.executable, "-m", "smartlab.cli", *words], cwd=REPO, capture_output=True, text=True
+        [sys.executable, "-m", "smartlab.cli.app", *words], cwd=REPO, capture_output=True, text=True
     )
     assert result.returncode == code
     assert says in result.stderr and "Traceback" not in result.stderr
@@ -155,8 +158,8 @@ def test_the_wheel_works_outside_the_checkout(tmp_path):
     site = tmp_path / "site"
     python("-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel))
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import smartlab as sl, smartlab.data.manifest as m\n"
-        "from smartlab.demo import notebook_folder\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); import smartlab as sl, smartlab.data.cohort.manifest as m\n"
+        "from smartlab.cli.demo import notebook_folder\n"
         "from pathlib import Path\n"
         "site = Path(sys.argv[1]).resolve()\n"
         "assert Path(sl.__file__).is_relative_to(site), sl.__file__\n"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import smartlab as sl
 from benchmarks.studies.recipe import RECIPE
-from smartlab.config import parse_overrides
+from smartlab.core.config import parse_overrides
 from smartlab.notebook import phantom_folder
 
 SETTINGS = RECIPE | {

@@ -24,10 +24,10 @@ import torch
 
 import smartlab as sl
 from benchmarks.harness import machine
-from smartlab.config import parse_overrides
-from smartlab.data.prepare import prepare_store
-from smartlab.evaluation.result import clean
-from smartlab.evaluation.units import units
+from smartlab.core.config import parse_overrides
+from smartlab.data.store.prepare import prepare_store
+from smartlab.evaluation.judge.result import clean
+from smartlab.evaluation.look.units import units
 from smartlab.notebook import code_version
 
 RECIPE: dict[str, Any] = {

@@ -16,9 +16,9 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-from smartlab.data import idc
-from smartlab.data.manifest import Case, LabelSpec, LabelValue, Manifest, Source
-from smartlab.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError
+from smartlab.data.cohort import idc
+from smartlab.data.cohort.manifest import Case, LabelSpec, LabelValue, Manifest, Source
 
 KINDS = {"Mass": "mass", "Calc": "calc"}
 PARTS = {"Training": "train", "Test": "test"}

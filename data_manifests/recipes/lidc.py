@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smartlab.data.manifest import Lesion
-from smartlab.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError
+from smartlab.data.cohort.manifest import Lesion
 
 if TYPE_CHECKING:
-    from smartlab.data.readers import Volume
+    from smartlab.data.images.readers import Volume
 
 MIN_READERS, MAX_READERS = 3, 4
 

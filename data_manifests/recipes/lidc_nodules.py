@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from smartlab.data import idc
-from smartlab.data.manifest import Case, LabelSpec, LabelValue, Manifest, Source
-from smartlab.errors import DataError
+from smartlab.core.errors import DataError
+from smartlab.data.cohort import idc
+from smartlab.data.cohort.manifest import Case, LabelSpec, LabelValue, Manifest, Source
 
 from . import lidc
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
-from smartlab.data import idc
-from smartlab.data.manifest import Case, Manifest, Source
-from smartlab.errors import UseError
+from smartlab.core.errors import UseError
+from smartlab.data.cohort import idc
+from smartlab.data.cohort.manifest import Case, Manifest, Source
 
 DOWNSTREAM = {
     "lidc_idri": "lidc-nodules, luna16, medmnist-nodule3d",

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from smartlab.data import idc
-from smartlab.data.manifest import Case, Manifest, Source
-from smartlab.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError
+from smartlab.data.cohort import idc
+from smartlab.data.cohort.manifest import Case, Manifest, Source
 
 from .open_ct import NOT_AXIAL
 

@@ -186,7 +186,7 @@ def commands_page() -> str:
     """The help of every command, as the command line prints it."""
     import typer.main
 
-    from smartlab.cli import app
+    from smartlab.cli.app import app
 
     def walk(command: Any, parent: Any, name: str) -> list[str]:
         context = (

@@ -16,31 +16,22 @@ REPO = Path(__file__).resolve().parents[2]
 MAP = REPO / "docs" / "images" / "map.svg"
 PREFERRED = [
     "core",
-    "config",
-    "settings",
-    "errors",
-    "files",
     "data",
     "masking",
     "models",
     "methods",
     "training",
     "interop",
-    "viewers",
     "evaluation",
+    "viewers",
     "notebook",
     "batch",
-    "doctor",
-    "demo",
     "cli",
 ]
-GROUND = ("core", "config", "settings", "errors", "files")  # everything may use these: arrows to them are not drawn
+GROUND = ("core",)  # everything may use it: arrows to it are not drawn
 SAID = {  # where the first sentence of the room's own docstring says less
     "data": "A cohort on disk becomes crops: manifest, readers, store, loader; and the phantoms.",
-    "interop": "Weights to and from MONAI, SMIT and MAE.",
     "notebook": "What every notebook shares: parameters checked, results written.",
-    "demo": "Runs the notebooks on the phantom.",
-    "cli": "The commands, thin over the rest.",
     "evaluation": "Every downstream task behind one `evaluate`, with intervals over patients.",
     "batch": "Ablations: notebooks over a grid of parameters, by papermill and Dask.",
 }

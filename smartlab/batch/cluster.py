@@ -17,8 +17,8 @@ from typing import Any
 from smartlab.batch.plan_file import Resources
 from smartlab.batch.runs import BatchRun
 from smartlab.batch.worker import end_launcher, execute
-from smartlab.data.workers import connect as workers_of
-from smartlab.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError
+from smartlab.core.workers import connect as workers_of
 
 FIRST = 8  # runs sent to a cluster that has no workers yet: an adaptive one starts some when it is asked
 

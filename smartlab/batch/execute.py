@@ -23,8 +23,8 @@ from smartlab.batch.plan import Plan, load_plan
 from smartlab.batch.progress import BLOCKED, FLYING, WAITING, Progress, StepCount
 from smartlab.batch.runs import code_digest, expand, resolve
 from smartlab.batch.summary import BatchReport, write_summary
-from smartlab.data.workers import StopRequest, draining
-from smartlab.files import write_bytes
+from smartlab.core.files import write_bytes
+from smartlab.core.workers import StopRequest, draining
 
 LOOK_AGAIN = 2.0  # seconds between two looks at a run that another batch has
 MOST_LOST = 3  # times a run may lose its process before it counts as failed

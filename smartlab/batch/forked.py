@@ -21,7 +21,7 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning import LocalProvisioner
 
 from smartlab.batch.notebook_run import BatchKernel
-from smartlab.data.workers import die_with
+from smartlab.core.workers import die_with
 
 _PRELOAD = [  # without umap, whose first import in a new environment compiles for most of a minute
     "torch._dynamo",  # optimisers import it when they first step
@@ -37,13 +37,13 @@ _PRELOAD = [  # without umap, whose first import in a new environment compiles f
     "sklearn.linear_model",
     "sklearn.manifold",
     "smartlab.notebook",
-    "smartlab.data.building",
-    "smartlab.data.crops",
-    "smartlab.data.phantom",
+    "smartlab.data.store.build",
+    "smartlab.data.crops.views",
+    "smartlab.data.phantoms.make",
     "smartlab.data.phantoms.ct",
     "smartlab.training.loop",
     "smartlab.evaluation.evaluate",
-    "smartlab.evaluation.clusters",
+    "smartlab.evaluation.look.clusters",
     "smartlab.evaluation.finetune.segment",
     "smartlab.evaluation.finetune.classify",
     "smartlab.viewers.masks",

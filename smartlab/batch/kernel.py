@@ -2,7 +2,7 @@
 
 import os
 
-from smartlab.data.workers import die_with
+from smartlab.core.workers import die_with
 
 if __name__ == "__main__":
     die_with(int(os.environ.pop("SMARTLAB_BATCH_PARENT")))

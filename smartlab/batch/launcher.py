@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from smartlab.batch import notebook_run, records
-from smartlab.data.workers import die_with
+from smartlab.core.workers import die_with
 
 SHORT = (
     tempfile.gettempdir() if len(tempfile.gettempdir()) < 60 else "/tmp"

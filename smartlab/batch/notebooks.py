@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from smartlab.errors import UseError, near
+from smartlab.core.errors import UseError, near
 
 Scalar = bool | int | float | str | None
 

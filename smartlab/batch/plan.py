@@ -17,7 +17,7 @@ from typing import Any
 
 from smartlab.batch.notebooks import Scalar, locate, notebook_parameters, references
 from smartlab.batch.plan_file import PlanFile, Resources, StepEntry, read_plan
-from smartlab.errors import UseError, near
+from smartlab.core.errors import UseError, near
 
 Assignment = dict[str, Scalar]  # factor -> value
 MOST_RUNS = 100_000

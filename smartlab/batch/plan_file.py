@@ -23,7 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smartlab.batch.notebooks import Scalar
-from smartlab.errors import UseError, near
+from smartlab.core.errors import UseError, near
 
 
 class _Strict(BaseModel):

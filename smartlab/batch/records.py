@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smartlab.files import write_bytes
+from smartlab.core.files import write_bytes
 
 DONE, FAILED, RUNNING = "done", "failed", "running"
 

@@ -20,7 +20,7 @@ from smartlab.batch.results import (
     seed_column,
     summarise,
 )
-from smartlab.files import write_text
+from smartlab.core.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +76,8 @@ def _choose(rows: pd.DataFrame, wanted: Sequence[str] | None) -> list[str]:
 
 
 def _step(out: Path, step: str, rows: pd.DataFrame, wanted: Sequence[str] | None) -> list[str]:
-    from smartlab.viewers import ablations, plots
+    from smartlab.core import plots
+    from smartlab.viewers import ablations
 
     names, seed = factors(rows), seed_column(rows)
     seeds = rows[seed].nunique() if seed else 1

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smartlab.batch import records
-from smartlab.errors import DataError, UseError
-from smartlab.files import whole
+from smartlab.core.errors import DataError, UseError
+from smartlab.core.files import whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -230,7 +230,7 @@ def summarise(
     """
     import pandas as pd
 
-    from smartlab.evaluation.stats import t_interval
+    from smartlab.evaluation.judge.stats import t_interval
 
     rows = one_metric(table, metric, step)
     rows = rows[rows.value.notna()]
@@ -272,7 +272,7 @@ def effects(table: pd.DataFrame, metric: str, step: str | None = None) -> pd.Dat
     """
     import pandas as pd
 
-    from smartlab.evaluation.stats import holm, paired_mean
+    from smartlab.evaluation.judge.stats import holm, paired_mean
 
     rows = one_metric(table, metric, step)
     names, seed, found = factors(rows), seed_column(rows), []

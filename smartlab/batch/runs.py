@@ -21,7 +21,7 @@ import smartlab
 from smartlab.batch.plan import Assignment, Plan, Step
 from smartlab.batch.plan_file import Resources
 from smartlab.batch.records import digest
-from smartlab.data.manifest import shipped_manifests
+from smartlab.data.cohort.manifest import shipped_manifests
 
 NAME_LENGTH = 100  # of the readable part of a folder's name
 FILES_LOOKED_AT = 10_000  # in a folder of data that is not described by a manifest
@@ -169,8 +169,8 @@ def _names_a_cohort(value: str) -> bool:
 
 @lru_cache(maxsize=256)
 def _cohort(manifest: str, root: str) -> str:
-    from smartlab.data.prepare import find_data, name_data
-    from smartlab.data.request import cohort_state
+    from smartlab.data.store.prepare import find_data, name_data
+    from smartlab.data.store.request import cohort_state
 
     named, place = name_data(manifest, root or None, progress=False)
     if named.source.kind == "phantom" or place is None:

@@ -11,7 +11,7 @@ from smartlab.batch import records
 from smartlab.batch.plan import Plan
 from smartlab.batch.progress import BLOCKED, WAITING, StepCount, clock, seconds_left
 from smartlab.batch.runs import expand
-from smartlab.errors import DataError
+from smartlab.core.errors import DataError
 
 
 @dataclass

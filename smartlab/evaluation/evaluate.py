@@ -24,26 +24,27 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from smartlab.config import DataConfig
-from smartlab.data.manifest import Manifest, load_manifest
-from smartlab.data.prepare import locate_images, name_data, prepare_store
-from smartlab.errors import UseError, near
-from smartlab.evaluation.cases import write_keys
-from smartlab.evaluation.encoders import as_encoder, random_encoder
-from smartlab.evaluation.labels import check_label, check_name
-from smartlab.evaluation.result import Result
-from smartlab.evaluation.table import FeatureTable
+from smartlab.core.config import DataConfig
+from smartlab.core.errors import UseError, near
+from smartlab.data.cohort.manifest import Manifest, load_manifest
+from smartlab.data.store.prepare import locate_images, name_data, prepare_store
+from smartlab.evaluation.features.cases import write_keys
+from smartlab.evaluation.features.encoders import as_encoder, random_encoder
+from smartlab.evaluation.features.table import FeatureTable
+from smartlab.evaluation.judge.result import Result
+from smartlab.evaluation.learn.labels import check_label, check_name
 from smartlab.training.run import Run
 
 if TYPE_CHECKING:
-    from smartlab.data.store import Store
-    from smartlab.evaluation.encoders import EncoderSource
+    from smartlab.data.store.store import Store
+    from smartlab.evaluation.features.encoders import EncoderSource
 
 LABELLED = ("probe", "knn", "fewshot", "outcome")
+LOOKING = ("clusters", "units", "unsupervised", "heads", "localize")
 FINE_TUNING = ("classify", "segment")
 AS_STORED = ("heads", "localize", "units", "unsupervised")  # look at voxels as the store holds them
 Rows = Literal["lesion", "image", "patient", "organ"]
-TASKS = (*LABELLED, "clusters", "units", "unsupervised", "heads", "localize", *FINE_TUNING)
+TASKS = (*LABELLED, *LOOKING, *FINE_TUNING)
 _PREPARED = {"beside", "label", "resume"}  # settings of tasks that are arguments here
 
 
@@ -239,7 +240,7 @@ class Job:
 
     def table(self, encoder: Any) -> FeatureTable:
         """Features of the rows asked for."""
-        from smartlab.evaluation import features
+        from smartlab.evaluation.features import features
 
         if self.rows == "organ":
             return self.organs(encoder)
@@ -264,7 +265,7 @@ class Job:
 
     def beside(self) -> dict[str, FeatureTable]:
         """The random-initialised encoder, and what a ruler and a histogram know."""
-        from smartlab.evaluation.baselines import lesion_baselines, stack_baselines
+        from smartlab.evaluation.features.baselines import lesion_baselines, stack_baselines
 
         others = {"random encoder": self.table(random_encoder(self.encoder.config, self.seed))}
         if self.stacks:
@@ -282,8 +283,8 @@ class Job:
 
     def organs(self, encoder: Any) -> FeatureTable:
         """A row per organ and scan; of a single scan its tokens, a row per organ would be too few."""
-        from smartlab.evaluation.features import organ_features
-        from smartlab.evaluation.unsupervised import organ_tokens
+        from smartlab.evaluation.features.features import organ_features
+        from smartlab.evaluation.look.unsupervised import organ_tokens
 
         store, man = self.store, self.prepared[0]
         if len(store) == 1:
@@ -298,8 +299,9 @@ class Job:
 
 def function_of(task: str) -> Callable[..., Result]:
     """The function of a task, imported when needed."""
-    where = {"knn": "probe", "classify": "finetune.classify", "segment": "finetune.segment"}.get(task, task)
-    return getattr(import_module(f"smartlab.evaluation.{where}"), task)
+    room = "finetune" if task in FINE_TUNING else "look" if task in LOOKING else "learn"
+    module = "probe" if task == "knn" else task
+    return getattr(import_module(f"smartlab.evaluation.{room}.{module}"), task)
 
 
 def known_settings() -> set[str]:
@@ -355,7 +357,7 @@ def _labelled(job: Job, task: str, label: str | None, beside: bool, settings: di
 
 def _clusters(job: Job, beside: bool, settings: dict[str, Any]) -> Result:
     """Organs in feature space, and beside them those of a random encoder."""
-    from smartlab.evaluation.clusters import clusters
+    from smartlab.evaluation.look.clusters import clusters
 
     rows = job.organs
     if "organ" in job.given.labels:  # every image shows one organ and is a row, as in OrganMNIST3D

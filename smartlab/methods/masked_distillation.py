@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smartlab.config import Config
+from smartlab.core.clock import Clock
+from smartlab.core.config import Config
 from smartlab.masking import (
     head_diversity,
     hidden_count,
@@ -34,7 +35,6 @@ from smartlab.masking import (
     uniform,
     upsample,
 )
-from smartlab.methods.clock import Clock
 from smartlab.methods.distillation import (
     Centre,
     Standardise,

@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from smartlab.config import Config
+from smartlab.core.clock import Clock
+from smartlab.core.config import Config
 from smartlab.masking import head_diversity, hidden_count, informativeness, make_mask
-from smartlab.methods.clock import Clock
 from smartlab.methods.distillation import feature_signs
 from smartlab.models.decoder import Decoder, finer, from_patches, to_patches
 from smartlab.models.vit import ViTEncoder

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smartlab.core.settings import Decoding, MaeConfig
 from smartlab.models.vit import ViTBlock, sine_positions, start
-from smartlab.settings import Decoding, MaeConfig
 
 
 class Decoder(nn.Module):

@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smartlab.config import Config
-from smartlab.errors import UseError
+from smartlab.core.config import Config
+from smartlab.core.errors import UseError
 from smartlab.masking import uniform, upsample
 from smartlab.models.semantic import SemanticAttention
 from smartlab.models.swin import Repeats, Swin
 from smartlab.models.windows import Grid
 
 if TYPE_CHECKING:
-    from smartlab.data.readers import Volume
+    from smartlab.data.images.readers import Volume
 
 
 class Encoded(NamedTuple):
@@ -232,7 +232,7 @@ class Encoder(nn.Module):
 
     def _on_grid(self, volume: Volume) -> np.ndarray:
         """HU at the voxel size of training, whose features these weights know."""
-        from smartlab.data.resample import at_spacing
+        from smartlab.data.images.resample import at_spacing
 
         return at_spacing(volume.array, volume.affine, self.config.data.spacing)[0]
 

@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smartlab.config import MaeConfig
-from smartlab.errors import UseError
+from smartlab.core.config import MaeConfig
+from smartlab.core.errors import UseError
+from smartlab.core.settings import AttentionKind
 from smartlab.models.attend import keyless
-from smartlab.settings import AttentionKind
 
 KINDS: tuple[str, ...] = get_args(AttentionKind)
 

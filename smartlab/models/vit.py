@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smartlab.config import Config, MaeConfig
-from smartlab.errors import UseError
+from smartlab.core.config import Config, MaeConfig
+from smartlab.core.errors import UseError
 from smartlab.models.encoder import Encoded, boxes
 from smartlab.models.linear_attention import Attention
 

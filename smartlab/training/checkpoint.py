@@ -25,8 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smartlab.errors import DataError
-from smartlab.files import TEMPORARY, written
+from smartlab.core.errors import DataError
+from smartlab.core.files import TEMPORARY, written
 
 ROLES = ("student", "teacher")
 _NAME = re.compile(r"^step-(\d{6,})$")
@@ -211,7 +211,7 @@ def header_of(file: Path) -> dict[str, str]:
 
 def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
     """What differs between two checkpoint headers, as "key: old → new"; how often to log and such are no difference."""
-    from smartlab.config import Config, flatten
+    from smartlab.core.config import Config, flatten
 
     before, after = (dict(flatten(json.loads(h["config"]))) for h in (old, new))
     harmless = {

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from smartlab.config import Config
-from smartlab.data.crops import CropDataset, ViewDataset
-from smartlab.data.images import ImageDataset
+from smartlab.core.config import Config
+from smartlab.data.crops.flat import ImageDataset
+from smartlab.data.crops.views import CropDataset, ViewDataset
 from smartlab.methods.masked_distillation import MaskedDistillation
 from smartlab.methods.multiscale_mae import MultiscaleMAE
 from smartlab.training.picture import reconstruction_picture, scales_picture
 from smartlab.training.views import prepare, prepare_images
 
 if TYPE_CHECKING:
-    from smartlab.data.store import Store
+    from smartlab.data.store.store import Store
 
 
 class Family(NamedTuple):

@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smartlab.errors import DataError
+from smartlab.core.errors import DataError
 from smartlab.training.live import Live
 from smartlab.training.run import Run
 
 if TYPE_CHECKING:
-    from smartlab.config import Config
+    from smartlab.core.config import Config
 
 WAIT = 1.0  # seconds between two looks
 
@@ -74,7 +74,7 @@ def launch(config: Config, out: Path, resume: bool, processes: int) -> Run:
     """
     from accelerate import notebook_launcher
 
-    from smartlab.data.prepare import prepare_store
+    from smartlab.data.store.prepare import prepare_store
 
     prepare_store(config.data)  # once, before there are several
     stop = threading.Event()

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from smartlab.config import Config, load_config
-from smartlab.data.augment import window
-from smartlab.data.crops import CropLoader
-from smartlab.data.loader import GivenUp
-from smartlab.data.manifest import load_manifest
-from smartlab.data.prepare import locate_images, prepare_store
-from smartlab.errors import DataError, SmartlabError, UseError
-from smartlab.files import write_text
-from smartlab.methods.clock import Clock
+from smartlab.core.clock import Clock
+from smartlab.core.config import Config, load_config
+from smartlab.core.errors import DataError, SmartlabError, UseError
+from smartlab.core.files import write_text
+from smartlab.data.cohort.manifest import load_manifest
+from smartlab.data.crops.augment import window
+from smartlab.data.crops.loader import GivenUp
+from smartlab.data.crops.views import CropLoader
+from smartlab.data.store.prepare import locate_images, prepare_store
 from smartlab.methods.distillation import mean_over_ranks
 from smartlab.models.reach import reach
 from smartlab.training import checkpoint, schedules
@@ -48,7 +48,7 @@ from smartlab.training.setup import (
 from smartlab.training.sharding import gathered, scattered, shard
 
 if TYPE_CHECKING:
-    from smartlab.data.store import Store
+    from smartlab.data.store.store import Store
 
 
 def pretrain(

@@ -15,8 +15,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from smartlab.config import Config
-from smartlab.files import write_text
+from smartlab.core.config import Config
+from smartlab.core.files import write_text
 from smartlab.training.live import Live, in_notebook
 
 COLUMNS = [

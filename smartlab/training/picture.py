@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smartlab.files import whole
+from smartlab.core.files import whole
 from smartlab.masking import make_mask, upsample
 from smartlab.methods.masked_distillation import MaskedDistillation
 from smartlab.methods.multiscale_mae import MultiscaleMAE

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from smartlab.files import held
+from smartlab.core.files import held
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smartlab.config import Config, DataConfig, load_config
-from smartlab.errors import DataError, UseError
+from smartlab.core.config import Config, DataConfig, load_config
+from smartlab.core.errors import DataError, UseError
 from smartlab.training import checkpoint
 
 if TYPE_CHECKING:

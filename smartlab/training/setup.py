@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from smartlab.config import Config
-from smartlab.data.places import cache_folder
-from smartlab.errors import UseError
-from smartlab.methods.clock import Clock
+from smartlab.core.clock import Clock
+from smartlab.core.config import Config
+from smartlab.core.errors import UseError
+from smartlab.core.places import cache_folder
 from smartlab.training.families import family_of
 
 if TYPE_CHECKING:

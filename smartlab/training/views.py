@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smartlab.config import Config
-from smartlab.data.augment import augment, draw_mirrors, mirror, window
-from smartlab.data.regions import unit_shares
+from smartlab.core.config import Config
+from smartlab.data.crops.augment import augment, draw_mirrors, mirror, window
+from smartlab.data.crops.regions import unit_shares
 
 
 def prepare(

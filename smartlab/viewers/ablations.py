@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smartlab.viewers.plots import OKABE_ITO
+from smartlab.core.plots import OKABE_ITO
 
 if TYPE_CHECKING:
     import pandas as pd

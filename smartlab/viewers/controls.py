@@ -11,8 +11,8 @@ import ipywidgets as widgets
 import traitlets
 from pydantic import ValidationError
 
-from smartlab.config import MaskConfig, TeacherConfig, load_config, parse_overrides
-from smartlab.errors import UseError
+from smartlab.core.config import MaskConfig, TeacherConfig, load_config, parse_overrides
+from smartlab.core.errors import UseError
 from smartlab.masking import STRATEGIES
 from smartlab.viewers.slices import front_end
 

@@ -14,8 +14,9 @@ import anywidget
 import numpy as np
 import traitlets
 
-from smartlab.errors import UseError
-from smartlab.viewers import plots, render
+from smartlab.core import plots
+from smartlab.core.errors import UseError
+from smartlab.viewers import render
 from smartlab.viewers.scene import Panel, Scene, as_array, build, window_of
 from smartlab.viewers.sending import describe, everything
 from smartlab.viewers.slices import FRONT_END, alone, front_end

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smartlab.errors import UseError
+from smartlab.core.errors import UseError
 from smartlab.masking import head_diversity, hidden_count, hidden_share, informativeness, make_mask
 from smartlab.viewers.controls import SHOWN, Choice, Controls, CopyButton
 from smartlab.viewers.scene import Panel

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from smartlab.errors import UseError
+from smartlab.core.errors import UseError
 from smartlab.viewers.scene import Panel
 from smartlab.viewers.slices import SliceViewer, view
 

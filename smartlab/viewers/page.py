@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smartlab.files import write_text
+from smartlab.core.files import write_text
 from smartlab.viewers import sending
 from smartlab.viewers.scene import Layer, Packed, Scene
 from smartlab.viewers.slices import FRONT_END, STATE, front_end

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smartlab.viewers.plots import PLANES, Plane, colour, heat_colours, pixel_aspect, slice_of
+from smartlab.core.plots import PLANES, Plane, colour, heat_colours, pixel_aspect, slice_of
 from smartlab.viewers.scene import Layer, Packed, Scene
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from smartlab.errors import UseError
-from smartlab.files import write_text
+from smartlab.core.errors import UseError
+from smartlab.core.files import write_text
 from smartlab.masking import hidden_count
 from smartlab.viewers import page, sending
 from smartlab.viewers.controls import SHOWN, Choice

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from smartlab.errors import UseError
-from smartlab.viewers.plots import WINDOWS
+from smartlab.core.errors import UseError
+from smartlab.core.plots import WINDOWS
 
 HEAVY = 500_000_000  # voxels from which the reader is told what the browser must hold; 2 bytes each
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from smartlab.viewers import plots, render
+from smartlab.core import plots
+from smartlab.viewers import render
 from smartlab.viewers.scene import Packed, Scene, window_of
 
 BLOCK = 8_000_000  # bytes of a message before it is compressed

@@ -21,8 +21,9 @@ import anywidget
 import numpy as np
 import traitlets
 
-from smartlab.errors import UseError
-from smartlab.viewers import plots, render, sending
+from smartlab.core import plots
+from smartlab.core.errors import UseError
+from smartlab.viewers import render, sending
 from smartlab.viewers.scene import Panel, Scene, build, window_of
 
 if TYPE_CHECKING:

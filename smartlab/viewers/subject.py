@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from smartlab.data import flat
-from smartlab.data.augment import window
-from smartlab.data.body import find_body
-from smartlab.data.grid import AIR
-from smartlab.data.mammography import Mammogram, read_mammogram
-from smartlab.data.readers import Volume, read_labels, read_volume
-from smartlab.data.regions import is_lesion, unit_shares
-from smartlab.data.resample import LabelPainter, at_spacing, resample, to_hounsfield
-from smartlab.data.store import Store
-from smartlab.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError
+from smartlab.data.crops.augment import window
+from smartlab.data.crops.regions import is_lesion, unit_shares
+from smartlab.data.images.body import find_body
+from smartlab.data.images.grid import AIR
+from smartlab.data.images.mammography import Mammogram, read_mammogram
+from smartlab.data.images.readers import Volume, read_labels, read_volume
+from smartlab.data.images.resample import LabelPainter, at_spacing, resample, to_hounsfield
+from smartlab.data.store import flat
+from smartlab.data.store.store import Store
 from smartlab.masking import upsample
 from smartlab.models.encoder import dropped_patches
 from smartlab.training.run import Run
@@ -244,7 +244,7 @@ class Model:
     """
 
     def __init__(self, source: Any = None) -> None:
-        from smartlab.interop import load_encoder
+        from smartlab.interop.weights import load_encoder
         from smartlab.notebook import default_encoder
 
         self.method: Any = None

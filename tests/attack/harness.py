@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from smartlab.errors import SmartlabError
+from smartlab.core.errors import SmartlabError
 
 PATIENCE = 20  # seconds in which every small file must be read or refused
 TOKENS = [

@@ -14,12 +14,12 @@ import yaml
 
 import smartlab as sl
 from smartlab.batch import load_plan
-from smartlab.data import index
-from smartlab.errors import DataError
-from smartlab.interop import export, load_encoder
+from smartlab.core.errors import DataError
+from smartlab.data.store import index
+from smartlab.interop.weights import export, load_encoder
 from smartlab.training import checkpoint
 from tests.attack.harness import Target
-from tests.batch_toys import write_plan
+from tests.batch.toys import write_plan
 from tests.data.dicom_factory import itk_image, scan, write_enhanced, write_nifti, write_series
 from tests.data.store_cohort import make_cohort
 

@@ -7,8 +7,8 @@ import pytest
 import SimpleITK as sitk
 
 import smartlab as sl
-from smartlab.data.readers import data_files, read_labels
-from smartlab.errors import DataError
+from smartlab.core.errors import DataError
+from smartlab.data.images.readers import data_files, read_labels
 from tests.data.dicom_factory import itk_image, scan, write_nifti
 
 SECRET = "secret.raw"

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import smartlab as sl
-from smartlab.errors import DataError
-from smartlab.files import written
-from smartlab.interop import export
+from smartlab.core.errors import DataError
+from smartlab.core.files import written
+from smartlab.interop.weights import export
 from smartlab.training import checkpoint
 from tests.attack.test_workers import command, pretrain_words
 from tests.processes import Child

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import smartlab as sl
-from smartlab.data.verify import verify_manifest
-from smartlab.errors import DataError
+from smartlab.core.errors import DataError
+from smartlab.data.cohort.verify import verify_manifest
 from tests.data.store_cohort import manifest, person, save
 
 

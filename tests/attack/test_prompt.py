@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import smartlab as sl
-from smartlab import cli
 from smartlab.batch import load_plan, records
-from smartlab.interop import export
+from smartlab.cli import app as cli
+from smartlab.interop.weights import export
 from smartlab.models.build import make_encoder
 from smartlab.training import checkpoint
-from tests.batch_toys import toy_notebook, write_plan
+from tests.batch.toys import toy_notebook, write_plan
 from tests.data.store_cohort import make_cohort
 
 
@@ -276,9 +276,11 @@ def test_what_nobody_foresaw_is_one_line_with_the_place(say, monkeypatch):
     def fault(*given, **more):
         raise LookupError("first line\nsecond line")
 
-    monkeypatch.setattr("smartlab.config.load_config", fault)
+    monkeypatch.setattr("smartlab.core.config.load_config", fault)
     code, said = say("config", "tiny")
-    assert code == 1 and said.count("\n") == 1 and "LookupError: first line second line (at cli.py:" in said
+    assert (
+        code == 1 and said.count("\n") == 1 and "LookupError: first line second line (at cli/app.py:" in said
+    )
     monkeypatch.setenv("SMARTLAB_TRACEBACK", "1")
     monkeypatch.setattr(sys, "argv", ["smartlab", "config", "tiny"])
     with pytest.raises(LookupError):
@@ -289,9 +291,9 @@ def test_a_broken_pipe_that_is_not_the_readers_is_told(say, monkeypatch):
     def broken(*given, **more):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("smartlab.config.load_config", broken)
+    monkeypatch.setattr("smartlab.core.config.load_config", broken)
     code, said = say("config", "tiny")
-    assert code == 1 and "Broken pipe (at cli.py" in said
+    assert code == 1 and "Broken pipe (at cli/app.py" in said
 
 
 def test_a_store_is_verified_volume_by_volume(tmp_path, say):

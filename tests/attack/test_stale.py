@@ -12,10 +12,11 @@ import SimpleITK as sitk
 
 import smartlab as sl
 from smartlab.batch.runs import data_digest
-from smartlab.config import DataConfig
-from smartlab.data import building, prepare, request
-from smartlab.data.prepare import prepare_store
-from smartlab.errors import UseError
+from smartlab.core.config import DataConfig
+from smartlab.core.errors import UseError
+from smartlab.data.store import build as building
+from smartlab.data.store import prepare, request
+from smartlab.data.store.prepare import prepare_store
 from tests.data.dicom_factory import itk_image, scan, write_series
 from tests.data.store_cohort import make_cohort, manifest, person, save, snapshot
 

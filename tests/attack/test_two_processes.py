@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 import smartlab as sl
-from smartlab.errors import DataError
+from smartlab.core.errors import DataError
+from smartlab.core.files import held
 from smartlab.evaluation.finetune.trainer import fit
-from smartlab.files import held
 from smartlab.training.requests import only_one
 from tests.processes import Child
 from tests.training.conftest import cohort, settings  # noqa: F401  fixtures

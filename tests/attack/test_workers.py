@@ -12,11 +12,12 @@ from collections import deque
 import psutil
 import pytest
 
-from smartlab import Run, cli
-from smartlab.data import loader
-from smartlab.data.crops import CropLoader, ViewDataset
-from smartlab.data.store import open_store
-from smartlab.errors import DataError
+from smartlab import Run
+from smartlab.cli import app as cli
+from smartlab.core.errors import DataError
+from smartlab.data.crops import loader
+from smartlab.data.crops.views import CropLoader, ViewDataset
+from smartlab.data.store.store import open_store
 from tests.attack.harness import tries
 from tests.processes import Child
 from tests.training.conftest import cohort, settings  # noqa: F401  fixtures

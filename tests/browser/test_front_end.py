@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks.viewer import PROMISED, measure, mount
-from smartlab.viewers import masks, plots, render, view
+from smartlab.core import plots
+from smartlab.viewers import masks, render, view
 from tests.browser.looking import index, pixels, readout, same, stage, windowed
 
 SHAPE, GRID = (48, 40, 32), (6, 5, 4)

@@ -12,7 +12,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from smartlab import read_volume
-from smartlab.data.readers import read_labels
+from smartlab.data.images.readers import read_labels
 from tests.data.dicom_factory import itk_image, scan, write_nifti, write_series
 
 BAD = {}

@@ -8,7 +8,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from smartlab.data.manifest import Manifest
+from smartlab.data.cohort.manifest import Manifest
 
 
 def person(shape=(56, 48, 40), seed: int = 0, size: float = 0.36) -> np.ndarray:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from smartlab.data.manifest import LabelSpec
-from smartlab.evaluation.table import FeatureTable
+from smartlab.data.cohort.manifest import LabelSpec
+from smartlab.evaluation.features.table import FeatureTable
 
 CLASSES = ["benign", "malignant"]
 GRADES = ["low", "middle", "high"]

@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 
 import smartlab as sl
-from smartlab.cli import app
-from smartlab.config import DataConfig
-from smartlab.data.manifest import Case, LabelSpec, Manifest, Source
-from smartlab.data.prepare import locate_images
-from smartlab.data.privacy import hashed, salt
-from smartlab.errors import DataError, UseError
-from smartlab.evaluation.cases import write_keys
-from smartlab.evaluation.encoders import random_encoder
+from smartlab.cli.app import app
+from smartlab.core.config import DataConfig
+from smartlab.core.errors import DataError, UseError
+from smartlab.data.cohort.manifest import Case, LabelSpec, Manifest, Source
+from smartlab.data.cohort.privacy import hashed, salt
+from smartlab.data.store.prepare import locate_images
+from smartlab.evaluation.features.cases import write_keys
+from smartlab.evaluation.features.encoders import random_encoder
 from tests.shared import once, phantoms
 from tests.training.conftest import SMALL, cohort, settings  # noqa: F401 - fixtures
 
@@ -106,7 +106,7 @@ def test_a_run_on_an_open_store_alone_asks_which_data(cohort, tmp_path):  # noqa
 
 
 def test_help_shows_an_example_of_every_task_and_bad_use_has_its_exit_code(tmp_path, monkeypatch, capsys):
-    from smartlab.cli import main
+    from smartlab.cli.app import main
     from smartlab.evaluation.evaluate import FINE_TUNING, TASKS
 
     def say(*words):

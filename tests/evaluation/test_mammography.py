@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 import smartlab as sl
-from smartlab.data.images import ImageDataset
-from smartlab.data.manifest import Manifest
-from smartlab.errors import UseError
-from smartlab.evaluation.baselines import lesion_baselines
-from smartlab.evaluation.encoders import random_encoder
-from smartlab.evaluation.features import lesion_features, organ_features, scan_features
+from smartlab.core.errors import UseError
+from smartlab.data.cohort.manifest import Manifest
+from smartlab.data.crops.flat import ImageDataset
+from smartlab.evaluation.features.baselines import lesion_baselines
+from smartlab.evaluation.features.encoders import random_encoder
+from smartlab.evaluation.features.features import lesion_features, organ_features, scan_features
 from smartlab.evaluation.finetune.trainer import layer_groups
 
 MARGINS = ["circumscribed", "ill_defined", "spiculated", "obscured", "microlobulated"]

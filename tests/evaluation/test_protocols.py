@@ -13,14 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 import smartlab as sl
-from smartlab.cli import app
-from smartlab.data.compose import compose, recipe
-from smartlab.data.sources import _write_samples
-from smartlab.errors import UseError
-from smartlab.evaluation.encoders import random_encoder
+from smartlab.cli.app import app
+from smartlab.core.errors import UseError
+from smartlab.data.cohort.compose import compose, recipe
+from smartlab.data.fetch.sources import _write_samples
+from smartlab.evaluation.features.encoders import random_encoder
 from smartlab.evaluation.protocols.plan import plan_protocol
 from smartlab.evaluation.protocols.table import protocols
-from tests.evaluation.test_finetune_trainer import TINY
+from tests.evaluation.finetune.test_trainer import TINY
 from tests.shared import once, phantoms
 from tests.training.conftest import SMALL
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import smartlab as sl
-from smartlab.config import TeacherConfig, TrainConfig
+from smartlab.core.config import TeacherConfig, TrainConfig
 from smartlab.masking import informativeness, upsample
 from smartlab.methods.distillation import (
     Centre,

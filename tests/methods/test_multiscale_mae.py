@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import smartlab as sl
-from smartlab.evaluation.spectrum import detail, enlarged
-from smartlab.methods.clock import Clock
+from smartlab.core.clock import Clock
+from smartlab.evaluation.look.spectrum import detail, enlarged
 from smartlab.methods.multiscale_mae import MultiscaleMAE
 from smartlab.models.decoder import finer, from_patches, to_patches
 from smartlab.training.setup import overfit_one_batch, parameter_groups

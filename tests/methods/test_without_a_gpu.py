@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import smartlab as sl
-from smartlab.methods.clock import Clock
+from smartlab.core.clock import Clock
 from smartlab.models.reach import reach
 from smartlab.training.families import family_of
 from smartlab.training.setup import parameter_groups

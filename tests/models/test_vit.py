@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import smartlab as sl
-from smartlab.errors import UseError
+from smartlab.core.errors import UseError
 from smartlab.models.vit import ViT, ViTEncoder, sine_positions
 
 GREY = 4096

@@ -16,8 +16,8 @@ import yaml
 from safetensors.torch import load_file
 
 import smartlab as sl
-from smartlab.data.manifest import Source
-from smartlab.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError
+from smartlab.data.cohort.manifest import Source
 from smartlab.training import checkpoint
 from smartlab.training.monitor import COLUMNS, columns, rewind
 from tests.processes import Child

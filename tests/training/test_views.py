@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 
 import smartlab as sl
-from smartlab.data.regions import is_lesion, unit_shares
+from smartlab.data.crops.regions import is_lesion, unit_shares
 from smartlab.masking import hidden_share, lift
 from smartlab.training.views import prepare
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import smartlab as sl
-from smartlab.config import parse_overrides
-from smartlab.data.augment import window
-from smartlab.data.regions import is_lesion
+from smartlab.core.config import parse_overrides
+from smartlab.data.crops.augment import window
+from smartlab.data.crops.regions import is_lesion
 from smartlab.masking import STRATEGIES, head_diversity, informativeness, make_mask
 from smartlab.methods.masked_distillation import MaskedDistillation
 from smartlab.methods.multiscale_mae import MultiscaleMAE

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import smartlab as sl
-from smartlab.viewers import Panel, masks, plots, render, sending
+from smartlab.core import plots
+from smartlab.viewers import Panel, masks, render, sending
 from smartlab.viewers.scene import Packed, build
 
 SHAPE, GRID = (24, 16, 8), (6, 4, 2)

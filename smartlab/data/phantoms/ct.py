@@ -14,7 +14,8 @@ from typing import Any
 import nibabel
 import numpy as np
 
-from smartlab.data.manifest import Case, LabelSpec, Lesion
+from smartlab.core.files import whole
+from smartlab.data.cohort.manifest import Case, LabelSpec, Lesion
 from smartlab.data.phantoms import body as geo
 from smartlab.data.phantoms.abdomen import paint_abdomen
 from smartlab.data.phantoms.body import Array
@@ -34,7 +35,6 @@ from smartlab.data.phantoms.organs import (
     paint_wall,
 )
 from smartlab.data.phantoms.patient import DEFAULT, STREAM, Patient, affine, draw_patient, scale, world
-from smartlab.files import whole
 
 FORMATS = ("nifti", "dicom")
 FIELD_MM = (240, 520)

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 from scipy import fft, ndimage
 
-from smartlab.data.manifest import Case, LabelSpec, Lesion
+from smartlab.core.files import whole
+from smartlab.data.cohort.manifest import Case, LabelSpec, Lesion
 from smartlab.data.phantoms.body import Array
 from smartlab.data.phantoms.breast import (
     DEFAULT,
@@ -30,7 +31,6 @@ from smartlab.data.phantoms.breast import (
 )
 from smartlab.data.phantoms.dicom import write_mammogram
 from smartlab.data.phantoms.grid import Grid
-from smartlab.files import whole
 
 FORMATS = ("dicom",)
 FIELD_MM = (150, 330)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smartlab.data.augment import augment, window
-from smartlab.data.crops import CropDataset, CropLoader
-from smartlab.evaluation.encoders import network_input, untrained
+from smartlab.data.crops.augment import augment, window
+from smartlab.data.crops.views import CropDataset, CropLoader
+from smartlab.evaluation.features.encoders import network_input, untrained
 from smartlab.evaluation.finetune.draws import LesionDraws
 
 ENCODER = "encoder."  # prefix of the encoder's parameters in a Classifier

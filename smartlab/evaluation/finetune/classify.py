@@ -26,15 +26,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from smartlab.data.augment import augment, window
-from smartlab.data.crops import CropDataset
-from smartlab.data.images import is_flat
-from smartlab.data.manifest import Manifest, load_manifest
-from smartlab.data.store import Store
-from smartlab.errors import DataError, UseError
-from smartlab.evaluation import stats
-from smartlab.evaluation.compare import estimate, score
-from smartlab.evaluation.encoders import network_input
+from smartlab.core.errors import DataError, UseError
+from smartlab.data.cohort.manifest import Manifest, load_manifest
+from smartlab.data.crops.augment import augment, window
+from smartlab.data.crops.flat import is_flat
+from smartlab.data.crops.views import CropDataset
+from smartlab.data.store.store import Store
+from smartlab.evaluation.features.encoders import network_input
+from smartlab.evaluation.features.table import FeatureTable
 from smartlab.evaluation.finetune import classifier, picture
 from smartlab.evaluation.finetune.draws import LesionDraws, Places, crops_of, places
 from smartlab.evaluation.finetune.trainer import (
@@ -48,14 +47,15 @@ from smartlab.evaluation.finetune.trainer import (
     make_settings,
     weights_hash,
 )
-from smartlab.evaluation.folds import Part, Plan, Split, averaged, make_plan, nested, present_classes
-from smartlab.evaluation.predictions import to_table
-from smartlab.evaluation.report import comparisons, differences
-from smartlab.evaluation.result import Estimate, Result
-from smartlab.evaluation.table import FeatureTable
+from smartlab.evaluation.judge import stats
+from smartlab.evaluation.judge.compare import estimate, score
+from smartlab.evaluation.judge.predictions import to_table
+from smartlab.evaluation.judge.report import comparisons, differences
+from smartlab.evaluation.judge.result import Estimate, Result
+from smartlab.evaluation.learn.folds import Part, Plan, Split, averaged, make_plan, nested, present_classes
 
 if TYPE_CHECKING:
-    from smartlab.evaluation.encoders import AnyEncoder
+    from smartlab.evaluation.features.encoders import AnyEncoder
 
 Balance = Literal["sampling", "loss", "none"]
 

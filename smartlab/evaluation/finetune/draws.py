@@ -12,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from smartlab.data.body import BLOCK
-from smartlab.data.crops import CropDataset, Fields, Item, LesionDataset, middle_of_mask, read_crop
-from smartlab.data.grid import AIR
-from smartlab.data.images import ImageDataset, lesion_crops
-from smartlab.data.regions import is_lesion
-from smartlab.data.store import Store
+from smartlab.data.crops.flat import ImageDataset, lesion_crops
+from smartlab.data.crops.regions import is_lesion
+from smartlab.data.crops.views import CropDataset, Fields, Item, LesionDataset, middle_of_mask, read_crop
+from smartlab.data.images.body import BLOCK
+from smartlab.data.images.grid import AIR
+from smartlab.data.store.store import Store
 
 PLACES = 256  # voxels remembered per structure and image: enough to draw from, 25 kB for 16 structures
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from pydicom.dataset import Dataset
 
-from smartlab.data.grid import LPS_TO_RAS
-from smartlab.data.readers import Volume
-from smartlab.data.resample import resample
-from smartlab.errors import DataError
-from smartlab.files import whole
+from smartlab.core.errors import DataError
+from smartlab.core.files import whole
+from smartlab.data.images.grid import LPS_TO_RAS
+from smartlab.data.images.readers import Volume
+from smartlab.data.images.resample import resample
 
 # What a SEG takes from an image: enough to reference it, and to say where its frames lie.
 REFERENCE_TAGS = (
@@ -171,7 +171,7 @@ def write_seg(
 
 def is_dicom(path: Path) -> bool:
     """Whether `read_volume` reads this source as DICOM."""
-    from smartlab.data.readers import _format
+    from smartlab.data.images.readers import _format
 
     return _format(path) == "dicom"
 
@@ -180,7 +180,7 @@ def _headers(path: Path, series: str | None) -> list[Dataset]:
     """The image headers of one series, without pixels."""
     import pydicom
 
-    from smartlab.data.dicom import scan_headers
+    from smartlab.data.images.dicom import scan_headers
 
     volumes = scan_headers(path, "CT", series).volumes
     chosen = volumes[series] if series in volumes else max(volumes.values(), key=len)

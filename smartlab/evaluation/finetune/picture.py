@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from smartlab.evaluation.result import Estimate
-from smartlab.files import whole
-from smartlab.viewers import plots
+from smartlab.core import plots
+from smartlab.core.files import whole
+from smartlab.evaluation.judge.result import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

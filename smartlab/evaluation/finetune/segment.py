@@ -22,11 +22,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from smartlab.data.manifest import Case, Manifest, load_manifest
-from smartlab.data.readers import read_volume
-from smartlab.data.store import Store
-from smartlab.errors import DataError, UseError
-from smartlab.evaluation import metrics
+from smartlab.core.errors import DataError, UseError
+from smartlab.data.cohort.manifest import Case, Manifest, load_manifest
+from smartlab.data.images.readers import read_volume
+from smartlab.data.store.store import Store
 from smartlab.evaluation.finetune import masks, picture, segmenter
 from smartlab.evaluation.finetune.draws import ForegroundCrops
 from smartlab.evaluation.finetune.trainer import (
@@ -41,9 +40,10 @@ from smartlab.evaluation.finetune.trainer import (
     make_settings,
     weights_hash,
 )
-from smartlab.evaluation.folds import Plan, Split, make_plan, nested
-from smartlab.evaluation.means import patient_means
-from smartlab.evaluation.result import Estimate, Result
+from smartlab.evaluation.judge import metrics
+from smartlab.evaluation.judge.means import patient_means
+from smartlab.evaluation.judge.result import Estimate, Result
+from smartlab.evaluation.learn.folds import Plan, Split, make_plan, nested
 
 if TYPE_CHECKING:
     from smartlab.models.encoder import Encoder

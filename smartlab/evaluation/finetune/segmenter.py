@@ -13,9 +13,9 @@ from monai.losses import DiceLoss
 from monai.networks.nets import SwinUNETR
 from torch import Tensor, nn
 
-from smartlab.data.augment import augment, draw_mirrors, mirror, window
-from smartlab.data.crops import CropLoader
-from smartlab.errors import UseError
+from smartlab.core.errors import UseError
+from smartlab.data.crops.augment import augment, draw_mirrors, mirror, window
+from smartlab.data.crops.views import CropLoader
 from smartlab.evaluation.finetune.draws import ForegroundCrops
 from smartlab.models.encoder import Encoder
 

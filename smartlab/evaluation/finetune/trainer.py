@@ -27,13 +27,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from smartlab.config import TrainConfig
-from smartlab.data.crops import CropDataset, CropLoader
-from smartlab.data.loader import GivenUp
-from smartlab.errors import DataError, UseError
-from smartlab.evaluation.encoders import total_stride
-from smartlab.evaluation.folds import deal
-from smartlab.files import write_text
+from smartlab.core.config import TrainConfig
+from smartlab.core.errors import DataError, UseError
+from smartlab.core.files import write_text
+from smartlab.data.crops.loader import GivenUp
+from smartlab.data.crops.views import CropDataset, CropLoader
+from smartlab.evaluation.features.encoders import total_stride
+from smartlab.evaluation.learn.folds import deal
 from smartlab.training import checkpoint, schedules
 from smartlab.training.loop import mix
 from smartlab.training.requests import Requests, only_one
@@ -42,7 +42,7 @@ from smartlab.training.setup import keep_freed_memory, parameter_groups
 if TYPE_CHECKING:
     import pandas as pd
 
-    from smartlab.evaluation.encoders import AnyEncoder
+    from smartlab.evaluation.features.encoders import AnyEncoder
 
 Mode = Literal["full", "frozen", "scratch"]
 MODES: tuple[Mode, ...] = ("full", "frozen", "scratch")

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 
-from smartlab.data.manifest import Case, Manifest, load_manifest
-from smartlab.errors import UseError
-from smartlab.evaluation.encoders import as_encoder
+from smartlab.core.errors import UseError
+from smartlab.data.cohort.manifest import Case, Manifest, load_manifest
 from smartlab.evaluation.evaluate import check_dimensions, checked
+from smartlab.evaluation.features.encoders import as_encoder
 from smartlab.evaluation.finetune.trainer import Settings, make_settings
-from smartlab.evaluation.folds import deal, nested
+from smartlab.evaluation.learn.folds import deal, nested
 from smartlab.evaluation.protocols.run import TFLOPS, Prepared
 from smartlab.evaluation.protocols.table import Protocol, protocols
 
 if TYPE_CHECKING:
-    from smartlab.evaluation.encoders import EncoderSource
+    from smartlab.evaluation.features.encoders import EncoderSource
 
 
 class Own(BaseModel):

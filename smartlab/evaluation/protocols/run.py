@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from smartlab.config import DataConfig
-from smartlab.data.manifest import Manifest
-from smartlab.data.prepare import locate_images, prepare_store
-from smartlab.errors import UseError
-from smartlab.evaluation.encoders import untrained
+from smartlab.core.config import DataConfig
+from smartlab.core.errors import UseError
+from smartlab.data.cohort.manifest import Manifest
+from smartlab.data.store.prepare import locate_images, prepare_store
 from smartlab.evaluation.evaluate import evaluate
+from smartlab.evaluation.features.encoders import untrained
 from smartlab.evaluation.finetune.trainer import HELD_OUT
+from smartlab.evaluation.judge.result import Estimate, Result
 from smartlab.evaluation.protocols.table import Paper, Part, Protocol
-from smartlab.evaluation.result import Estimate, Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -210,7 +210,7 @@ def draw(name: str, table: pd.DataFrame) -> Figure:
     """Own figures with their intervals, those of an untrained net and the paper's, a row each."""
     import matplotlib.pyplot as plt
 
-    from smartlab.viewers.plots import OKABE_ITO
+    from smartlab.core.plots import OKABE_ITO
 
     figure, ax = plt.subplots(figsize=(8, 1.6 + 0.5 * len(table)), layout="constrained")
     at = -np.arange(len(table))

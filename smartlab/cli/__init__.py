@@ -1,0 +1,1 @@
+"""Every command, thin over the functions of the library."""

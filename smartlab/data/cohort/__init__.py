@@ -1,0 +1,1 @@
+"""What the data are: manifests, folders scanned, tables read, files verified."""

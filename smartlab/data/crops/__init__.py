@@ -1,0 +1,1 @@
+"""What training and evaluation read: views, lesions, whole scans, flat images."""

@@ -1,0 +1,1 @@
+"""A file or a DICOM folder becomes a volume or a mammogram."""

@@ -1,0 +1,415 @@
+"""Find, choose and decode DICOM series.
+
+- Files are recognised by content, never by name; folders may be nested and hold stray files.
+- Localizers, screen captures, reports and other objects are set aside with a note. A file that
+  should be a slice but is empty or cut short is an error, since the scan would silently shrink. Where
+  several series share a folder it fails its own alone; if it has lost its UID, it is noted on all.
+- Headers are read first, only the tags needed; pixels one file at a time, so memory stays at one
+  volume. Classic and enhanced multi-frame CT become the same planes (dicom_planes.py), and these
+  one regular grid (dicom_geometry.py).
+- SeriesDescription is free text and may name the patient: it appears only in `SeriesInfo` and in the
+  `HeaderTextError` message a person reads, never in notes; its `.public` leaves it out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from pydicom.config import disable_value_validation
+from pydicom.dataset import Dataset
+
+from smartlab.core.errors import DataError
+from smartlab.data.images.dicom_geometry import Plane, stack_planes, straighten
+from smartlab.data.images.dicom_headers import (
+    CT_CLASSES,
+    SLICE_SUFFIXES,
+    damaged,
+    folders_in,
+    owner,
+    series_uid,
+    should_be_slice,
+    whole_header,
+)
+from smartlab.data.images.dicom_planes import PLANE_TAGS, coded, decode, frame_count, planes_of
+from smartlab.data.images.grid import LPS_TO_RAS
+
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and its multi-frame kinds, .7.1 to .7.4
+SCREENS = {"SCREEN SAVE", "DOSE_INFO", "CT_SOM5 PROT"}  # ImageType of pages stored as CT images
+_TAGS = [
+    "SOPClassUID",
+    "SeriesInstanceUID",
+    "SeriesDescription",
+    "Modality",
+    "ImageType",
+    "GantryDetectorTilt",
+    "LossyImageCompression",
+    "PatientID",
+    "StudyInstanceUID",
+]
+
+
+@dataclass(frozen=True)
+class SeriesInfo:
+    """What a folder holds under one SeriesInstanceUID.
+
+    kind is "volume", "localizer", "secondary capture" or "<MODALITY> object"; slices counts files,
+    or frames of multi-frame files. `description` is header free text: show it, never store it.
+    """
+
+    uid: str
+    modality: str
+    kind: str
+    slices: int
+    image_type: str
+    description: str = field(default="", repr=False)
+
+
+class HeaderTextError(DataError):
+    """An error that quotes free text of headers, for a person to read. Log `public`, which does not."""
+
+    def __init__(self, problem: str, path: str | Path, found: str, quoted: str, fix: str) -> None:
+        self.parts = (problem, path, found, quoted, fix)
+        self.public = str(DataError(problem, path=path, found=found, fix=fix))
+        super().__init__(problem, path=path, found=quoted, fix=fix)
+
+    def __reduce__(self):
+        return HeaderTextError, self.parts
+
+
+def several_series(path: Path, series: Sequence[SeriesInfo]) -> HeaderTextError:
+    """More than one series could be meant: their UIDs, sizes and, for the reader, descriptions."""
+    facts = [f"\n  {s.uid}  {s.slices} slices  {s.image_type}" for s in series]
+    quoted = [f"{fact}  {s.description!r}" for fact, s in zip(facts, series, strict=True)]
+    problem, fix = f"{len(series)} series in one folder", "pass series=UID to choose one"
+    return HeaderTextError(problem, path, "".join(facts), "".join(quoted), fix)
+
+
+@dataclass
+class Scan:
+    """The headers below a path, by what they are."""
+
+    volumes: dict[str, list[Dataset]]  # series UID -> its image headers
+    aside: dict[str, list[Dataset]]  # kind -> headers
+    strays: int = 0  # files that are not DICOM
+    lost: list[Path] = field(default_factory=list)  # damaged, of one of several series, unknown which
+
+
+@disable_value_validation()  # its warnings would print header values
+def read_dicom(
+    path: Path,
+    series: str | None = None,
+    tilt: str = "refuse",
+    modality: str = "CT",
+    files: Sequence[Path] | None = None,
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """One DICOM series -> int16 array (columns, rows, slices), its RAS affine, and notes.
+
+    Of a folder with several series only `files` are opened, where given; see `series_files`.
+    """
+    scan = scan_headers(path, modality, series, files)
+    headers = _choose(scan, path, series, modality)
+    _check_one_series(scan, headers, path)
+    planes = [plane for header in headers for plane in _planes(header, modality)]
+    if path.is_file() and len(planes) == 1:
+        raise DataError(
+            "this is one slice of a series",
+            path=path,
+            expected="the folder of the series, or a multi-frame file",
+            fix=f"give its folder instead: {path.parent}",
+        )
+    try:
+        stack = stack_planes(planes, path, tilt)
+    except DataError as error:
+        raise _perhaps_lost(error, scan) from error
+    array, notes = decode(stack.planes, path, modality)
+    affine = stack.affine
+    if stack.offsets is not None:
+        array, affine = straighten(array, stack)
+        notes.append(f"gantry tilt of {stack.tilt_degrees:.1f}° corrected by shifting slices in their planes")
+    notes = _notes(scan, headers, stack.tilt_degrees) + notes
+    return array.transpose(2, 1, 0), LPS_TO_RAS @ affine, notes
+
+
+@disable_value_validation()
+def series_in(folder: str | Path) -> list[SeriesInfo]:
+    """Every series below a folder (or in a file), volumes with the most slices first."""
+    scan = scan_headers(Path(folder), None)
+    found = [_info(headers, "volume") for headers in scan.volumes.values()]
+    for kind, headers in scan.aside.items():
+        by_uid = groupby(sorted(headers, key=series_uid), key=series_uid)
+        found += [_info(list(group), kind) for _, group in by_uid]
+    return sorted(found, key=lambda s: (s.kind != "volume", -s.slices, s.uid))
+
+
+@disable_value_validation()
+def index_series(root: str | Path, thorough: bool = False) -> dict[str, Path]:
+    """Series UID -> the folder below `root` that holds it, whatever the folders are called.
+
+    From the first DICOM header of every folder (thousands in seconds), or of every file if
+    `thorough`, for folders that mix series. A series spread over several folders gets their common
+    parent. Folders that have not changed since the last call are not opened again.
+    """
+    index: dict[str, Path] = {}
+    for folder, names in folders_in(Path(root)):
+        for uid in filter(None, _uids_in(folder, _state(folder, names, thorough), thorough)):
+            index[uid] = Path(os.path.commonpath([index.get(uid, folder), folder]))
+    return index
+
+
+@disable_value_validation()
+def series_files(root: str | Path) -> dict[str, tuple[Path, ...]]:
+    """Series UID -> its files below `root`, in order, for folders that mix series.
+
+    Opens every file, but none again while the names, sizes and times in its folder stay. Under "" are
+    damaged files that have lost their UID: each could be a slice of any of the series.
+    """
+    found: dict[str, list[Path]] = defaultdict(list)
+    for folder, names in folders_in(Path(root)):
+        for uid, own in _uids_in(folder, _state(folder, names, True), True).items():
+            found[uid] += [folder / name for name in own]
+    return {uid: tuple(files) for uid, files in found.items()}
+
+
+def find_series(root: str | Path, uid: str) -> Path:
+    """The folder below `root` that holds a series; read it with `read_volume(folder, series=uid)`.
+
+    The first call indexes the root, later ones look the series up; a series that is not in the index
+    makes it anew, first from one header per folder, then from every file.
+    """
+    root = Path(root).absolute()
+    for thorough in (None, False, True):
+        if thorough is not None:
+            _indexes[root] = index_series(root, thorough)
+        folder = _indexes.get(root, {}).get(uid)
+        if folder is not None and folder.is_dir():
+            return folder
+    raise DataError(
+        f"series {uid} is not below this folder",
+        path=root,
+        found=f"{len(_indexes[root])} other series",
+        fix="fetch it, or check the data root",
+    )
+
+
+_indexes: dict[Path, dict[str, Path]] = {}
+
+
+# ---- headers -------------------------------------------------------------------------------------
+
+
+def _state(folder: Path, names: Sequence[str], thorough: bool) -> int:
+    """Changes when the folder does; if `thorough`, also when one of its files does."""
+    if not thorough:
+        return folder.stat().st_mtime_ns
+    facts = ((folder / name).stat() for name in names)
+    return hash(tuple((n, s.st_size, s.st_mtime_ns) for n, s in zip(names, facts, strict=True)))
+
+
+@cache
+def _uids_in(folder: Path, state: int, thorough: bool) -> dict[str, tuple[str, ...]]:
+    """Series UID -> names of its files directly in a folder; "" -> damaged files that lost theirs.
+
+    Of its first DICOM file only, unless `thorough`. Damage is told by reading that series; finding
+    the others must go on."""
+    found: dict[str, list[str]] = defaultdict(list)
+    bad, others, suffixes = [], [], set()
+    for file in sorted(folder.iterdir()):
+        if not file.is_file() or file.name.startswith("."):
+            continue
+        try:
+            header = whole_header(file, ["SOPClassUID", "SeriesInstanceUID", "Rows"])
+        except (DataError, OSError):
+            bad.append(file)
+            continue
+        if header is None:
+            others.append(file)
+            continue
+        suffixes.add(file.suffix.lower())
+        found[series_uid(header)].append(file.name)
+        if not thorough:
+            return {uid: tuple(names) for uid, names in found.items()}
+    for file in bad:
+        found[owner(file, found)].append(file.name)
+    found[""] += [file.name for file in others if should_be_slice(file, suffixes)]
+    return {uid: tuple(names) for uid, names in found.items()}
+
+
+def scan_headers(
+    path: Path, modality: str | None, series: str | None = None, files: Sequence[Path] | None = None
+) -> Scan:
+    """Read every header below a folder (or of one file, or of `files`) and sort them by what they are.
+
+    Damage is an error; when one `series` of several is wanted, only if it is known to be its own.
+    """
+    paths = files or (
+        [path] if path.is_file() else [folder / name for folder, names in folders_in(path) for name in names]
+    )
+    scan = Scan(defaultdict(list), defaultdict(list))
+    damage: list[tuple[Path, DataError]] = []
+    others: list[Path] = []
+    suffixes = set(SLICE_SUFFIXES)
+    for file in paths:
+        try:
+            header = whole_header(file, _TAGS + PLANE_TAGS)
+        except DataError as error:
+            if series is None:
+                raise
+            damage.append((file, error))
+            continue
+        if header is None:
+            others.append(file)
+            continue
+        suffixes.add(file.suffix.lower())
+        kind = _kind(header, modality)
+        (scan.volumes[series_uid(header)] if kind == "volume" else scan.aside[kind]).append(header)
+    for file in others:
+        if what := should_be_slice(file, suffixes):
+            damage.append((file, damaged(file, what)))
+        else:
+            scan.strays += 1
+    several = files is not None or len(scan.volumes) > 1
+    for file, problem in damage:
+        uid = owner(file, scan.volumes)
+        if series in (None, uid) or not several:
+            raise problem
+        scan.lost += [] if uid else [file]
+    return scan
+
+
+def _perhaps_lost(error: DataError, scan: Scan) -> DataError:
+    """The same, and that a damaged file of the folder may be the reason."""
+    if not scan.lost:
+        return error
+    lost = f"{len(scan.lost)} damaged in this folder, first {scan.lost[0].name}"
+    found = f"{error.found}; {lost}" if error.found else lost
+    fix = "fetch the damaged files again, they may be of this series"
+    return DataError(error.problem, path=error.path, found=found, expected=error.expected, fix=fix)
+
+
+def _planes(header: Dataset, modality: str) -> list[Plane]:
+    try:
+        return planes_of(header, modality)
+    except DataError:
+        raise
+    except Exception as error:  # a value of the wrong kind can fail anywhere in pydicom
+        raise damaged(Path(str(header.filename)), f"garbled header: {type(error).__name__}") from error
+
+
+def _kind(header: Dataset, modality: str | None) -> str:
+    """ "volume" for a slice of the wanted modality (any, if None), else why it is set aside."""
+    sop_class, found = str(header.SOPClassUID), coded(header.get("Modality"))
+    image_type = {str(value).upper() for value in _values(header, "ImageType")}
+    if "LOCALIZER" in image_type:
+        return "localizer"
+    if sop_class.startswith(SECONDARY_CAPTURE) or image_type & SCREENS:
+        return "secondary capture"
+    image = sop_class in CT_CLASSES or (found not in ("CT", "SEG") and "Rows" in header)
+    if image and modality in (None, found):
+        return "volume"
+    return f"{found} object"
+
+
+def _values(header: Dataset, keyword: str) -> list:
+    value = header.get(keyword)
+    return [] if value is None else [value] if isinstance(value, str | bytes) else list(value)
+
+
+def _info(headers: list[Dataset], kind: str) -> SeriesInfo:
+    first = headers[0]
+    return SeriesInfo(
+        uid=series_uid(first),
+        modality=coded(first.get("Modality")),
+        kind=kind,
+        slices=sum(map(frame_count, headers)),
+        image_type="\\".join(coded(value) for value in _values(first, "ImageType")[:3]),
+        description=str(first.get("SeriesDescription", "") or ""),
+    )
+
+
+def _choose(scan: Scan, path: Path, series: str | None, modality: str) -> list[Dataset]:
+    """The headers of the one series meant, or an error that lists what there is."""
+    if not scan.volumes and not scan.aside:
+        raise DataError(
+            "no DICOM files here",
+            path=path,
+            found=f"{scan.strays} other files" if scan.strays else "an empty folder",
+            expected="the slices of one series",
+            fix="give the folder that holds them; NIfTI, NRRD and MetaImage are given as a file",
+        )
+    if not scan.volumes:
+        kinds = ", ".join(f"{len(headers)} × {kind}" for kind, headers in scan.aside.items())
+        raise DataError(
+            f"no {modality} images here",
+            path=path,
+            found=kinds,
+            expected=f"{modality} slices",
+            fix="wrong modality or series: choose another, or pass modality= if this is what you want",
+        )
+    if series is not None:
+        if series in scan.volumes:
+            return scan.volumes[series]
+        raise DataError(
+            f"series {series} is not among the {modality} images here",
+            path=path,
+            found=", ".join(scan.volumes),
+            fix="choose one of these with series=",
+        )
+    if len(scan.volumes) > 1:
+        raise several_series(path, [_info(headers, "volume") for headers in scan.volumes.values()])
+    return next(iter(scan.volumes.values()))
+
+
+def _check_one_series(scan: Scan, headers: list[Dataset], path: Path) -> None:
+    """Refuse what one series UID holds of two patients or studies, and slices among which others were set aside."""
+    owners = {(str(h.get("PatientID", "") or ""), str(h.get("StudyInstanceUID", "") or "")) for h in headers}
+    if len(owners) > 1:
+        patients, studies = (len(set(ids)) for ids in zip(*owners, strict=True))
+        raise DataError(
+            "one series UID for slices of several patients or studies",
+            path=path,
+            found=f"{patients} patient ids, {studies} studies",
+            expected="one of each",
+            fix="separate them, each with a series UID of its own; an anonymiser may have given them one",
+        )
+    first = headers[0]
+    for kind, aside in scan.aside.items():
+        like = [h for h in aside if kind != "localizer" and _looks_like(h, first)]
+        if len(like) > max(2, len(headers) // 4):  # a page or two of screen shots are nothing unusual
+            raise DataError(
+                "slices of one series are of two kinds",
+                path=path,
+                found=f"{len(headers)} images and {len(like)} × {kind} of the same size",
+                fix="export the series again: without the others the scan would have gaps",
+            )
+
+
+def _looks_like(header: Dataset, slice_: Dataset) -> bool:
+    return all(header.get(name) == slice_.get(name) for name in ("SeriesInstanceUID", "Rows", "Columns"))
+
+
+def _notes(scan: Scan, headers: list[Dataset], tilt_degrees: float) -> list[str]:
+    counted = {kind: len(aside) for kind, aside in scan.aside.items()}
+    notes = [f"{n} {kind}{'s' if n > 1 else ''} set aside" for kind, n in counted.items()]
+    if len(scan.volumes) > 1:
+        notes.append(f"{len(scan.volumes) - 1} other series in the folder not read")
+    if scan.lost:
+        n = len(scan.lost)
+        notes.append(
+            f"{n} damaged file{'s' if n > 1 else ''} left out, of this or another series of the folder"
+        )
+    if scan.strays:
+        notes.append(f"{scan.strays} file{'s' if scan.strays > 1 else ''} that are not DICOM ignored")
+    if any(str(header.get("LossyImageCompression", "")) == "01" for header in headers):
+        notes.append("lossy compression")
+    claimed = str(headers[0].get("GantryDetectorTilt", "") or 0)
+    if re.fullmatch(r"-?\d+(\.\d*)?", claimed) and abs(float(claimed)) > 1 and tilt_degrees < 0.5:
+        notes.append(f"the header claims a gantry tilt of {claimed}°, the slice positions show none")
+    return notes

@@ -1,0 +1,1 @@
+"""The cohort as small volumes on disk, built once and opened in no time."""

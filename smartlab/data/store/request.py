@@ -1,0 +1,201 @@
+"""What a worker is asked to store, and what comes of it.
+
+A request is decided by the manifest and the settings alone; with the content of the sources it decides the
+stored bytes. CT series and mammograms differ in their settings (`Settings`, `FlatSettings`) only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from smartlab.core.errors import DataError, UseError
+from smartlab.data.cohort.manifest import Lesion, Manifest
+from smartlab.data.cohort.privacy import hashed
+
+FORMAT = 1  # raise it when building would store other bytes
+LABELS = 2  # the same of label volumes, which are then built again; 2: a later mask wins all it covers
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the stored bytes, beside the source."""
+
+    spacing: float = 2.0
+    crop_body: bool = True
+    labels: bool = True
+    tilt: str = "refuse"  # or "correct": what read_volume does with a gantry-tilted series
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.tilt not in ("refuse", "correct"):
+            raise UseError("unknown tilt setting", found=self.tilt, expected="'refuse' or 'correct'")
+
+
+@dataclass(frozen=True)
+class FlatSettings:
+    """The same for mammograms. `spacing` is mm per pixel, `grey` as in `read_mammogram`."""
+
+    spacing: float = 0.2
+    crop_body: bool = True  # here: to the breast
+    labels: bool = True
+    grey: str = "voi"
+    pixel_mm: float | None = None  # taken where a file gives no spacing; from the manifest
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.grey not in ("voi", "percentile"):
+            raise UseError("unknown grey setting", found=self.grey, expected="'voi' or 'percentile'")
+
+
+@dataclass(frozen=True)
+class LabelSource:
+    """A file with labels: a binary mask painted as `value`, or a label map (value None).
+
+    `series` and `roi` choose a DICOM SEG or RTSTRUCT and a structure in it."""
+
+    path: Path
+    value: int | None = None
+    series: str | None = None
+    roi: str | None = None
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The files among which the outline of one lesion of a mammogram is, to be told by their content."""
+
+    case: str  # its key
+    value: int
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs for one image. Holds paths and the salt: it is never written or logged."""
+
+    key: str
+    path: Path
+    series: str | None
+    out: Path
+    settings: Settings | FlatSettings
+    salt: bytes = field(repr=False)
+    files: tuple[Path, ...] | None = None  # of this series, where several share the folder `path`
+    lesions: tuple[tuple[str, Lesion], ...] = ()  # (case key, lesion)
+    labels: tuple[LabelSource, ...] = ()
+    organs: tuple[int, ...] = ()  # values a label map may hold
+    words: tuple[str, ...] = ()  # what identifies this case, for scrubbing
+    outlines: tuple[Outline, ...] = ()  # mammograms only
+    phantom: bool = False  # drawn here: written fast rather than small
+
+    @property
+    def sources(self) -> dict[Path, list[Path]]:
+        """File or folder -> the files read from it."""
+        image = {self.path: files_of(self.path) if self.files is None else list(self.files)}
+        outlines = {file: [file] for one in self.outlines for file in one.files}
+        return image | {source.path: files_of(source.path) for source in self.labels} | outlines
+
+    @property
+    def request(self) -> str:
+        """Hash of what is asked for: with the content of the sources it decides the stored bytes."""
+        lesions = [(case, lesion.model_dump()) for case, lesion in self.lesions]
+        labels = [(source.value, source.series, source.roi) for source in self.labels]
+        facts: list[Any] = [asdict(self.settings), self.series, lesions, labels, self.organs]
+        facts += [(one.case, one.value) for one in self.outlines]
+        facts += [LABELS] if self.labels else []
+        return hashed(self.salt, "request", json.dumps(facts, sort_keys=True))
+
+    @property
+    def stat(self) -> str:
+        """Hash of names, sizes and times: tells without reading whether a source may have changed."""
+        facts = [
+            (os.path.relpath(file, source), file.stat().st_size, file.stat().st_mtime_ns)
+            for source, files in self.sources.items()
+            for file in files
+        ]
+        return hashed(self.salt, "stat", json.dumps(facts))
+
+    @property
+    def content(self) -> str:
+        """SHA-256 over the bytes of every source file, in order of name."""
+        digest = hashlib.sha256()
+        for file in chain(*self.sources.values()):
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an image (case None) or a case is not in the store."""
+
+    image: str
+    case: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: its row, or none and a failure; both when only a lesion failed."""
+
+    row: dict[str, Any] | None
+    failures: tuple[Failure, ...] = ()
+    built: bool = False  # False for a row that was kept
+    disk_full: bool = False
+
+
+def files_of(source: Path) -> list[Path]:
+    """The files a source is read from; a header with its data beside it is several."""
+    if source.is_dir():
+        return sorted(f for f in source.rglob("*") if f.is_file() and not f.name.startswith("."))
+    if source.suffix.lower() in (".mhd", ".nhdr", ".mha", ".nrrd") and source.is_file():
+        from smartlab.data.images.readers import data_files
+
+        with suppress(DataError, OSError):  # what is wrong with it is said by who reads it
+            return [source, *data_files(source)]
+    return [source]
+
+
+def cohort_state(man: Manifest, root: Path) -> str | None:
+    """Digest of a manifest and of name, size and time of every file it names; None where these cannot be told.
+
+    Of the files of a series, their number and the first and last are looked at, and the time of their folder, which
+    tells when one came, went or was replaced. Opens no image and takes a fraction of a second for 10,000. What lies
+    below `root` under another name than its series UID is known to who has read all headers only.
+    """
+    digest = hashlib.sha256(f"{FORMAT} {LABELS} {man.model_dump_json()}".encode())
+    images = [case.image or case.series_uid for case in man.cases]
+    others = [place for case in man.cases for place in (case.label_map, *case.masks.values())]
+    try:
+        for place in dict.fromkeys(filter(None, images + others)):
+            for facts in _seen(root / place.removeprefix("series:")):
+                digest.update(repr(facts).encode())
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def _seen(source: Path) -> Iterator[tuple[str, int, int]]:
+    if not source.is_dir():
+        for file in files_of(source):
+            yield _facts(file.name, file.stat())
+        return
+    with os.scandir(source) as entries:
+        inside = sorted(entries, key=lambda entry: entry.name)
+    files = [entry for entry in inside if not entry.is_dir()]
+    yield ".", len(files), source.stat().st_mtime_ns
+    for entry in inside:
+        if entry.is_dir():
+            yield from _seen(Path(entry.path))
+        elif entry in (files[0], files[-1]):
+            yield _facts(entry.name, entry.stat())
+
+
+def _facts(name: str, stat: os.stat_result) -> tuple[str, int, int]:
+    return name, stat.st_size, stat.st_mtime_ns

@@ -1,0 +1,100 @@
+"""The encoder behind an evaluation: from a run, an exported file, random weights, or as it is.
+
+Every evaluation of a trained encoder is read beside the same architecture with random weights
+(`random_encoder`): what that reaches, pretraining did not bring.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from smartlab.core.config import Config
+from smartlab.models.encoder import Encoder
+from smartlab.training.run import Run
+
+if TYPE_CHECKING:
+    from smartlab.models.vit import ViTEncoder
+
+    AnyEncoder = Encoder | ViTEncoder
+    EncoderSource = Encoder | Run | str | Path  # a ViTEncoder too, where a task says that it takes images
+
+
+def as_encoder(source: EncoderSource, role: str = "teacher") -> tuple[Any, dict[str, Any]]:
+    """An encoder from a run, its folder, an exported file or an encoder -> (encoder, facts for results).
+
+    facts: "encoder" (what it came from), "role", "weights" (hash of weights and configuration); for a
+    run also "step".
+    """
+    facts: dict[str, Any]
+    encoder: Any
+    if isinstance(source, nn.Module):
+        encoder, facts = source, {"encoder": "given"}
+    elif isinstance(source, Run) or Path(source).is_dir():
+        run = source if isinstance(source, Run) else Run(source)
+        role = role if run.config.teacher.enabled else "student"
+        encoder = run.encoder(role)
+        facts = {"encoder": run.path.name, "role": role, "step": run.step}
+    else:
+        from smartlab.interop.weights import load_encoder
+
+        encoder, facts = load_encoder(source), {"encoder": Path(source).name}
+    return encoder, facts | {"weights": identity(encoder)[:16]}
+
+
+def random_encoder(config: Config, seed: int = 0) -> Any:
+    """The same architecture with random weights; equal seeds give equal weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoder = untrained(config)
+    return encoder.eval().requires_grad_(False)
+
+
+def untrained(config: Config) -> AnyEncoder:
+    """The encoder of a configuration with new weights: of scans, or of images."""
+    if config.encoder.kind == "vit":
+        from smartlab.models.vit import ViTEncoder
+
+        return ViTEncoder(config)
+    return Encoder(config)
+
+
+def network_input(crops: Tensor) -> Tensor:
+    """Windowed crops (B, D, H, W) with a channel; the unit axis of images (B, 1, H, W) is one already."""
+    return crops if crops.shape[1] == 1 else crops[:, None]
+
+
+def total_stride(encoder: AnyEncoder) -> int:
+    """Stored voxels or pixels of which a crop must be a whole multiple."""
+    image = encoder.config.encoder.kind == "vit"
+    return encoder.stride if image else encoder.config.encoder.stride(4)
+
+
+def identity(encoder: nn.Module) -> str:
+    """Hash of all weights and the whole configuration, wherever the encoder lies and came from."""
+    digest = hashlib.sha256(
+        json.dumps(
+            encoder.config.model_dump(mode="json"),  # type: ignore[union-attr, operator]
+            sort_keys=True,
+        ).encode()
+    )
+    for name, value in sorted(encoder.state_dict().items()):
+        array = value.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
+        digest.update(array.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def ready(encoder: Any, device: str | torch.device | None) -> Any:
+    """In evaluation mode and on `device` (None: where it is); the caller's own is left as it was."""
+    here = next(encoder.parameters()).device
+    there = here if device is None else torch.device(device)
+    if not encoder.training and here == there:
+        return encoder
+    return copy.deepcopy(encoder).to(there).eval()

@@ -1,0 +1,1 @@
+"""How sure: metrics, intervals over patients, comparisons, figures."""

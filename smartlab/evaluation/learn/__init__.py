@@ -1,0 +1,1 @@
+"""What is learned on a table of features: probe, few-shot, outcome."""

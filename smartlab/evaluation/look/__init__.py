@@ -1,0 +1,1 @@
+"""What is seen without labels: clusters, attention heads, localisation, units."""

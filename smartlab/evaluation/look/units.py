@@ -1,0 +1,276 @@
+"""Which organ is this unit? A linear readout of token features, stage by stage: a yardstick for pretraining.
+
+A softmax regression learns the organ (or background) of single units on some patients and names those of others.
+It reads every stage on its own grid, and the semantic tokens, beside an untrained network of the same
+architecture, mean and spread of HU, and the unit's place in the scan, which alone tells much of an anatomy.
+
+- balanced accuracy   mean over classes of the share of units named right; a unit's class is what holds at least
+                      `minimum` of its voxels, others are left out
+- mIoU                mean over organs of units named right over units that are it or are called it
+
+Both from the confusions of all judged patients together; intervals by patient bootstrap, differences paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from smartlab.core.errors import DataError, UseError
+from smartlab.data.store.store import Store
+from smartlab.evaluation.features.encoders import as_encoder, random_encoder
+from smartlab.evaluation.features.grids import scans, unit_counts
+from smartlab.evaluation.judge.means import interval, patient_weights
+from smartlab.evaluation.judge.result import Estimate, Result
+from smartlab.evaluation.learn.linear import fit_tuned, one_thread
+from smartlab.evaluation.look.unsupervised import FEATURES, fold_pairs, organs_of, plain
+from smartlab.models.encoder import Encoder
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from smartlab.evaluation.features.encoders import EncoderSource
+
+LEVELS = ("stage 1", "stage 2", "stage 3", "stage 4", "tokens")
+MEASURES = ("balanced accuracy", "mIoU")
+
+
+class Scan(NamedTuple):
+    """One scan on the grid of one level."""
+
+    features: dict[str, np.ndarray]  # name -> (units, C)
+    organ: np.ndarray  # (units,) class, 0 is background
+
+
+def units(
+    source: EncoderSource,
+    store: Store,
+    images: Iterable[int] | None = None,
+    *,
+    levels: Sequence[str] = ("stage 2", "stage 3", "tokens"),
+    labelled: int | None = None,
+    minimum: float = 0.5,
+    per_class: int = 60,
+    folds: int = 5,
+    draws: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> Result:
+    """Balanced accuracy and mIoU of a linear readout of single units, on patients that it did not learn from.
+
+    levels:    what is read: "stage 1" to "stage 4" (strides 4 to 32 with patches of 2), "tokens".
+    labelled:  patients to learn from, drawn at random; by default all.
+    minimum:   share of a unit's voxels that its class must hold.
+    per_class: units per class and scan to learn from, at most.
+    folds:     where the store has no split: by patient. Else the training part is learned from, the rest judged.
+
+    metrics: "stage 2/balanced accuracy", "stage 2/balanced accuracy: random", "… minus random", …
+    table:   a row per level, feature and class.
+
+    >>> units("runs/a", store).metrics["stage 2/balanced accuracy minus random"]
+    """
+    if not levels or (unknown := set(levels) - {*LEVELS}):
+        raise UseError(
+            f"no level {sorted(unknown) if levels else ''}", expected=f"some of {', '.join(LEVELS)}"
+        )
+    encoder, origin = as_encoder(source)
+    about, every, names = _collect(encoder, store, images, levels, minimum, seed, progress)
+    patients, pairs = about.patient.to_numpy(str), _pairs(about, labelled, folds, seed)
+    judged = np.unique(np.concatenate([judge for _, judge in pairs]))
+    weights, _ = patient_weights(patients[judged], draws, seed)
+    metrics: dict[str, Estimate] = {}
+    rows = []
+    for level in tqdm(levels, desc="readouts", disable=not progress):
+        confused = {
+            f: _confusions(every[level], f, patients, pairs, per_class, len(names), seed) for f in FEATURES
+        }
+        found = {f: _measures(weights, c) for f, c in confused.items()}
+        for number, measure in enumerate(MEASURES):
+            metrics |= _estimates(f"{level}/{measure}", {f: (v[number], d[number]) for f, (v, d) in found.items()},
+                                  weights.shape[1])  # fmt: skip
+        for feature, table in confused.items():
+            right, union = table.sum(0).diagonal(), table.sum(0).sum(0) + table.sum(0).sum(1)
+            rows += [
+                {"level": level, "feature": feature, "class": name, "units": n, "right": r / max(n, 1), "iou": i}
+                for name, n, r, i in zip(names, table.sum((0, 2)), right, right / np.maximum(union - right, 1), strict=True)
+            ]  # fmt: skip
+    import pandas as pd
+
+    facts = origin | {"labelled": labelled, "minimum": minimum, "per_class": per_class, "folds": len(pairs)}
+    facts |= {"classes": names, "patients": weights.shape[1], "chance": 1 / len(names)}
+    facts |= {"data": store.fingerprint, "seed": seed, "draws": draws}
+    return Result(
+        "units", metrics, pd.DataFrame(rows), partial(_draw, metrics, tuple(levels), 1 / len(names)), facts
+    )
+
+
+def _collect(
+    encoder: Encoder,
+    store: Store,
+    images: Iterable[int] | None,
+    levels: Sequence[str],
+    minimum: float,
+    seed: int,
+    progress: bool,
+) -> tuple[pd.DataFrame, dict[str, list[Scan]], list[str]]:
+    """The scans that have organ labels, their units by level, and the names of the classes that occur."""
+    names, about = organs_of(store), scans(store, images)
+    untrained = random_encoder(encoder.config, seed).to(encoder.device)
+    codes = np.zeros(256, np.int64)
+    codes[list(names)] = np.arange(1, len(names) + 1)
+    every: dict[str, list[Scan]] = {level: [] for level in levels}
+    kept = []
+    for place, image in enumerate(tqdm(about.image, desc="features", disable=not progress)):
+        stored = store.labels(int(image))
+        if stored is None:
+            continue
+        kept.append(place)
+        hu, labels = store.array(int(image))[:], stored[:]
+        found = {
+            name: _levels(net, hu, levels) for name, net in (("encoder", encoder), ("random", untrained))
+        }
+        for level in levels:
+            grid = found["encoder"][level].shape[:3]
+            stride = _stride(encoder, level)
+            counts = unit_counts(labels, codes, len(names) + 1, stride, grid)
+            clear = counts.max(1) >= minimum * stride**3
+            features = {n: f[level].reshape(-1, f[level].shape[-1]) for n, f in found.items()} | plain(
+                hu, stride, grid
+            )
+            every[level].append(
+                Scan({n: f[clear].astype(np.float32) for n, f in features.items()}, counts.argmax(1)[clear])
+            )
+    present = {int(c) for level in every.values() for scan in level for c in np.unique(scan.organ)}
+    if len(present) < 3:
+        raise DataError("no scan has labels of two organs", path=store.path, fix="choose other images")
+    order = sorted(present)
+    recode = np.zeros(len(names) + 1, np.int64)
+    recode[order] = range(len(order))
+    every = {k: [s._replace(organ=recode[s.organ]) for s in v] for k, v in every.items()}
+    called = ["background", *names.values()]
+    return about.iloc[kept].reset_index(drop=True), every, [called[i] for i in order]
+
+
+def _stride(encoder: Encoder, level: str) -> int:
+    return encoder.stride if level == "tokens" else encoder.config.encoder.stride(int(level[-1]))
+
+
+def _levels(encoder: Encoder, hu: np.ndarray, levels: Sequence[str]) -> dict[str, np.ndarray]:
+    """Features (D, H, W, C) of a scan by level."""
+    found = encoder.features(hu)
+    every = {f"stage {i}": maps[0].permute(1, 2, 3, 0) for i, maps in enumerate(found["stages"])}
+    every["tokens"] = found["tokens"][0].unflatten(0, tuple(found["grid"]))
+    return {level: every[level].float().cpu().numpy() for level in levels}
+
+
+def _pairs(
+    about: pd.DataFrame, labelled: int | None, folds: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(scans to learn from, scans to judge), no patient in both."""
+    patients = about.patient.to_numpy(str)
+    split = about.split.where(about.split.notna() & (about.split != ""), "train")  # as in pretraining
+    train = (split == "train").to_numpy()
+    pairs = [(np.flatnonzero(train), np.flatnonzero(~train))] if train.any() and not train.all() else None
+    if pairs is None:
+        pairs, notes = fold_pairs(patients, folds, seed)
+        if notes:
+            raise DataError(
+                "one patient cannot be learned from and judged", fix="give scans of several patients"
+            )
+    if labelled is None:
+        return pairs
+    few = []
+    for learn, judge in pairs:
+        known = np.random.default_rng(seed).permutation(np.unique(patients[learn]))
+        if not 0 < labelled <= len(known):
+            raise UseError(f"labelled={labelled}", expected=f"1 to {len(known)} patients")
+        few.append((learn[np.isin(patients[learn], known[:labelled])], judge))
+    return few
+
+
+@one_thread
+def _confusions(
+    every: list[Scan],
+    feature: str,
+    patients: np.ndarray,
+    pairs: list[tuple[np.ndarray, np.ndarray]],
+    per_class: int,
+    classes: int,
+    seed: int,
+) -> np.ndarray:
+    """(judged patients, class, called) counts of units."""
+    names = np.unique(patients[np.concatenate([judge for _, judge in pairs])])
+    table = np.zeros((len(names), classes, classes))
+    for learn, judge in pairs:
+        rng = np.random.default_rng(seed)
+        x, y, who = [], [], []
+        for i in learn:
+            scan = every[i]
+            drawn = [rng.permutation(np.flatnonzero(scan.organ == c))[:per_class] for c in range(classes)]
+            rows = np.concatenate(drawn)
+            x.append(scan.features[feature][rows])
+            y.append(scan.organ[rows])
+            who.append(np.full(len(rows), patients[i]))
+        labels = np.concatenate(y)
+        known, code = np.unique(
+            labels, return_inverse=True
+        )  # organs that no learning scan shows stay unnamed
+        model = fit_tuned(np.concatenate(x), code, [str(c) for c in known], np.concatenate(who), seed=seed)
+        for i in judge:
+            said = model.predict(every[i].features[feature])
+            called = known[said.argmax(1) if len(known) > 2 else (said[:, 0] > 0.5).astype(int)]
+            np.add.at(table[np.searchsorted(names, patients[i])], (every[i].organ, called), 1)
+    return table
+
+
+def _measures(weights: np.ndarray, confused: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(2,) values and (2, draws) bootstrap draws of the two measures."""
+
+    def both(table: np.ndarray) -> np.ndarray:
+        right, truth, said = table.diagonal(axis1=-2, axis2=-1), table.sum(-1), table.sum(-2)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            recall, iou = right / truth, right / (truth + said - right)
+        iou[..., 0], iou[truth == 0] = np.nan, np.nan  # background; organs that nobody drawn shows
+        return np.stack([np.nanmean(recall, -1), np.nanmean(iou, -1)])
+
+    drawn = np.einsum("dp,pij->dij", weights.astype(float), confused)
+    return both(confused.sum(0)), both(drawn)
+
+
+def _estimates(name: str, found: dict[str, tuple[float, np.ndarray]], patients: int) -> dict[str, Estimate]:
+    value, drawn = found["encoder"]
+    metrics = {name: interval(value, drawn, patients)}
+    for feature, (other, others) in found.items():
+        if feature != "encoder":
+            metrics[f"{name}: {feature}"] = interval(other, others, patients)
+            metrics[f"{name} minus {feature}"] = interval(value - other, drawn - others, patients)
+    return metrics
+
+
+def _draw(metrics: dict[str, Estimate], levels: tuple[str, ...], chance: float) -> Figure:
+    """Both measures by level, the encoder beside what it must beat."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.8), layout="constrained")
+    colours = dict(zip(FEATURES, ("#D55E00", "#999999", "#0072B2", "#009E73"), strict=True))
+    for ax, measure in zip(axes, MEASURES, strict=True):
+        for shift, feature in enumerate(FEATURES):
+            names = [f"{level}/{measure}" + (f": {feature}" if shift else "") for level in levels]
+            value = np.array([metrics[n].value for n in names])
+            spread = np.abs(np.array([[metrics[n].low, metrics[n].high] for n in names]).T - value)
+            at = np.arange(len(levels)) + 0.14 * (shift - 1.5)
+            label = {"random": "random weights", "intensity": "mean and spread of HU"}.get(feature, feature)
+            ax.errorbar(at, value, spread, fmt="o", color=colours[feature], label=label, capsize=3)
+        ax.set_xticks(range(len(levels)), levels)
+        ax.set_ylabel(measure)
+        ax.set_ylim(0)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", alpha=0.25)
+    axes[0].axhline(chance, color="0.3", ls="--", lw=1)
+    axes[1].legend(frameon=False, fontsize=9)
+    return figure

@@ -44,11 +44,12 @@ test-slow: $(READY) ## the others: killed and resumed, several processes, learni
 test-all: $(READY) ## every test
 	$(TESTS)
 
-check: $(READY) ## formatting, lint, types
+check: $(READY) ## formatting, lint, types, who imports whom
 	$(BIN)/ruff format --check smartlab data_manifests tests benchmarks notebooks
 	$(BIN)/ruff check smartlab data_manifests tests benchmarks notebooks
 	$(BIN)/python -m smartlab.notebook_files --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 notebooks: $(READY) ## strip and number the notebooks and format their code, before a commit
 	$(BIN)/python -m smartlab.notebook_files

@@ -24,7 +24,7 @@ import torch
 
 import smartlab as sl
 from benchmarks.harness import machine
-from smartlab.core.config import parse_overrides
+from smartlab.core.config import DataConfig, parse_overrides
 from smartlab.data.store.prepare import prepare_store
 from smartlab.evaluation.judge.result import clean
 from smartlab.evaluation.look.units import units
@@ -93,9 +93,9 @@ def spent(folder: Path) -> dict[str, float]:
     return {"seconds": seconds, "core_hours": seconds * torch.get_num_threads() / 3600}
 
 
-def judge(run: sl.Run, scans: int) -> dict[str, Any]:
+def judge(run: sl.Run, scans: int, data: DataConfig | None = None) -> dict[str, Any]:
     """Every measure of student and teacher, learned from all labelled patients, and from four."""
-    _, store = prepare_store(run.config.data, progress=True)
+    _, store = prepare_store(data or run.config.data, progress=True)
     about = store.cases.drop_duplicates("image")
     learn = about.image[about.split == "train"].tolist()[:scans]
     held_out = about.image[about.split != "train"].tolist()[:scans]

@@ -222,15 +222,17 @@ def explore(
 @app.command(epilog="Example: smartlab export runs/x --to monai --out encoder.pt")
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
-    to: Annotated[str, typer.Option(help="monai or safetensors.")],
-    out: Annotated[Path, typer.Option(help="File to write.")],
+    to: Annotated[str, typer.Option(help="monai, safetensors or hub.")],
+    out: Annotated[str, typer.Option(help="File to write; for the Hugging Face hub, ORG/NAME.")],
     role: Annotated[str, typer.Option(help="teacher or student.")] = "teacher",
     as_json: AsJson = False,
 ) -> None:
-    """Write a pretrained encoder for MONAI's SwinUNETR, or as safetensors with a model card."""
+    """Write a pretrained encoder for MONAI's SwinUNETR, or as safetensors with a model card, or to the hub."""
     from smartlab.interop import weights as interop
 
     path = interop.export(run, to, out, role)  # type: ignore[arg-type]
+    if isinstance(path, str):
+        return say(as_json, {"address": path}, f"{path}: private; whoever may read it loads hf:{out}")
     say(
         as_json,
         {"file": str(path), "bytes": path.stat().st_size},

@@ -27,6 +27,7 @@ from torch import Tensor
 from smartlab.core.config import Config, load_config
 from smartlab.core.errors import DataError, UseError
 from smartlab.core.files import written
+from smartlab.interop import hub
 from smartlab.interop.vit import config_of_vit, convert_vit, is_vit, to_monai
 from smartlab.models.build import AnyEncoder, make_encoder
 from smartlab.models.swin import MERGE_ORDER
@@ -73,7 +74,7 @@ def load_encoder(
     merging: str | None = None,
     heads: int | None = None,
 ) -> AnyEncoder:
-    """An encoder from a run folder, an exported file, or any file described above.
+    """An encoder from a run folder, an exported file, any file described above, or the hub (hf:ORG/NAME).
 
     role:    which encoder of a run folder.
     merging: the patch-merging order of a foreign file, one of `MERGE_ORDERS`; no file tells it. "monai" by
@@ -82,7 +83,7 @@ def load_encoder(
 
     >>> enc = sl.load_encoder("runs/a", role="teacher")
     """
-    path = Path(source)
+    path = hub.download(str(source)) if str(source).startswith(hub.PREFIX) else Path(source)
     if path.is_dir():
         return Run(path).encoder(role)
     if not path.is_file():
@@ -112,25 +113,30 @@ def load_encoder(
 
 def export(
     source: str | Path | AnyEncoder,
-    to: Literal["monai", "safetensors"],
+    to: Literal["monai", "safetensors", "hub"],
     out: str | Path,
     role: str = "teacher",
-) -> Path:
-    """Write an encoder for others: "monai" (.pt for its SwinUNETR or ViT) or "safetensors" with a model card.
+) -> Path | str:
+    """Write an encoder for others: "monai" (.pt for its SwinUNETR or ViT), "safetensors" with a model card, or
+    both of these last on the Hugging Face hub, private at first: `out` is ORG/NAME there, and so is what returns.
 
     >>> export("runs/a", "monai", "encoder.pt")
     >>> weights = torch.load("encoder.pt", weights_only=True)["state_dict"]
     >>> net.load_state_dict(weights, strict=False)  # net: MONAI's SwinUNETR of the same sizes
     """
-    if to not in ("monai", "safetensors"):
-        raise UseError(f"cannot export to {to!r}", expected="monai or safetensors")
+    if to not in ("monai", "safetensors", "hub"):
+        raise UseError(f"cannot export to {to!r}", expected="monai, safetensors or hub")
     given = isinstance(source, torch.nn.Module)
     run = Run(source) if not given and Path(source).is_dir() else None  # type: ignore[arg-type]
     encoder: Any = source if given else load_encoder(source, role)  # type: ignore[arg-type]
+    card = _card(encoder, run, source, role)
+    if to == "hub":
+        card["config"] = json.dumps(hub.nameless(json.loads(card["config"])))
+        return hub.publish(lambda file: save_weights(file, encoder.state_dict(), card), str(out))
     out = Path(out)
     with written(out, "the export") as temporary:
         if to == "safetensors":
-            save_weights(temporary, encoder.state_dict(), _card(encoder, run, source, role))
+            save_weights(temporary, encoder.state_dict(), card)
         elif isinstance(encoder, ViTEncoder):
             torch.save({"state_dict": to_monai(encoder)}, temporary)
         else:

@@ -84,9 +84,9 @@ class Cohort(NamedTuple):
 
 def phantom_folder(name: str, patients: int, seed: int = 0) -> Path:
     """Where the images of a phantom are kept for all notebooks."""
-    from smartlab.core.places import cache_folder
+    from smartlab.data.phantoms.make import kept_in
 
-    return cache_folder() / f"{name}-{patients}-seed{seed}"
+    return kept_in(name, patients, seed)
 
 
 def is_phantom(data: str) -> bool:

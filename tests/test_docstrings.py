@@ -96,7 +96,7 @@ def small(tmp_path_factory):
 def names_of(place, module, used):
     """What examples take for given, by name; made where `used` says that an example does."""
     made, runs = place
-    ct, mammo = made / "cache" / "phantom-ct-24-seed0", made / "cache" / "phantom-mammo-6-seed0"
+    ct, mammo = made / "cache" / "phantom-ct-24-seed0", made / "cache" / "phantom-mammo-6-seed0-drawing2"
     generator = torch.Generator().manual_seed(0)
 
     def store():
@@ -183,7 +183,7 @@ def names_of(place, module, used):
 def furnish(folder, place):
     """The files that examples name, below the folder in which they run."""
     made, runs = place
-    ct, mammo = made / "cache" / "phantom-ct-24-seed0", made / "cache" / "phantom-mammo-6-seed0"
+    ct, mammo = made / "cache" / "phantom-ct-24-seed0", made / "cache" / "phantom-mammo-6-seed0-drawing2"
     (folder / "my").mkdir()
     for path in (ct / "manifest.json", *ct.glob("*.csv")):
         shutil.copy(path, folder / "my")

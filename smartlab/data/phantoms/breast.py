@@ -96,7 +96,7 @@ def _draw_mass(rng: np.random.Generator) -> Mass:
         malignant=malignant,
         diameter=float(np.clip((15.5 if malignant else 14.0) * np.exp(rng.normal(0, 0.32)), 7, 32)),
         roundness=rng.uniform(0.68, 0.98),
-        contrast=rng.uniform(480, 900) + 40 * malignant,
+        contrast=rng.uniform(600, 1000) + 40 * malignant,
         depth=rng.uniform(0.22, 0.68),
         height=(rng.uniform(-0.5, 0.5), rng.uniform(-0.5, 0.5)),
         seed=int(rng.integers(2**31)),

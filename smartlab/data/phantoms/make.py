@@ -22,12 +22,14 @@ from tqdm.auto import tqdm
 
 from smartlab.core.errors import DataError, UseError
 from smartlab.core.files import whole
+from smartlab.core.places import cache_folder
 from smartlab.core.workers import Lost, run_bounded
 from smartlab.data.cohort.manifest import Manifest, Source
 from smartlab.data.phantoms.grid import Grid
 
 Format = Literal["nifti", "dicom"]
 _KINDS = {"ct": "smartlab.data.phantoms.ct", "mammo": "smartlab.data.phantoms.mammo"}
+DRAWING = {"ct": 1, "mammo": 2}  # raised when a seed gives other images than before: those kept are then others
 
 
 def make_phantom(
@@ -66,6 +68,12 @@ def make_phantom(
             bar.update()
     manifest.save(root / "manifest.json")
     return manifest
+
+
+def kept_in(name: str, n: int, seed: int = 0) -> Path:
+    """Where a cohort is kept for all when no place is named."""
+    drawing = DRAWING[_short(name)]
+    return cache_folder() / (f"{name}-{n}-seed{seed}" + (f"-drawing{drawing}" if drawing > 1 else ""))
 
 
 def phantom_manifest(
@@ -144,12 +152,14 @@ def _grid(kind: str, shape: tuple[int, ...] | None, spacing: float | None, forma
 
 def _same_cohort(path: Path, manifest: Manifest) -> None:
     """Refuse to mix two phantoms in one folder; a larger n of the same one may continue."""
-    settings = {"kind": manifest.source.location} | manifest.source.parameters
+    kind = manifest.source.location
+    settings = {"kind": kind} | manifest.source.parameters
+    settings |= {"drawing": DRAWING[kind]} if DRAWING[kind] > 1 else {}
     settings.pop("n")
     if path.exists():
         there = json.loads(path.read_text())
         if there != settings:
-            other = {k: v for k, v in there.items() if settings.get(k) != v}
+            other = {k: there.get(k) for k in settings | there if settings.get(k) != there.get(k)}
             raise UseError(
                 "holds another phantom",
                 path=path.parent,

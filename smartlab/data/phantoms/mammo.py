@@ -172,7 +172,8 @@ def _paint_mass(image: Array, patient: Patient, view: str, mass: Mass, grid: Gri
     y = ((np.arange(patch.shape[0]) + top - row) * grid.spacing)[:, None]
     x = ((np.arange(patch.shape[1]) + left - column) * grid.spacing)[None, :]
     added, inside = _mass_profile(mass, rng, x, y, radius)
-    patch += (mass.contrast * added).astype(np.float32)
+    behind = ndimage.gaussian_filter(patch, 0.7 * radius / grid.spacing)  # a mass takes the place of tissue
+    patch += (0.75 * added.clip(0, 1) * (behind - patch) + mass.contrast * added).astype(np.float32)
     mask = np.zeros(grid.shape, np.uint8)
     mask[box][inside] = 255
     return mask[:, ::-1] if patient.laterality == "R" else mask

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from smartlab.core.config import DataConfig
 from smartlab.core.errors import UseError
-from smartlab.core.places import cache_folder, remembered_store
+from smartlab.core.places import remembered_store
 from smartlab.data.cohort.manifest import Manifest, load_manifest, shipped_manifests
 from smartlab.data.cohort.privacy import salt
 from smartlab.data.store import index
@@ -158,13 +158,13 @@ def store_place(man: Manifest, root: Path, spacing: float | None = None, grey: s
 
 
 def _phantom(man: Manifest, root: Path | None, data: DataConfig, progress: bool) -> tuple[Manifest, Path]:
-    from smartlab.data.phantoms.make import make_phantom
+    from smartlab.data.phantoms.make import kept_in, make_phantom
 
     settings = dict(man.source.parameters)
     every = int(settings.pop("n"))
     n = data.phantom_cases or every
     seed = int(settings.pop("seed"))
-    root = root or cache_folder() / f"{man.name}-{n}-seed{seed}"
+    root = root or kept_in(man.name, n, seed)
     if progress and n < every and not (root / "manifest.json").exists():
         print(f"drawing {n} of {every} phantom patients; more: data.phantom_cases={every}", file=sys.stderr)
     kind = man.source.location.removeprefix("phantom-")

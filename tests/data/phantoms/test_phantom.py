@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from smartlab.data.phantoms import breast, canvas, ct, mammo
 from smartlab.data.phantoms.body import Curve
 from smartlab.data.phantoms.grid import Grid
 from smartlab.data.phantoms.lesions import BASELINE, reach, render_lump
-from smartlab.data.phantoms.make import make_phantom, phantom_manifest
+from smartlab.data.phantoms.make import kept_in, make_phantom, phantom_manifest
 from smartlab.data.phantoms.organs import ORGANS
 from smartlab.data.phantoms.patient import draw_patient
 from smartlab.data.store.prepare import locate_images
@@ -451,3 +452,15 @@ def test_a_right_breast_is_a_mirrored_left_one():
     a, masks_a = mammo.render(left, "CC", grid)
     b, masks_b = mammo.render(right, "CC", grid)
     assert (a == b[:, ::-1]).all() and (masks_a[0] == masks_b[0][:, ::-1]).all()
+
+
+def test_images_drawn_as_before_are_not_mixed_with_those_of_today(tmp_path):
+    small = {"n": 1, "shape": (256, 192), "spacing": 1.0, "progress": False}
+    make_phantom("mammo", tmp_path, **small)
+    told = json.loads((tmp_path / "phantom.json").read_text())
+    told.pop("drawing")  # as the first release wrote it
+    (tmp_path / "phantom.json").write_text(json.dumps(told))
+    with pytest.raises(UseError, match="another phantom"):
+        make_phantom("mammo", tmp_path, **small)
+    assert kept_in("phantom-mammo", 6).name != "phantom-mammo-6-seed0"
+    assert kept_in("phantom-ct", 6).name == "phantom-ct-6-seed0"

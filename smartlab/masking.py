@@ -31,7 +31,7 @@ def make_mask(
     strategy: str,
     attention: Tensor | None,
     ratio: float,
-    grid: tuple[int, int, int],
+    grid: tuple[int, ...],
     *,
     generator: torch.Generator | None = None,
     batch: int | None = None,
@@ -103,7 +103,7 @@ def hidden_count(ratio: float, units: int) -> int:
     return math.ceil(ratio * units - 1e-9)  # 0.7 · 10 is 7, not 8
 
 
-def upsample(mask: Tensor, grid: tuple[int, int, int], factor: int) -> Tensor:
+def upsample(mask: Tensor, grid: tuple[int, ...], factor: int) -> Tensor:
     """(B, N) units -> (B, D·f, H·f, W·f), each unit repeated over its f³ cells."""
     x = mask.view(-1, *grid)
     for axis in (1, 2, 3):
@@ -160,7 +160,7 @@ def _top(score: Tensor, k: int | Tensor) -> Tensor:
 
 def _blocks(
     rows: int,
-    grid: tuple[int, int, int],
+    grid: tuple[int, ...],
     k: int,
     device: torch.device,
     generator: torch.Generator | None,

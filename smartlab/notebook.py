@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from smartlab.core.config import Config
     from smartlab.data.cohort.manifest import Manifest
     from smartlab.data.store.store import Store
-    from smartlab.models.encoder import Encoder
+    from smartlab.models.encoder import AnyEncoder
     from smartlab.training.run import Run
 
 _JUPYTER = {"In", "Out", "exit", "quit", "get_ipython", "open"}
@@ -145,20 +145,18 @@ def default_encoder() -> Path:
     return path
 
 
-def open_encoder(source: str = "") -> tuple[Encoder, str]:
+def open_encoder(source: str = "") -> tuple[AnyEncoder, str]:
     """The encoder a notebook works with, and one line that says which; "" is `default_encoder`.
 
     source: a run folder, an exported file, or any file that `sl.load_encoder` understands.
     """
-    from smartlab.models.encoder import Encoder
-
     path = Path(source) if source else default_encoder()
     encoder = smartlab.load_encoder(path)
-    if not isinstance(encoder, Encoder):
+    if encoder.config.flat:
         raise DataError(
             "is an encoder of images, and this notebook works on CT",
             path=path,
-            fix="give a run or file of a Swin encoder here; 08_mammography takes this one",
+            fix="give a run or file of an encoder of scans here; 08_mammography takes this one",
         )
     config = encoder.config
     return encoder, (

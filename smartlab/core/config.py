@@ -57,7 +57,20 @@ __all__ = [
 PRESET_FOLDER = Path(__file__).parents[1] / "presets"
 
 _SWIN: dict[str, Any] = {"encoder.kind": "swin", "encoder.patch": 2}
-_VIT: dict[str, Any] = {"encoder.kind": "vit", "encoder.patch": 16}
+_VIT: dict[str, Any] = {
+    "encoder.kind": "vit",
+    "encoder.patch": 16,
+    "data.window": (0.0, 4095.0),  # the grey values of mammograms
+}
+_PRIMUS: dict[str, Any] = {  # Wald et al., "Primus" (2025), as nnU-Net trains it
+    "encoder.kind": "vit",
+    "encoder.layout": "primus",
+    "encoder.patch": 8,
+    "encoder.mlp_ratio": 4 * 2 / 3,
+    "encoder.layer_scale": 0.1,
+    "encoder.inner_norm": True,
+    "semantic.enabled": False,  # its own [CLS] looks
+}
 _DISTILLATION: dict[str, Any] = {"method.family": "masked_distillation"}
 _MAE: dict[str, Any] = {  # He et al., "Masked autoencoders are scalable vision learners" (2022)
     "method.family": "multiscale_mae",
@@ -69,7 +82,6 @@ _MAE: dict[str, Any] = {  # He et al., "Masked autoencoders are scalable vision 
     "loss.image": 0.0,
     "loss.global_image": 0.0,
     "loss.coarse": 0.0,
-    "data.window": (0.0, 4095.0),  # the grey values of mammograms
 }
 
 # What the preset names stand for, as dotted settings. The papers' notes give the provenance.
@@ -110,6 +122,16 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "vit-small": {**_VIT, "encoder.embed_dim": 384, "encoder.blocks": 12, "encoder.heads": 6},
     "vit-base": {**_VIT, "encoder.embed_dim": 768, "encoder.blocks": 12, "encoder.heads": 12},
     "vit-large": {**_VIT, "encoder.embed_dim": 1024, "encoder.blocks": 24, "encoder.heads": 16},
+    "primus-tiny": {  # a CPU size for demos and tests [ours]
+        **_PRIMUS,
+        "encoder.embed_dim": 96,
+        "encoder.blocks": 4,
+        "encoder.heads": 4,
+    },
+    "primus-s": {**_PRIMUS, "encoder.embed_dim": 396, "encoder.blocks": 12, "encoder.heads": 6},
+    "primus-b": {**_PRIMUS, "encoder.embed_dim": 792, "encoder.blocks": 12, "encoder.heads": 12},
+    "primus-m": {**_PRIMUS, "encoder.embed_dim": 864, "encoder.blocks": 16, "encoder.heads": 12},
+    "primus-l": {**_PRIMUS, "encoder.embed_dim": 1056, "encoder.blocks": 24, "encoder.heads": 16},
     "custom": {},
 }
 

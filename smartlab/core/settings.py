@@ -16,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from smartlab.core.files import write_text
 
-EncoderPreset = Literal[
-    "tiny", "smit", "smart", "swinunetr", "vit-tiny", "vit-small", "vit-base", "vit-large", "custom"
-]
+Swins = Literal["tiny", "smit", "smart", "swinunetr"]
+ViTs = Literal["vit-tiny", "vit-small", "vit-base", "vit-large"]
+Primuses = Literal["primus-tiny", "primus-s", "primus-b", "primus-m", "primus-l"]
+EncoderPreset = Swins | ViTs | Primuses | Literal["custom"]
 MethodPreset = Literal[
     "simmim", "smit", "smart", "dagman", "ibot", "mst", "attmask", "mae", "miram", "custom"
 ]
@@ -58,15 +59,20 @@ class DataConfig(_Section):
 
 
 class EncoderConfig(_Section):
-    """3D Swin transformer in the layout of MONAI's SwinUNETR, or 2D vision transformer in that of MAE."""
+    """3D Swin transformer in the layout of MONAI's SwinUNETR, or vision transformer in that of MAE or Primus."""
 
     preset: EncoderPreset = "tiny"
     kind: Literal["swin", "vit"] = "swin"
+    layout: Literal["mae", "primus"] = "mae"  # ViT: MAE's, of images, or nnU-Net's Primus, of scans
     in_channels: int = Field(1, ge=1)
     patch: int = Field(2, ge=1)  # voxels per token side before the first stage
     embed_dim: int = Field(12, ge=1)
     blocks: int = Field(4, ge=1)  # ViT: transformer blocks
     heads: int = Field(4, ge=1)  # ViT: of every block
+    cls_token: bool = True  # Primus: its own [CLS], whose attention guides masks [ours]
+    registers: int = Field(0, ge=0)  # Primus: tokens to attend to when a head looks for nothing
+    layer_scale: float | None = None  # Primus: where learned scales of branches start; None: without
+    inner_norm: bool = False  # Primus: a norm behind attention
     depths: tuple[Count, Count, Count, Count] = (1, 1, 2, 1)
     num_heads: tuple[Count, Count, Count, Count] = (1, 2, 4, 8)
     window_size: int = Field(4, ge=1)
@@ -77,6 +83,19 @@ class EncoderConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> EncoderConfig:
+        if self.kind == "vit" and self.layout == "primus":
+            if self.embed_dim % (6 * self.heads):
+                raise ValueError(
+                    f"encoder.embed_dim={self.embed_dim} must be divisible by 6 × encoder.heads = 6 × {self.heads} (pairs "
+                    "of channels turned along three axes)"
+                )
+            return self
+        off = self.cls_token and not (self.registers or self.layer_scale is not None or self.inner_norm)
+        if not off:
+            raise ValueError(
+                "encoder.cls_token, encoder.registers, encoder.layer_scale and encoder.inner_norm are of a ViT with "
+                f"encoder.layout=primus, found encoder.kind={self.kind}, encoder.layout={self.layout}: leave them out"
+            )
         if self.kind == "vit":
             if self.embed_dim % self.heads or self.embed_dim % 4:
                 raise ValueError(
@@ -92,6 +111,11 @@ class EncoderConfig(_Section):
                     f"{channels} channels, which {heads} heads do not divide"
                 )
         return self
+
+    @property
+    def dims(self) -> int:
+        """2 of images, 3 of scans."""
+        return 2 if self.kind == "vit" and self.layout == "mae" else 3
 
     def stride(self, stage: int) -> int:
         """Voxels per token side at the output of stage 0 (embedding) to 4; a ViT has one stride."""
@@ -150,8 +174,9 @@ class MaskConfig(_Section):
 class StudentConfig(_Section):
     """How the student, who sees what masks leave, is encoded.
 
-    sparse: masked units are left out until a unit is one token. Windows then end at units, which is another
-    function than the encoder is used with later.
+    sparse: masked units are left out. By Swin until a unit is one token: windows then end at units, which is
+    another function than the encoder is used with later. By a ViT of scans to the end, where a decoder fills
+    them in (masked autoencoding, whose default it is); of images always.
     """
 
     encode: Literal["dense", "sparse"] = "dense"  # [ours]
@@ -244,10 +269,8 @@ class MaeConfig(_Section):
         if not any(self.weights):
             raise ValueError("every weight in mae.weights is 0: there is nothing to train on")
         for scale in self.decoders():
-            if scale.width % scale.heads or scale.width % 4:
-                raise ValueError(
-                    f"mae.width={scale.width} must be divisible by mae.heads={scale.heads} and by 4"
-                )
+            if scale.width % scale.heads:
+                raise ValueError(f"mae.width={scale.width} must be divisible by mae.heads={scale.heads}")
         if self.kernel % 2 == 0:
             raise ValueError(f"mae.kernel={self.kernel}: a centred convolution needs an odd number")
         return self
@@ -320,31 +343,44 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        wanted = "vit" if self.method.family == "multiscale_mae" else "swin"
-        if self.encoder.kind != wanted:
-            names = "vit-tiny, vit-small, vit-base" if wanted == "vit" else "tiny, smit, smart, swinunetr"
-            raise ValueError(
-                f"method.preset={self.method.preset} needs encoder.kind={wanted}, found {self.encoder.kind}: "
-                f"set encoder.preset to one of {names}, or another method.preset"
+        autoencodes, e = self.method.family == "multiscale_mae", self.encoder
+        if (autoencodes and e.kind == "swin") or (self.flat and not autoencodes):
+            wanted = "kind=vit" if autoencodes else "kind=swin, or encoder.layout=primus"
+            names = (
+                "vit-tiny, vit-base, primus-s" if autoencodes else "tiny, smit, smart, swinunetr, primus-s"
             )
-        if wanted == "vit":
+            raise ValueError(
+                f"method.preset={self.method.preset} needs encoder.{wanted}, found encoder.kind={e.kind}, "
+                f"encoder.layout={e.layout}: set encoder.preset to one of {names}, or another method.preset"
+            )
+        if autoencodes and not self.flat and "encode" not in self.student.model_fields_set:
+            self.student = StudentConfig(encode="sparse")
+        if autoencodes:
             self._check_mae()
+        if self.flat:
             return self
         if self.data.view > self.data.region:
             raise ValueError(f"data.view={self.data.view} does not fit into data.region={self.data.region}")
         total = self.encoder.stride(4)
         if self.data.view % total:
             below = self.data.view // total * total
+            way = "" if e.kind == "vit" else f" × 2^4 = {e.patch} × 16"
             raise ValueError(
-                f"data.view={self.data.view} is not divisible by the encoder's total stride encoder.patch × 2^4 = "
-                f"{self.encoder.patch} × 16 = {total} ({self.data.view} = {self.data.view // total} × {total} + "
+                f"data.view={self.data.view} is not divisible by the encoder's total stride encoder.patch{way} = "
+                f"{total} ({self.data.view} = {self.data.view // total} × {total} + "
                 f"{self.data.view % total}); use {' or '.join(str(n) for n in (below, below + total) if n)}"
             )
-        self._check_method()
+        if not autoencodes:
+            self._check_method()
         return self
 
     def _check_mae(self) -> None:
-        m, patch = self.mae, self.encoder.patch
+        m, patch, dims = self.mae, self.encoder.patch, self.encoder.dims
+        for width in m.width:
+            if width % (2 * dims):
+                raise ValueError(
+                    f"mae.width={width} must be divisible by {2 * dims} (sine and cosine of each axis)"
+                )
         if m.input % patch:
             raise ValueError(f"mae.input={m.input} is not divisible by encoder.patch={patch}")
         for scale in m.scales:
@@ -353,7 +389,7 @@ class Config(_Section):
                     f"data.view={self.data.view} cannot be made smaller to scale {scale} by whole pixels: it must be "
                     f"a multiple of mae.input × {scale} = {m.input * scale}"
                 )
-        units = (m.input // patch) ** 2
+        units = (m.input // patch) ** dims
         if units - self.mask.ratio * units < 1:
             raise ValueError(
                 f"mask.ratio={self.mask.ratio} leaves none of the {units} patches of the input visible"
@@ -363,9 +399,9 @@ class Config(_Section):
                 f"mask.strategy={self.mask.strategy} needs a teacher, which method.preset={self.method.preset} does "
                 "not have: use random or block"
             )
-        if self.student.encode == "sparse":
+        if self.student.encode == "sparse" and self.flat:
             raise ValueError(
-                f"student.encode=sparse is for Swin: with method.preset={self.method.preset} masked patches are "
+                f"student.encode=sparse is for Swin and for scans: with method.preset={self.method.preset} masked patches are "
                 "never encoded, leave it at dense"
             )
         if self.teacher.enabled or self.semantic.enabled:
@@ -375,21 +411,26 @@ class Config(_Section):
             )
 
     def _check_method(self) -> None:
-        times = 2**self.semantic.stage
+        vit = self.encoder.kind == "vit"
+        times = 1 if vit else 2**self.semantic.stage
         channels = self.encoder.embed_dim * times
         if self.semantic.enabled and channels % self.semantic.heads:
             raise ValueError(
                 f"semantic tokens have encoder.embed_dim × {times} = {channels} "
                 f"channels, which semantic.heads={self.semantic.heads} does not divide"
             )
-        if self.mask.strategy.startswith("attention") and not (
-            self.semantic.enabled and self.teacher.enabled
-        ):
-            off = "teacher.enabled" if self.semantic.enabled else "semantic.enabled"
+        if vit and self.student.encode == "sparse":
+            raise ValueError(
+                f"student.encode=sparse of a ViT leaves hidden tokens out, which method.preset={self.method.preset} needs: "
+                "leave it at dense, or set method.preset=mae"
+            )
+        looks = self.semantic.enabled or (vit and self.encoder.cls_token)
+        if self.mask.strategy.startswith("attention") and not (looks and self.teacher.enabled):
+            off = "teacher.enabled" if looks else "semantic.enabled"
             raise ValueError(
                 f"mask.strategy={self.mask.strategy} needs the teacher's [CLS] attention, but {off}=false"
             )
-        if self.mask.importance == "received" and self.semantic.kind == "class":
+        if self.mask.importance == "received" and self.semantic.enabled and self.semantic.kind == "class":
             raise ValueError(
                 "mask.importance=received needs semantic.kind=full: with class attention only [CLS] attends"
             )
@@ -416,9 +457,19 @@ class Config(_Section):
             )
 
     @property
+    def flat(self) -> bool:
+        """Whether this is about images, and not scans."""
+        return self.encoder.dims == 2
+
+    @property
+    def input(self) -> int:
+        """Pixels per side of what a ViT sees of a view; masked autoencoding can make it smaller."""
+        return self.mae.input if self.method.family == "multiscale_mae" else self.data.view
+
+    @property
     def unit(self) -> int:
         """Voxels per side of a mask unit: the stride of the stage that semantic attention looks at."""
-        return self.encoder.stride(self.semantic.stage)
+        return self.encoder.stride(self.semantic.stage) * (self.data.view // self.input)
 
     def save(self, path: str | Path) -> Path:
         """Write the resolved configuration (every value) as YAML."""

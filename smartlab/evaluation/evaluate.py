@@ -166,7 +166,7 @@ def _checked_label(
 
 def check_dimensions(encoder: Any, given: Manifest) -> None:
     """Refuse, before any work, an encoder of images for scans and one of scans for images."""
-    images = encoder.config.encoder.kind == "vit"
+    images = encoder.config.flat
     if images != (given.modality == "MG"):
         raise UseError(
             f"an encoder of {'images' if images else 'scans'} cannot take {given.name}",

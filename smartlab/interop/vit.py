@@ -93,6 +93,7 @@ def config_of_vit(weights: Mapping[str, Tensor], path: Path, heads: int | None =
             "method.preset": "mae",
             "mae.input": side * patch,
             "data.view": side * patch,
+            "data.window": (0.0, 4095.0),
             "data.spacing": 0.25,
         }
     )
@@ -106,6 +107,8 @@ def to_monai(encoder: ViTEncoder) -> dict[str, Tensor]:
     >>> encoder = ViTEncoder(sl.load_config("miram"))
     >>> net.load_state_dict(to_monai(encoder), strict=False)
     """
+    if not encoder.config.flat:
+        raise UseError("MONAI has no network of the form of Primus", fix="export to safetensors")
     found = {}
     for key, value in encoder.state_dict().items():
         value = value.detach().cpu().clone()

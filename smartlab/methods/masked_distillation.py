@@ -7,7 +7,8 @@ teacher then moves towards the student.
 
     SimMIM   no teacher, random masks, AMIP only
     SMIT     clean teacher, random masks, image token = mean token
-    DAGMaN   masks from a clean teacher's semantic attention, targets from a noisy one (SMART: the same)
+    DAGMaN   masks from a clean teacher's semantic attention, or from that of a ViT's own [CLS], targets from a
+             noisy one (SMART: the same)
 
 Jiang, Rangnekar, Veeraraghavan, "Co-distilled attention guided masked image modeling with noisy teacher for
 self-supervised learning on medical images" (MIDL 2025), section 3.
@@ -50,7 +51,8 @@ from smartlab.methods.distillation import (
     regress_patches,
     sinkhorn,
 )
-from smartlab.models.encoder import Encoded, Encoder, dropped_patches, normed
+from smartlab.models.build import make_encoder
+from smartlab.models.encoder import Encoded, dropped_patches, normed
 from smartlab.models.heads import CoarseHead, ReconstructionHead
 
 
@@ -59,7 +61,7 @@ class Branch(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.encoder = Encoder(config)
+        self.encoder = make_encoder(config)
         wants = config.teacher.enabled
         self.patch_head = TokenHead(self.encoder.channels, config.distill) if wants else None
         self.image_head = (
@@ -78,13 +80,12 @@ class MaskedDistillation(nn.Module):
         super().__init__()
         self.config = config
         self.student = Branch(config)
-        self.reconstruct = ReconstructionHead(
-            self.student.encoder.swin.channels[-1], config.encoder.stride(4)
-        )
-        self.coarse = CoarseHead(self.student.encoder.channels) if config.loss.coarse else None
+        encoder = self.student.encoder
+        self.reconstruct = ReconstructionHead(encoder.stage_channels[-1], encoder.total)
+        self.coarse = CoarseHead(encoder.channels) if config.loss.coarse else None
         self.teacher = copy.deepcopy(self.student).requires_grad_(False) if config.teacher.enabled else None
-        d, channels = config.distill, self.student.encoder.channels
-        widths = {"patch": channels, "image": channels, "global": self.student.encoder.stage_channels[-1]}
+        d, channels = config.distill, encoder.channels
+        widths = {"patch": channels, "image": channels, "global": encoder.stage_channels[-1]}
         sizes = dict.fromkeys(widths, d.prototypes) if d.kind == "prototype" else widths
         self.centres: Any = nn.ModuleDict({name: Centre(sizes[name], d.centre_momentum) for name in widths})
         self.scales: Any = nn.ModuleDict(
@@ -163,7 +164,7 @@ class MaskedDistillation(nn.Module):
         if dropped is None and noisy is x:
             both = encoder(x, received=received, deep=rows * goes_on)
             return both, both
-        if settings.guide == "noisy" or encoder.semantic is None:
+        if settings.guide == "noisy" or not encoder.heads:
             both = encoder(noisy, dropped=dropped, received=received, visible=kept, deep=rows * goes_on)
             return both, both
         if dropped is not None:

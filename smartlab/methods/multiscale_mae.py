@@ -1,8 +1,9 @@
-"""Masked autoencoding of images at one scale or several: MAE and MIRAM by settings.
+"""Masked autoencoding of images and of scans at one scale or several: MAE and MIRAM by settings.
 
-One step: most patches are hidden; the encoder sees the others; for every scale a decoder of its own
-reconstructs the hidden patches, at the encoder's resolution and at higher ones. What is hidden is
-the same part of the image at every scale. Targets are the stored pixels, averaged down to each scale.
+One step: most patches are hidden; the encoder sees the others (of scans, by `student.encode=dense`, all, with
+nothing in the hidden ones); for every scale a decoder of its own reconstructs the hidden patches, at the encoder's
+resolution and at higher ones. What is hidden is the same part of the image at every scale. Targets are the stored
+pixels, averaged down to each scale.
 
     MAE      one scale, softmax attention
     MIRAM    scales 1 and 2 (4 by setting), the finer decoders by linear attention
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 
 from smartlab.core.clock import Clock
 from smartlab.core.config import Config
-from smartlab.masking import head_diversity, hidden_count, informativeness, make_mask
+from smartlab.masking import head_diversity, hidden_count, hidden_share, informativeness, make_mask
 from smartlab.methods.distillation import feature_signs
-from smartlab.models.decoder import Decoder, finer, from_patches, to_patches
-from smartlab.models.vit import ViTEncoder
+from smartlab.models.decoder import Decoder, finer, from_patches
+from smartlab.models.vit import ViTEncoder, taken, to_patches
 
 
 def places_of(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -46,11 +47,11 @@ class MultiscaleMAE(nn.Module):
         super().__init__()
         self.config = config
         self.student, self.teacher = Seeing(config), None
-        patch = config.encoder.patch
+        patch, channels, self.dims = config.encoder.patch, self.student.encoder.channels, config.encoder.dims
         self.side = config.mae.input // patch
         self.decoders = nn.ModuleDict(
             {
-                str(d.scale): Decoder(self.student.encoder.channels, self.side, patch, d, config.mae)
+                str(d.scale): Decoder(channels, self.side, patch, d, config.mae, self.dims)
                 for d in config.mae.decoders()
             }
         )
@@ -62,41 +63,54 @@ class MultiscaleMAE(nn.Module):
         generator: torch.Generator,
         shares: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """views (B, 1, V, V) in [0, 1] -> loss and the step's metrics."""
-        encoder = self.student.encoder
-        keep, hidden = self.choose(len(views), views.device, generator, clock)
-        seen, attention = encoder.visible(encoder.shrink(views), keep)
+        """views (B, 1, V, V), or of scans (B, 2, 1, V, V, V), in [0, 1] -> loss and the step's metrics.
+
+        shares: by region, the part (2B, N) of each patch in it; only watched.
+        """
+        x = views if self.dims == 2 else views.flatten(0, 1)
+        mask = self.choose(len(x), x.device, generator, clock)
+        seen, attention, keep, hidden = self.see(x, mask)
         losses, metrics = [], self.watch(seen, attention)
+        metrics |= {f"hidden_{name}": hidden_share(mask, share) for name, share in (shares or {}).items()}
         for d in self.config.mae.decoders():
-            places = finer(hidden, self.side, d.scale)
+            places = finer(hidden, self.side, d.scale, self.dims)
             guess = self.decoders[str(d.scale)](seen, keep, places)
-            target, _, _ = self.target(views, d.scale)
-            target = target.gather(1, places[..., None].expand(-1, -1, target.shape[-1]))
-            loss = (guess.float() - target).square().mean()
+            loss = (guess.float() - taken(self.target(x, d.scale)[0], places)).square().mean()
             losses.append(d.weight * loss)
             metrics[f"loss_scale_{d.scale}"] = loss.detach()
         return torch.stack(losses).sum(), metrics
 
     def choose(
-        self, rows: int, device: torch.device, generator: torch.Generator, clock: Clock
-    ) -> tuple[Tensor, Tensor]:
-        """Places of the visible (B, n) and of the hidden patches (B, k), ascending."""
+        self, rows: int, device: torch.device, generator: torch.Generator, clock: Clock = Clock(0, 1, 1)
+    ) -> Tensor:
+        """(B, N) bool, equally many hidden in every row."""
         m = self.config.mask
-        mask = make_mask(
+        return make_mask(
             m.strategy,
             None,
             m.ratio,
-            (1, self.side, self.side),
+            (1,) * (3 - self.dims) + (self.side,) * self.dims,
             generator=generator,
             batch=rows,
             device=device,
             shard=(clock.rank, clock.world),
         )
-        return places_of(mask, hidden_count(m.ratio, mask.shape[1]))
+
+    def see(
+        self, x: Tensor, mask: Tensor, count: int | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """What the encoder makes of views: tokens (B, 1 + n, C), [CLS] first; its attention; the places (B, n) of these
+        tokens; and those of the hidden patches (B, k), of which `count`, by default as configured, are in each row."""
+        count = hidden_count(self.config.mask.ratio, mask.shape[1]) if count is None else count
+        encoder, (keep, hidden) = self.student.encoder, places_of(mask, count)
+        if self.dims == 2 or self.config.student.encode == "sparse":
+            return *encoder.visible(encoder.shrink(x), keep), keep, hidden
+        out, every = encoder(x, hidden=mask), torch.arange(mask.shape[1], device=x.device)
+        return torch.cat([out.cls[:, None], out.tokens], 1), out.attention, every.expand(len(x), -1), hidden
 
     def target(self, views: Tensor, scale: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Patches (B, N·s², p²) of the views at a scale, as they are to be predicted, with the mean and spread
-        (B, N·s², 1) that were taken out of each."""
+        """Patches (B, N·s², p²), of scans (B, N·s³, p³), of the views at a scale, as they are to be predicted, with the
+        mean and spread (B, N·s², 1) that were taken out of each."""
         patches = to_patches(self.student.encoder.shrink(views, scale).float(), self.config.encoder.patch)
         mean, spread = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
         if not self.config.mae.normalise:
@@ -107,34 +121,34 @@ class MultiscaleMAE(nn.Module):
     def reconstruct(
         self, views: Tensor, generator: torch.Generator | None = None, mask: Tensor | None = None
     ) -> dict[int, dict[str, Tensor]]:
-        """By scale, images (B, 1, s·input, s·input): "target", "guess" (every patch predicted) and "hidden".
+        """By scale, images (B, 1, s·input, …): "target", "guess" (every patch predicted) and "hidden".
 
         What is hidden is drawn by the generator, or given: mask (B, N) bool, equally many in every row.
         Where targets are normalised, the guess gets the true mean and spread of each patch back: it shows
         what is predicted, which is the pattern within a patch and not its brightness.
         """
-        encoder = self.student.encoder
-        if mask is not None:
-            keep, hidden = places_of(mask, int(mask[0].sum()))
-        else:
+        if mask is None:
             assert generator is not None
-            keep, hidden = self.choose(len(views), views.device, generator, Clock(0, 1, 1))
-        seen, _ = encoder.visible(encoder.shrink(views), keep)
-        found = {}
+            mask = self.choose(len(views), views.device, generator)
+        seen, _, keep, hidden = self.see(views, mask, int(mask[0].sum()))
+        found, patch = {}, self.config.encoder.patch
         for d in self.config.mae.decoders():
-            side, patch = self.side * d.scale, self.config.encoder.patch
             target, mean, spread = self.target(views, d.scale)
             guess = self.decoders[str(d.scale)](seen, keep).float()
-            mask = torch.zeros_like(target).scatter(
-                1, finer(hidden, self.side, d.scale)[..., None].expand(-1, -1, target.shape[-1]), 1.0
+            places = finer(hidden, self.side, d.scale, self.dims)
+            lost = torch.zeros_like(target).scatter(
+                1, places[..., None].expand(-1, -1, target.shape[-1]), 1.0
             )
-            parts = {"target": target * spread + mean, "guess": guess * spread + mean, "hidden": mask}
-            found[d.scale] = {name: from_patches(x, side, patch) for name, x in parts.items()}
+            parts = {"target": target * spread + mean, "guess": guess * spread + mean, "hidden": lost}
+            side = self.side * d.scale
+            found[d.scale] = {name: from_patches(x, side, patch, self.dims) for name, x in parts.items()}
         return found
 
     @torch.no_grad()
-    def watch(self, seen: Tensor, attention: Tensor) -> dict[str, Tensor]:
+    def watch(self, seen: Tensor, attention: Tensor | None) -> dict[str, Tensor]:
         """Signs of collapse in [CLS], and how diverse and how informative its attention is."""
+        if attention is None:
+            return feature_signs(seen[:, 0])
         return feature_signs(seen[:, 0]) | {
             "head_diversity": head_diversity(attention)["cosine"].mean(),
             "head_divergence": head_diversity(attention)["jensen_shannon"].mean(),

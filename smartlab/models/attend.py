@@ -7,6 +7,9 @@ same is written out in pieces that stay in the cache (about twice as fast for 64
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +26,34 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     pieces = zip(q.split(rows), k.split(rows), v.split(rows), strict=True)
     parts = [((a * scale) @ b.transpose(-2, -1)).add_(bias).softmax(-1) @ c for a, b, c in pieces]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Look(NamedTuple):
+    """What a layer of attention with a [CLS] token looks at, in fp32 and without gradient."""
+
+    rows: Tensor  # (B, heads, N) [CLS] row over the patches, each summing to 1
+    strength: Tensor  # (B, heads) log of the mean weight a patch had before that: comparable between windows
+    received: Tensor | None  # (B, N) attention each patch receives, mean over queries and heads; if asked for
+
+
+def look(q: Tensor, k: Tensor, first: int, received: bool = False) -> Look:
+    """q, k (B, heads, first + N, c), [CLS] foremost and the patches from `first` on."""
+    with torch.autocast(q.device.type, enabled=False):  # in bf16 nearly uniform attention has many ties
+        q, k = q.detach().float() * q.shape[-1] ** -0.5, k.detach().float()
+        logits = (q[:, :, :1] @ k.transpose(-2, -1))[..., 0, first:]
+        rows, strength = logits.softmax(-1), logits.logsumexp(-1) - math.log(logits.shape[-1])
+        if not received:
+            return Look(rows, strength, None)
+        every = (q @ k.transpose(-2, -1)).softmax(-1)[..., first:].mean((1, 2))
+        return Look(rows, strength, every / every.sum(-1, keepdim=True))
+
+
+def paths(x: Tensor, rate: float, training: bool) -> Tensor | None:
+    """Stochastic depth: factors (2, B, 1, …) that drop either branch of a block for a random part of the batch."""
+    if not rate or not training:
+        return None
+    keep = torch.rand(2, x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= rate
+    return keep.to(x.dtype) / (1 - rate)
 
 
 def keyless(qkv: nn.Linear, x: Tensor) -> Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from smartlab.core.config import Config
-from smartlab.models.encoder import Encoder
+from smartlab.models.encoder import AnyEncoder, Encoder
 from smartlab.models.vit import ViTEncoder
 
-AnyEncoder = Encoder | ViTEncoder
+__all__ = ["AnyEncoder", "make_encoder"]
 
 
-def make_encoder(config: Config) -> AnyEncoder:
-    """With fresh weights: a Swin transformer for scans, or a vision transformer for images."""
+def make_encoder(config: Config) -> Encoder | ViTEncoder:
+    """With fresh weights: a Swin transformer for scans, or a vision transformer for images or scans."""
     return ViTEncoder(config) if config.encoder.kind == "vit" else Encoder(config)

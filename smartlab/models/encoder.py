@@ -1,8 +1,8 @@
-"""The encoder that is pretrained, exported and evaluated: Swin, mask token, semantic attention.
+"""The encoder that is pretrained, exported and evaluated: what every one can do, and the one of Swin.
 
-In training `Encoder.forward` runs on windowed views in [0, 1] and can hide mask units (student) or
-drop input patches (noisy teacher). For use after training, `features` and `attention` take whole
-scans of any size in HU, through sliding windows where the scan is larger than the training view.
+In training `forward` runs on windowed views in [0, 1] and can hide mask units (student) or drop input
+patches (noisy teacher). For use after training, `features` and `attention` take whole scans of any size
+in HU (or images in grey values), through sliding windows where they are larger than the training view.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from smartlab.core.errors import UseError
 from smartlab.masking import uniform, upsample
 from smartlab.models.semantic import SemanticAttention
 from smartlab.models.swin import Repeats, Swin
-from smartlab.models.windows import Grid
 
 if TYPE_CHECKING:
     from smartlab.data.images.readers import Volume
@@ -31,15 +30,15 @@ if TYPE_CHECKING:
 class Encoded(NamedTuple):
     """One forward pass."""
 
-    stages: list[Tensor]  # five (B, D_i, H_i, W_i, C_i), channels last, not normalised
-    cls: Tensor  # (B, C) image token: [CLS], or the mean token without semantic attention
+    stages: list[Tensor]  # (B, D_i, H_i, W_i, C_i), channels last: five of scans, four of images
+    cls: Tensor  # (B, C) image token: [CLS], or the mean token where there is none
     tokens: Tensor  # (B, N, C) one per mask unit, behind semantic attention where there is one
-    attention: Tensor | None  # (B, heads, N) [CLS] row over the units; None without semantic attention
+    attention: Tensor | None  # (B, heads, N) [CLS] row over the units; None where there is no [CLS]
     received: Tensor | None  # (B, N) attention received; None unless asked for
     grid: tuple[int, ...]  # of the N units
     units: Tensor | None = None  # (B, N, C) normalised tokens of the stage, before semantic attention
     pooled: Tensor | None = None  # (B, C_4) mean of the last stage's normalised tokens, if it was asked for
-    strength: Tensor | None = None  # (B, heads) log of the mean weight of a unit, see `Semantic`
+    strength: Tensor | None = None  # (B, heads) log of the mean weight of a unit, see `Look`
 
     def rows(self, which: slice) -> Encoded:
         """What concerns these rows of the batch; what is behind the units is there for all, or not, as it was."""
@@ -48,17 +47,150 @@ class Encoded(NamedTuple):
         return self._replace(**{name: x[which] for name, x in kept.items() if x is not None})
 
 
-class Encoder(nn.Module):
-    """Swin with a learned mask token and, by setting, semantic attention.
+class Mosaic:
+    """The mean of overlapping windows, (B, …, C) on a grid of `stride`."""
 
-    >>> enc = Encoder(sl.load_config("tiny"))
+    def __init__(self, size: tuple[int, ...] | torch.Size, stride: int) -> None:
+        self.grid, self.stride = [length // stride for length in size], stride
+        self.sum: Tensor | None = None
+
+    def add(self, box: tuple[slice, ...], values: Tensor) -> None:
+        """values: of the window whose voxels are `box`."""
+        if self.sum is None:
+            self.sum = values.new_zeros(len(values), *self.grid, values.shape[-1])
+            self.count = self.sum.new_zeros(*self.grid, 1)
+        part = tuple(slice(b.start // self.stride, b.stop // self.stride) for b in box)
+        self.sum[(slice(None), *part)] += values
+        self.count[part] += 1
+
+    def mean(self) -> Tensor:
+        assert self.sum is not None
+        return self.sum / self.count
+
+
+class AnyEncoder(nn.Module):
+    """What every encoder can do: whole scans, or images, to features and attention.
+
+    >>> enc = sl.load_encoder("runs/a")
     >>> enc.features(volume)["cls"].shape, enc.attention(volume).shape
     """
+
+    config: Config
+    stride: int  # voxels per side of a mask unit
+    total: int  # stored voxels of which an input must be a whole multiple
+    channels: int  # of [CLS] and of the tokens
+    stage_channels: list[int]
+    stage_strides: list[int]
+    unit_patches: int  # patch tokens per side of a mask unit
+    heads: int  # of [CLS] attention; 0: none
+    dims: int = 3
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def grid(self, size: tuple[int, ...] | torch.Size) -> tuple[int, ...]:
+        """Mask units of an image of this size."""
+        return tuple(length // self.stride for length in size[-self.dims :])
+
+    def units(self, size: tuple[int, ...] | torch.Size) -> int:
+        """How many mask units such an image has."""
+        return math.prod(self.grid(size))
+
+    @torch.no_grad()
+    def features(
+        self, image: Volume | np.ndarray | Tensor, *, window: int | None = None, overlap: float = 0.25
+    ) -> dict[str, Any]:
+        """Features of a scan: "cls" (B, C), "tokens" (B, N, C), "grid" (D, H, W), "stages" list of (B, C_i, …).
+
+        image:  a `Volume` in HU, resampled to the training spacing if it has another, or an array (D, H, W)
+                or tensor (B, 1, D, H, W) of HU at that spacing; of an encoder of images (H, W) or (B, 1, H, W)
+                grey values. Padded with air, or black, to whole strides.
+        window: side of the sliding windows in voxels; None: the training view, whatever the scan's size.
+        """
+        x = self._prepare(image)
+        cls: list[Tensor] = []
+        mosaics = [Mosaic(x.shape[2:], stride) for stride in (self.stride, *self.stage_strides)]
+        for box, part in self._windows(x, window, overlap):
+            out = self(part)
+            cls.append(out.cls.float())
+            levels = [out.tokens.unflatten(1, out.grid), *self._levels(out)]
+            for mosaic, level in zip(mosaics, levels, strict=True):
+                mosaic.add(box, level.float())
+        tokens, *stages = (mosaic.mean() for mosaic in mosaics)
+        return {
+            "cls": sum(cls) / len(cls),
+            "tokens": tokens.flatten(1, -2),
+            "grid": self.grid(x.shape),
+            "stages": [stage.movedim(-1, 1) for stage in stages],
+        }
+
+    @torch.no_grad()
+    def attention(
+        self, image: Volume | np.ndarray | Tensor, *, window: int | None = None, overlap: float = 0.25
+    ) -> Tensor:
+        """[CLS] attention, (B, heads, D, H, W) or (B, heads, H, W) on the unit grid; each head sums to 1.
+
+        Windows are joined by the weights of their units before each window's own softmax, as if one softmax
+        ran over the scan: a window of air, where nothing is looked for, gets less than one with a tumour.
+        """
+        if not self.heads:
+            raise UseError("this encoder has no semantic attention", fix="train with semantic.enabled=true")
+        x = self._prepare(image)
+        mosaic = Mosaic(x.shape[2:], self.stride)
+        for box, part in self._windows(x, window, overlap):
+            out = self(part, deep=0)
+            assert out.attention is not None and out.strength is not None
+            mean_weight = out.strength.double().exp() * out.attention.shape[-1]
+            weights = out.attention.double() * mean_weight[..., None]
+            mosaic.add(box, weights.transpose(1, 2).unflatten(1, out.grid))
+        mean = mosaic.mean().movedim(-1, 1)
+        return (mean / mean.flatten(2).sum(2).view(*mean.shape[:2], *[1] * self.dims)).float()
+
+    def _levels(self, out: Encoded) -> list[Tensor]:
+        """The stages as `features` gives them."""
+        return out.stages
+
+    def _prepare(self, image: Volume | np.ndarray | Tensor) -> Tensor:
+        """HU or grey values in any accepted form -> windowed (B, 1, …), padded with air to whole strides."""
+        kinds = {2: "(H, W) or (B, 1, H, W) grey values", 3: "(D, H, W) or (B, 1, D, H, W) in HU"}
+        array = image if isinstance(image, np.ndarray | Tensor) else self._on_grid(image, kinds[self.dims])
+        if isinstance(array, np.ndarray):
+            array = torch.as_tensor(np.ascontiguousarray(array).astype(np.float32))
+        x = array.to(self.device, torch.float32)
+        x = x[None, None] if x.dim() == self.dims else x
+        if x.dim() != self.dims + 2 or x.shape[1] != self.config.encoder.in_channels:
+            raise UseError("cannot encode this array", found=tuple(x.shape), expected=kinds[self.dims])
+        low, high = self.config.data.window
+        x = ((x - low) / (high - low)).clamp(0, 1)
+        padding = [end for length in reversed(x.shape[2:]) for end in (0, -length % self.total)]
+        return F.pad(x, padding)
+
+    def _on_grid(self, volume: Volume, expected: str) -> np.ndarray:
+        """HU at the voxel size of training, whose features these weights know."""
+        from smartlab.data.images.resample import at_spacing
+
+        if self.dims == 2 or not hasattr(volume, "affine"):
+            raise UseError("cannot encode this", found=type(volume).__name__, expected=expected)
+        return at_spacing(volume.array, volume.affine, self.config.data.spacing)[0]
+
+    def _windows(
+        self, x: Tensor, window: int | None, overlap: float
+    ) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+        if window is not None and window % self.total:
+            raise UseError(f"window={window} is not a multiple of the stride {self.total}")
+        for box in boxes(x.shape[2:], window or self.config.data.view, overlap, self.total):
+            yield box, x[(slice(None), slice(None), *box)]
+
+
+class Encoder(AnyEncoder):
+    """Swin with a learned mask token and, by setting, semantic attention."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         e, s = config.encoder, config.semantic
-        self.config, self.stage, self.stride = config, s.stage, config.unit
+        self.config, self.stage, self.stride, self.total = config, s.stage, config.unit, e.stride(4)
+        self.heads = s.heads if s.enabled else 0
         self.swin = Swin(
             e.in_channels,
             e.embed_dim,
@@ -71,34 +203,15 @@ class Encoder(nn.Module):
             e.drop_path,
             e.checkpointing,
         )
-        self.unit_patches = self.stride // e.patch  # patch tokens per side of a mask unit
+        self.unit_patches = self.stride // e.patch
         self.channels = self.swin.channels[self.stage]
         self.stage_channels = list(self.swin.channels)
+        self.stage_strides = [e.stride(level) for level in range(5)]
         learned = config.mask.fill == "token"
         self.mask_token = nn.Parameter(torch.zeros(e.embed_dim)) if learned else None
         if self.mask_token is not None:
             nn.init.trunc_normal_(self.mask_token, std=0.02)
-        base = (config.data.view // self.stride,) * 3
-        self.semantic = (
-            SemanticAttention(
-                self.channels, base, s.blocks, s.heads, s.kind, s.similarity, s.position, s.registers
-            )
-            if s.enabled
-            else None
-        )
-
-    @property
-    def device(self) -> torch.device:
-        return self.swin.patch_embed.proj.weight.device
-
-    def grid(self, size: tuple[int, ...] | torch.Size) -> Grid:
-        """Mask units of an image of this size."""
-        d, h, w = (length // self.stride for length in size[-3:])
-        return d, h, w
-
-    def units(self, size: tuple[int, ...] | torch.Size) -> int:
-        """How many mask units such an image has."""
-        return math.prod(self.grid(size))
+        self.semantic = SemanticAttention.of(config, self.channels, self.stride)
 
     def forward(
         self,
@@ -143,120 +256,21 @@ class Encoder(nn.Module):
         cls, outputs, attention, strength, incoming = self.semantic(stages[self.stage], received)
         return Encoded(stages, cls, outputs, attention, incoming, grid, units, pooled, strength)
 
-    # ---- use after training: whole scans in HU ----
-
-    @torch.no_grad()
-    def features(
-        self, volume: Volume | np.ndarray | Tensor, *, window: int | None = None, overlap: float = 0.25
-    ) -> dict[str, Any]:
-        """Features of a scan: "cls" (B, C), "tokens" (B, N, C), "grid" (D, H, W), "stages" list of (B, C_i, …).
-
-        volume: a `Volume` in HU, resampled to the training spacing if it has another, or an array (D, H, W)
-                or tensor (B, 1, D, H, W) of HU at that spacing. Padded with air to whole strides.
-        window: side of the sliding windows in voxels; None: the training view, whatever the scan's size.
-        """
-        x, device = self._prepare(volume)
-        total, side = self.config.encoder.stride(4), self._window(x, window)
-        grid = self.grid(x.shape)
-        sums: list[Tensor] = []
-        counts: list[Tensor] = []
-        cls, number = torch.zeros(x.shape[0], self.channels, device=device), 0
-        token_sum = torch.zeros(x.shape[0], *grid, self.channels, device=device)
-        token_count = torch.zeros(*grid, 1, device=device)
-        for box in boxes(x.shape[2:], side, overlap, total):
-            out = self(x[(slice(None), slice(None), *box)])
-            cls, number = cls + out.cls.float(), number + 1
-            part = tuple(slice(b.start // self.stride, b.stop // self.stride) for b in box)
-            token_sum[(slice(None), *part)] += out.tokens.float().view(x.shape[0], *out.grid, -1)
-            token_count[part] += 1
-            for level, stage in enumerate(out.stages):
-                stride = self.config.encoder.stride(level)
-                if len(sums) <= level:
-                    shape = [length // stride for length in x.shape[2:]]
-                    sums.append(torch.zeros(x.shape[0], *shape, stage.shape[-1], device=device))
-                    counts.append(torch.zeros(*shape, 1, device=device))
-                place = tuple(slice(b.start // stride, b.stop // stride) for b in box)
-                sums[level][(slice(None), *place)] += normed(stage.float())
-                counts[level][place] += 1
-        stages = [(s / c).permute(0, 4, 1, 2, 3) for s, c in zip(sums, counts, strict=True)]
-        tokens = (token_sum / token_count).flatten(1, 3)
-        return {"cls": cls / number, "tokens": tokens, "grid": grid, "stages": stages}
-
-    @torch.no_grad()
-    def attention(
-        self, volume: Volume | np.ndarray | Tensor, *, window: int | None = None, overlap: float = 0.25
-    ) -> Tensor:
-        """[CLS] attention of a scan, (B, heads, D, H, W) on the unit grid; each head sums to 1.
-
-        Windows are joined by the weights of their units before each window's own softmax, as if one softmax
-        ran over the scan: a window of air, where nothing is looked for, gets less than one with a tumour.
-        """
-        if self.semantic is None:
-            raise UseError("this encoder has no semantic attention", fix="train with semantic.enabled=true")
-        x, device = self._prepare(volume)
-        side, grid = self._window(x, window), self.grid(x.shape)
-        total = self.config.encoder.stride(4)
-        heads = self.config.semantic.heads
-        summed = torch.zeros(x.shape[0], heads, *grid, device=device, dtype=torch.float64)
-        count = torch.zeros(*grid, device=device)
-        for box in boxes(x.shape[2:], side, overlap, total):
-            out = self(x[(slice(None), slice(None), *box)], deep=0)
-            part = tuple(slice(b.start // self.stride, b.stop // self.stride) for b in box)
-            assert out.attention is not None and out.strength is not None
-            weights = (
-                out.attention.double() * (out.strength.double().exp() * out.attention.shape[-1])[..., None]
-            )
-            summed[(slice(None), slice(None), *part)] += weights.view(x.shape[0], heads, *out.grid)
-            count[part] += 1
-        mean = summed / count
-        return (mean / mean.sum((2, 3, 4), keepdim=True)).float()
-
-    def _prepare(self, volume: Volume | np.ndarray | Tensor) -> tuple[Tensor, torch.device]:
-        """HU in any accepted form -> windowed (B, 1, D, H, W) padded with air to whole strides."""
-        device = self.device
-        array = volume if isinstance(volume, (np.ndarray, Tensor)) else self._on_grid(volume)
-        x = torch.as_tensor(array).to(device, torch.float32)
-        if x.dim() == 3:
-            x = x[None, None]
-        if x.dim() != 5 or x.shape[1] != self.config.encoder.in_channels:
-            raise UseError(
-                "cannot encode this array",
-                found=tuple(x.shape),
-                expected="(D, H, W) or (B, 1, D, H, W) in HU",
-            )
-        low, high = self.config.data.window
-        x = ((x - low) / (high - low)).clamp_(0, 1)
-        total = self.config.encoder.stride(4)
-        d, h, w = (-length % total for length in x.shape[2:])
-        return F.pad(x, (0, w, 0, h, 0, d)), device
-
-    def _on_grid(self, volume: Volume) -> np.ndarray:
-        """HU at the voxel size of training, whose features these weights know."""
-        from smartlab.data.images.resample import at_spacing
-
-        return at_spacing(volume.array, volume.affine, self.config.data.spacing)[0]
-
-    def _window(self, x: Tensor, window: int | None) -> int:
-        if window is not None:
-            if window % self.config.encoder.stride(4):
-                raise UseError(
-                    f"window={window} is not a multiple of the stride {self.config.encoder.stride(4)}"
-                )
-            return window
-        return self.config.data.view
+    def _levels(self, out: Encoded) -> list[Tensor]:
+        return [normed(stage.float()) for stage in out.stages]
 
 
 def dropped_patches(
-    encoder: Encoder,
+    encoder: AnyEncoder,
     x: Tensor,
     share: float,
     generator: torch.Generator,
     unit: str | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Tensor:
-    """What the noisy teacher does not see: (B, D/2, H/2, W/2) bool, as in training, or by another unit."""
+    """What the noisy teacher does not see: (B, D/p, H/p, W/p) bool, as in training, or by another unit."""
     cell = encoder.unit_patches if (unit or encoder.config.teacher.dropout_unit) == "mask_unit" else 1
-    d, h, w = (length // encoder.config.encoder.patch // cell for length in x.shape[2:])
+    d, h, w = (length // (encoder.stride // encoder.unit_patches) // cell for length in x.shape[2:])
     units = uniform((x.shape[0], d * h * w), x.device, generator, shard) < share
     return upsample(units, (d, h, w), cell)
 

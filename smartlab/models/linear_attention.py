@@ -49,15 +49,18 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.core = make_core(kind, heads, dim // heads, tokens, settings)
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v, each (B, heads, N, C / heads)."""
+    def split(self, x: Tensor, turn: None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v, each (B, heads, N, C / heads); nothing is turned here."""
         batch, n, dim = x.shape
         qkv = keyless(self.qkv, x).view(batch, n, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return q, k, v
 
+    def join(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.proj(self.core(q, k, v).transpose(1, 2).flatten(2))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.core(*self.split(x)).transpose(1, 2).flatten(2))
+        return self.join(*self.split(x))
 
 
 def make_core(

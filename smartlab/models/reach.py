@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smartlab.models.encoder import Encoded, Encoder
+from smartlab.models.encoder import AnyEncoder, Encoded, Encoder
 from smartlab.models.vit import ViTBlock, ViTEncoder
 from smartlab.models.windows import WindowAttention
 
@@ -27,9 +27,7 @@ class Reach(NamedTuple):
 
 
 @torch.no_grad()
-def reach(
-    encoder: Encoder | ViTEncoder, x: Tensor, dropped: Tensor | None = None
-) -> tuple[dict[str, Reach], Encoded]:
+def reach(encoder: AnyEncoder, x: Tensor, dropped: Tensor | None = None) -> tuple[dict[str, Reach], Encoded]:
     """By Swin stage ("stage 1" …) or ViT block ("block 1" …), for windowed views x as `forward` takes them; and
     the forward pass that it was seen in.
 
@@ -40,14 +38,15 @@ def reach(
 
     def hook(name: str, stride: int) -> Any:
         def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            size, rows = _rows(module, inputs)
+            size, rows = _rows(module, inputs, encoder.dims)
             found[name].append(spread(rows, size, stride))
 
         return look
 
     if isinstance(encoder, ViTEncoder):
-        places = [(f"block {i + 1}", encoder.stride, block) for i, block in enumerate(encoder.blocks)]
+        places = [(f"block {i + 1}", encoder.stride, block) for i, block in enumerate(encoder.trunk.blocks)]
     else:
+        assert isinstance(encoder, Encoder)
         strides = [encoder.config.encoder.stride(stage) for stage in range(4)]
         places = [
             (f"stage {stage + 1}", strides[stage], part)
@@ -67,14 +66,14 @@ def reach(
     return joined, seen
 
 
-def _rows(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[tuple[int, ...], Tensor]:
+def _rows(module: nn.Module, inputs: tuple[Any, ...], dims: int) -> tuple[tuple[int, ...], Tensor]:
     """The grid that attention spans, and attention (heads, n, n) over it, mean over samples and windows."""
     if isinstance(module, ViTBlock):
-        q, k, _ = module.attn.split(module.norm1(inputs[0]))
+        q, k, _ = module.attn.split(module.norm1(inputs[0]), *inputs[1:])
         rows = (q.float() @ k.float().transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
-        rows = rows[..., 1:, 1:]  # without [CLS]
-        side = round(rows.shape[-1] ** 0.5)
-        return (side, side), (rows / rows.sum(-1, keepdim=True)).mean(0)
+        rows = rows[..., module.first :, module.first :]  # without [CLS]
+        side = round(rows.shape[-1] ** (1 / dims))
+        return (side,) * dims, (rows / rows.sum(-1, keepdim=True)).mean(0)
     assert isinstance(module, WindowAttention)
     return inputs[1], module.looks(*inputs)
 

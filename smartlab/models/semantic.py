@@ -25,19 +25,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smartlab.models.attend import keyless
+from smartlab.core.config import Config
+from smartlab.models.attend import Look, keyless, look
 from smartlab.models.swin import Mlp
 from smartlab.models.windows import Grid
 
 
 class Semantic(NamedTuple):
-    """What semantic attention sees."""
+    """What semantic attention makes of a stage."""
 
     cls: Tensor  # (B, C) image token
     tokens: Tensor  # (B, N, C) patch tokens
-    attention: Tensor  # (B, heads, N) [CLS] row, sums to 1 over N
-    strength: Tensor  # (B, heads) log of the mean weight a token had before that: comparable between windows
-    received: Tensor | None  # (B, N) attention each token receives, averaged over queries and heads
+    attention: Tensor  # (B, heads, N) and the others, see `Look`
+    strength: Tensor
+    received: Tensor | None
 
 
 class SemanticAttention(nn.Module):
@@ -65,6 +66,13 @@ class SemanticAttention(nn.Module):
         if self.position is not None:
             nn.init.trunc_normal_(self.position, std=0.02)
 
+    @classmethod
+    def of(cls, config: Config, channels: int, stride: int) -> SemanticAttention | None:
+        """As configured, or none, on tokens of so many voxels a side."""
+        s, base = config.semantic, (config.data.view // stride,) * 3
+        how = (s.blocks, s.heads, s.kind, s.similarity, s.position, s.registers)
+        return cls(channels, base, *how) if s.enabled else None
+
     def positions(self, grid: Grid) -> Tensor | float:
         """Position embedding on this grid, (1, N, C); nothing where positions are off."""
         if self.position is None:
@@ -80,9 +88,9 @@ class SemanticAttention(nn.Module):
         x = torch.cat([self.cls.expand(batch, -1, -1).to(x.dtype), x], 1)
         for block in self.blocks[:-1]:
             x = block(x)
-        x, rows, strength, incoming = cast(SemanticBlock, self.blocks[-1]).look(x, self.first, received)
+        x, seen = cast(SemanticBlock, self.blocks[-1]).look(x, self.first, received)
         x = self.norm(x)
-        return Semantic(x[:, 0], x[:, self.first :], rows, strength, incoming)
+        return Semantic(x[:, 0], x[:, self.first :], *seen)
 
 
 class SemanticBlock(nn.Module):
@@ -119,17 +127,7 @@ class SemanticBlock(nn.Module):
         changed = changed + self.mlp(self.norm2(changed))
         return torch.cat([changed, x[:, 1:]], 1) if self.kind == "class" else changed
 
-    def look(self, x: Tensor, first: int, received: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """forward(x), and the attention paid to the patches x[:, first:] in fp32: [CLS] row per head, strength,
-        received."""
+    def look(self, x: Tensor, first: int, received: bool) -> tuple[Tensor, Look]:
+        """forward(x), and the attention paid to the patches x[:, first:]."""
         q, k, v = self._split(x)
-        out = self._attend(x, q, k, v)
-        with torch.autocast(q.device.type, enabled=False):  # in bf16 nearly uniform attention has many ties
-            q, k = q.detach().float(), k.detach().float()  # attention is looked at, never trained through
-            scale = q.shape[-1] ** -0.5
-            logits = (q[:, :, :1] @ k.transpose(-2, -1) * scale)[..., 0, first:]
-            rows, strength = logits.softmax(-1), logits.logsumexp(-1) - math.log(logits.shape[-1])
-            if not received:
-                return out, rows, strength, None
-            every = (q @ k.transpose(-2, -1) * scale).softmax(-1)[..., first:].mean((1, 2))
-            return out, rows, strength, every / every.sum(-1, keepdim=True)
+        return self._attend(x, q, k, v), look(q, k, first, received)

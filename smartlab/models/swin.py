@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from smartlab.models.attend import paths
 from smartlab.models.windows import Grid, ShiftMasks, WindowAttention, clip_window
 
 # The eight corners of a 2×2×2 cell, in the order in which MONAI's "merging" stacks their channels.
@@ -267,11 +268,7 @@ class Block(nn.Module):
         return x + (y if keep is None else y * keep[1])
 
     def draw(self, x: Tensor) -> Tensor | None:
-        """Stochastic depth: factors (2, B, 1, 1, 1, 1) that drop either branch for a random part of the batch."""
-        if not self.drop_path or not self.training:
-            return None
-        keep = torch.rand(2, x.shape[0], 1, 1, 1, 1, device=x.device) >= self.drop_path
-        return keep.to(x.dtype) / (1 - self.drop_path)
+        return paths(x, self.drop_path, self.training)
 
     def _attend(
         self, x: Tensor, window: Grid, shift: Grid | None, mask: Tensor | None, corner: bool

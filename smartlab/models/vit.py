@@ -1,33 +1,37 @@
-"""A 2D vision transformer in the form of masked autoencoders: it sees the visible patches only.
+"""A vision transformer for images and for scans: whose [CLS] token looks for itself, and that can leave tokens out.
 
-- Names, shapes and function of the published MAE ViT (`cls_token`, `pos_embed`, `patch_embed.proj`,
-  `blocks.N.…`, `norm`), so that public weights load by name.
-- Positions are sines and cosines of row and column. On another grid than that of training they are computed
-  anew, spread over the same span, so that no position is new to the weights; a table that came with foreign
-  weights and is something else is interpolated.
-- `ViTEncoder` is to images what `Encoder` is to scans: the same `features` and `attention` for every
-  evaluation. It takes images as they are stored and makes them smaller itself, as in training.
+- `encoder.layout=mae`: 2D, in names, shapes and function the published MAE ViT (`cls_token`, `pos_embed`,
+  `patch_embed.proj`, `blocks.N.…`, `norm`). Its positions are sines and cosines, computed anew on other grids than
+  that of training; a table that came with foreign weights and is something else is interpolated.
+- `encoder.layout=primus`: 3D, in names, shapes and function nnU-Net's Primus without its decoder
+  (`down_projection.proj`, `eva.pos_embed`, `eva.blocks.N.…`, `eva.norm`), where [CLS] and registers are off. Its
+  positions are learned, and queries and keys are rotated by theirs along each axis; blocks have gated perceptrons
+  with a norm inside and, by setting, a norm behind attention and learned scales of both branches.
 
 Dosovitskiy et al., "An image is worth 16×16 words" (2021); He et al., "Masked autoencoders are scalable
-vision learners" (2022).
+vision learners" (2022); Wald et al., "Primus: enforcing attention usage for 3D medical image segmentation" (2025);
+Fang et al., "EVA-02" (2023); Su et al., "RoFormer" (2021); Darcet et al., "Vision transformers need registers" (2024).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from smartlab.core.config import Config, MaeConfig
 from smartlab.core.errors import UseError
-from smartlab.models.encoder import Encoded, boxes
+from smartlab.models.attend import Look, look, paths
+from smartlab.models.encoder import AnyEncoder, Encoded
 from smartlab.models.linear_attention import Attention
+from smartlab.models.semantic import SemanticAttention
 
-Plane = tuple[int, int]  # rows, columns
+Size = tuple[int, ...]  # rows and columns, or depth, height and width
+Turn = tuple[Tensor, Tensor]  # cosines and sines by token and pair of channels, (…, N, c / 2)
 
 
 class Mlp(nn.Module):
@@ -39,8 +43,46 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class GatedMlp(nn.Module):
+    """SwiGLU with a norm before the last layer (Shazeer, "GLU variants", 2020; EVA-02)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1_g, self.fc1_x = nn.Linear(dim, hidden), nn.Linear(dim, hidden)
+        self.norm, self.fc2 = nn.LayerNorm(hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.norm(F.silu(self.fc1_g(x)) * self.fc1_x(x)))
+
+
+class TurnedAttention(nn.Module):
+    """Softmax attention whose queries and keys are rotated by their positions; keys have no bias."""
+
+    def __init__(self, dim: int, heads: int, inner_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.v_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.norm = nn.LayerNorm(dim) if inner_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def split(self, x: Tensor, turn: Turn | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v, each (B, heads, N, C / heads)."""
+        parts = (part(x).unflatten(-1, (self.heads, -1)) for part in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        return (q, k, v) if turn is None else (turned(q, turn), turned(k, turn), v)
+
+    def join(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.proj(self.norm(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
+
+
 class ViTBlock(nn.Module):
-    """One pre-norm transformer block, (B, N, C) -> (B, N, C), with attention of any kind."""
+    """One pre-norm transformer block, (B, N, C) -> (B, N, C), with attention of any kind; patches are from
+    token `first` on."""
+
+    gamma_1: Tensor | None  # learned scales of the branches
+    gamma_2: Tensor | None
+    drop_path, first = 0.0, 1
 
     def __init__(
         self,
@@ -53,37 +95,73 @@ class ViTBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads, kind, tokens, settings)
-        self.mlp = Mlp(dim, round(dim * mlp_ratio))
+        self.attn: Any = Attention(dim, heads, kind, tokens, settings)
+        self.mlp: nn.Module = Mlp(dim, round(dim * mlp_ratio))
+        self.gamma_1 = self.gamma_2 = None
 
-    def forward(self, x: Tensor, looks: bool = False) -> Any:
-        """With `looks` also the [CLS] row of the attention over the other tokens, (B, heads, N − 1), float32, and
-        its strength (B, heads), see `Encoded`."""
-        q, k, v = self.attn.split(self.norm1(x))
-        x = x + self.attn.proj(self.attn.core(q, k, v).transpose(1, 2).flatten(2))
-        x = x + self.mlp(self.norm2(x))
-        if not looks:
-            return x
-        rows = q[:, :, :1].detach().float() @ k.detach().float().transpose(-2, -1) * q.shape[-1] ** -0.5
-        rows = rows[:, :, 0, 1:]
-        return x, rows.softmax(-1), rows.logsumexp(-1) - math.log(rows.shape[-1])
+    def forward(
+        self, x: Tensor, turn: Turn | None = None, looks: bool = False, received: bool = False
+    ) -> Any:
+        """With `looks` also what [CLS] looks at among the patches, a `Look`."""
+        q, k, v = self.attn.split(self.norm1(x), turn)
+        keep = paths(x, self.drop_path, self.training)
+        x = x + scaled(self.attn.join(q, k, v), self.gamma_1, keep, 0)
+        x = x + scaled(self.mlp(self.norm2(x)), self.gamma_2, keep, 1)
+        return (x, look(q, k, self.first, received)) if looks else x
+
+
+def scaled(branch: Tensor, gamma: Tensor | None, keep: Tensor | None, which: int) -> Tensor:
+    """A branch times its learned scale (LayerScale) and what stochastic depth keeps of it."""
+    branch = branch if gamma is None else gamma * branch
+    return branch if keep is None else keep[which] * branch
+
+
+class Style(NamedTuple):
+    """What differs between blocks of Primus."""
+
+    layer_scale: float | None = None  # where learned scales of the branches start; None: there are none
+    inner_norm: bool = False  # behind attention
+    drop_path: float = 0.0  # stochastic depth of the last block; less before
+    cls: bool = True
+    registers: int = 0  # learned tokens for a head to look at when it looks for nothing
+
+
+class EvaBlock(ViTBlock):
+    """The same in the form of EVA-02."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, style: Style, share: float) -> None:
+        nn.Module.__init__(self)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = TurnedAttention(dim, heads, style.inner_norm)
+        self.mlp = GatedMlp(dim, int(dim * mlp_ratio))
+        self.drop_path, self.first = share * style.drop_path, style.cls + style.registers
+        for name in ("gamma_1", "gamma_2"):
+            start = None if style.layer_scale is None else torch.full((dim,), style.layer_scale)
+            self.register_parameter(name, None if start is None else nn.Parameter(start))
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, channels, H, W) -> tokens (B, N, C), row by row."""
+    """Images or scans (B, channels, …) -> tokens (B, N, C), row by row; `keep` (B, n): of these patches only."""
 
-    def __init__(self, channels: int, dim: int, patch: int) -> None:
+    def __init__(self, channels: int, dim: int, patch: int, dims: int = 2) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, dim, patch, patch)
+        self.proj = (nn.Conv2d if dims == 2 else nn.Conv3d)(channels, dim, patch, patch)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
+        patches = taken(to_patches(x, self.proj.kernel_size[0]), keep)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class ViT(nn.Module):
-    """The transformer itself: visible patches to tokens. Positions belong to a grid of `base` patches."""
+    """The transformer itself: visible patches to tokens. Positions belong to a grid of `base` patches.
+
+    style: of Primus; None: all as in MAE.
+    """
 
     pos_embed: Tensor
+    blocks: nn.ModuleList
+    norm: nn.LayerNorm
+    checkpointing = False
 
     def __init__(
         self,
@@ -92,202 +170,249 @@ class ViT(nn.Module):
         dim: int,
         blocks: int,
         heads: int,
-        base: Plane,
+        base: Size,
         mlp_ratio: float = 4.0,
+        style: Style | None = None,
     ) -> None:
         super().__init__()
-        self.base, self.dim, self.patch = base, dim, patch
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        table = torch.cat([torch.zeros(1, dim), sine_positions(base, dim)])
-        self.register_buffer("pos_embed", table[None])
-        self.patch_embed = PatchEmbed(channels, dim, patch)
-        self.blocks = nn.ModuleList(ViTBlock(dim, heads, mlp_ratio) for _ in range(blocks))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        nn.init.normal_(self.cls_token, std=0.02)
-        start(self)
+        self.base, self.dim, self.patch, self.style = base, dim, patch, style
+        self.registers = style.registers if style else 0
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if style is None or style.cls else None
+        self.register_tokens = nn.Parameter(torch.zeros(1, self.registers, dim)) if self.registers else None
+        if style is None:
+            table = torch.cat([torch.zeros(1, dim), sine_positions(base, dim)])
+            self.register_buffer("pos_embed", table[None])
+            self.patch_embed = PatchEmbed(channels, dim, patch, len(base))
+            self.blocks = nn.ModuleList(ViTBlock(dim, heads, mlp_ratio) for _ in range(blocks))
+            self.norm = nn.LayerNorm(dim, eps=1e-6)
+        else:
+            self.down_projection = PatchEmbed(channels, dim, patch, len(base))
+            self.eva = nn.Module()
+            self.eva.pos_embed = nn.Parameter(torch.zeros(1, math.prod(base), dim))
+            shares = [number / max(1, blocks - 1) for number in range(blocks)]
+            self.eva.blocks = nn.ModuleList(EvaBlock(dim, heads, mlp_ratio, style, p) for p in shares)
+            self.eva.norm = nn.LayerNorm(dim)
+        for token in (self.cls_token, self.register_tokens):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+        start(self) if style is None else start_primus(self)
+        self.first = (self.cls_token is not None) + self.registers  # where patches begin
 
-    def positions(self, grid: Plane) -> Tensor:
-        """(1, N, C) for a grid of rows × columns."""
+    @property
+    def trunk(self) -> ViT:
+        """What holds positions, blocks and the norm behind them."""
+        return self if self.style is None else cast(ViT, self.eva)
+
+    @property
+    def embed(self) -> PatchEmbed:
+        return self.patch_embed if self.style is None else self.down_projection
+
+    def positions(self, grid: Size) -> Tensor:
+        """(1, N, C) for a grid of patches."""
+        table = self.trunk.pos_embed if self.style else self.pos_embed[:, 1:]
         if grid == self.base:
-            return self.pos_embed[:, 1:]
-        sines = sine_positions(self.base, self.dim).to(self.pos_embed)
-        if (self.pos_embed[0, 1:] - sines).abs().max() < 1e-4:
-            return sine_positions(grid, self.dim, self.base)[None].to(self.pos_embed)
-        table = self.pos_embed[:, 1:].transpose(1, 2).unflatten(2, self.base)
-        return F.interpolate(table, grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+            return table
+        if self.style is None:
+            sines = sine_positions(self.base, self.dim).to(table)
+            if (table[0] - sines).abs().max() < 1e-4:
+                return sine_positions(grid, self.dim, self.base)[None].to(table)
+        how = "bicubic" if len(grid) == 2 else "trilinear"
+        table = table.transpose(1, 2).unflatten(2, self.base)
+        return F.interpolate(table, grid, mode=how, align_corners=False).flatten(2).transpose(1, 2)
 
-    def tokens(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Images (B, channels, H, W) -> [CLS] and patches before the first block, (B, 1 + n, C).
-
-        keep: (B, n) indices of the visible patches; by default all.
-        """
-        tokens = self.patch_embed(x)
-        tokens = tokens + self.positions((x.shape[2] // self.patch, x.shape[3] // self.patch))
+    def turn(self, grid: Size, keep: Tensor | None) -> Turn | None:
+        """By how much blocks rotate each token. Places count in patches on any grid; what stands before the patches
+        has none."""
+        if self.style is None:
+            return None
+        head = self.dim // cast(Any, self.trunk.blocks[0]).attn.heads
+        angles = rotations(grid, head, self.trunk.pos_embed.device)
         if keep is not None:
-            tokens = tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[-1]))
-        cls = self.cls_token + self.pos_embed[:, :1]
-        return torch.cat([cls.expand(len(x), -1, -1).to(tokens.dtype), tokens], 1)
+            angles = angles[keep][:, None]  # the same for all heads
+        angles = F.pad(angles, (0, 0, self.first, 0))
+        return angles.cos(), angles.sin()
 
-    def encode(self, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-        """-> normalised tokens (B, 1 + n, C), outputs of four evenly spaced blocks, attention (B, heads, n) and its
-        strength (B, heads)."""
-        x, levels = self.tokens(x, keep), []
-        depth = len(self.blocks)
+    def tokens(
+        self, x: Tensor, keep: Tensor | None = None, blank: Tensor | None = None, fill: Tensor | float = 0.0
+    ) -> Tensor:
+        """Images (B, channels, …) -> what is before the first block, (B, first + n, C): [CLS], registers, patches.
+
+        keep:  (B, n) places of the visible patches; by default all.
+        blank: (B, N) bool, patches that are there, but hold `fill`.
+        """
+        grid = tuple(length // self.patch for length in x.shape[2:])
+        tokens = self.embed(x, keep)
+        if blank is not None:
+            tokens = torch.where(blank[..., None], torch.as_tensor(fill).to(tokens), tokens)
+        tokens = tokens + taken(self.positions(grid).expand(len(x), -1, -1), keep)
+        leading: list[Tensor] = [t for t in (self.cls_token, self.register_tokens) if t is not None]
+        if self.style is None:  # [CLS] has a position too
+            leading = [leading[0] + self.pos_embed[:, :1]]
+        leading = [token.expand(len(x), -1, -1).to(tokens) for token in leading]
+        return torch.cat([*leading, tokens], 1)
+
+    def encode(
+        self,
+        x: Tensor,
+        keep: Tensor | None = None,
+        blank: Tensor | None = None,
+        fill: Tensor | float = 0.0,
+        received: bool = False,
+    ) -> tuple[Tensor, list[Tensor], Look]:
+        """-> normalised tokens (B, first + n, C), what goes into the first and comes out of four evenly spaced blocks, and
+        what the last one looks at."""
+        turn = self.turn(tuple(length // self.patch for length in x.shape[2:]), keep)
+        x = self.tokens(x, keep, blank, fill)
+        levels = [x]
+        *before, last = self.trunk.blocks
+        depth = len(before) + 1
         wanted = [-(-depth * quarter // 4) - 1 for quarter in (1, 2, 3, 4)]
-        for number, block in enumerate(self.blocks):
-            if number < depth - 1:
-                x = block(x)
+        for number, block in enumerate(before):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, turn, use_reentrant=False)
             else:
-                x, attention, strength = block(x, looks=True)
+                x = block(x, turn)
             levels += [x] * wanted.count(number)
-        return self.norm(x), levels, attention, strength
+        x, seen = last(x, turn, looks=True, received=received)
+        return self.trunk.norm(x), levels + [x] * wanted.count(depth - 1), seen
 
 
-class ViTEncoder(ViT):
-    """The encoder of MAE and MIRAM, for training and for use after it.
+class ViTEncoder(ViT, AnyEncoder):
+    """The encoder of MAE, MIRAM and Primus, for training and for use after it.
 
     >>> enc = sl.load_encoder("runs/miram")
     >>> enc.features(image)["cls"].shape, enc.attention(image).shape
     """
 
     def __init__(self, config: Config) -> None:
-        e, side = config.encoder, config.mae.input // config.encoder.patch
-        super().__init__(e.in_channels, e.patch, e.embed_dim, e.blocks, e.heads, (side, side), e.mlp_ratio)
-        self.config = config
-        self.smaller = config.data.view // config.mae.input  # stored pixels per pixel that the ViT sees
-        self.stride = e.patch * self.smaller  # stored pixels per token
-        self.channels, self.stage_channels = e.embed_dim, [e.embed_dim] * 4
-
-    @property
-    def device(self) -> torch.device:
-        return self.cls_token.device
-
-    def grid(self, size: tuple[int, ...] | torch.Size) -> Plane:
-        """Tokens of an image of this size in stored pixels."""
-        return size[-2] // self.stride, size[-1] // self.stride
+        e = config.encoder
+        base = (config.input // e.patch,) * e.dims
+        style = None
+        if e.layout == "primus":
+            style = Style(e.layer_scale, e.inner_norm, e.drop_path, e.cls_token, e.registers)
+        super().__init__(e.in_channels, e.patch, e.embed_dim, e.blocks, e.heads, base, e.mlp_ratio, style)
+        self.config, self.dims, self.checkpointing = config, e.dims, e.checkpointing
+        self.smaller = config.data.view // config.input  # stored pixels per pixel that the ViT sees
+        self.stride = self.total = e.patch * self.smaller  # stored pixels per token
+        self.unit_patches = 1
+        count = 5 if style else 4
+        self.channels, self.stage_channels = e.embed_dim, [e.embed_dim] * count
+        self.stage_strides = [self.stride] * count
+        learned = config.mask.fill == "token" and config.student.encode == "dense" and style is not None
+        self.mask_token = nn.Parameter(torch.zeros(e.embed_dim)) if learned else None
+        if self.mask_token is not None:
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.semantic = SemanticAttention.of(config, self.channels, self.stride)
+        own = e.heads if self.cls_token is not None else 0
+        self.heads = config.semantic.heads if self.semantic is not None else own
 
     def shrink(self, x: Tensor, scale: int = 1) -> Tensor:
         """Stored pixels -> pixels of `scale` times the resolution that the ViT sees, by averaging."""
-        return F.avg_pool2d(x, self.smaller // scale) if self.smaller > scale else x
+        pool = F.avg_pool2d if self.dims == 2 else F.avg_pool3d
+        return pool(x, self.smaller // scale) if self.smaller > scale else x
 
     def visible(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 1, H, W) as the ViT sees them -> normalised tokens (B, 1 + n, C) of [CLS] and the
+        """Images (B, 1, …) as the ViT sees them -> normalised tokens (B, 1 + n, C) of [CLS] (or the mean) and the
         patches `keep` (B, n), and the last block's [CLS] attention over these (B, heads, n)."""
-        tokens, _, attention, _ = self.encode(x, keep)
-        return tokens, attention
+        tokens, _, seen = self.encode(x, keep)
+        return torch.cat([self.image_token(tokens)[:, None], tokens[:, self.first :]], 1), seen.rows
 
-    def forward(self, x: Tensor) -> Encoded:
-        """Windowed images (B, 1, H, W) in [0, 1], stored pixels -> `Encoded`; stages are (B, h, w, C)."""
-        grid = self.grid(x.shape)
-        tokens, levels, attention, strength = self.encode(self.shrink(x))
-        stages = [level[:, 1:].unflatten(1, grid) for level in levels]
-        return Encoded(stages, tokens[:, 0], tokens[:, 1:], attention, None, grid, strength=strength)
+    def image_token(self, tokens: Tensor) -> Tensor:
+        """(B, C): [CLS], or the mean of the patches where there is none."""
+        return tokens[:, self.first :].mean(1) if self.cls_token is None else tokens[:, 0]
 
-    # ---- use after training: images as stored ----
+    def forward(
+        self,
+        x: Tensor,
+        hidden: Tensor | None = None,
+        dropped: Tensor | None = None,
+        received: bool = False,
+        visible: int | None = None,
+        deep: int | None = None,
+    ) -> Encoded:
+        """Windowed images (B, 1, …) in [0, 1], stored pixels -> `Encoded`; stages are (B, …, C).
 
-    @torch.no_grad()
-    def features(
-        self, image: np.ndarray | Tensor, *, window: int | None = None, overlap: float = 0.25
-    ) -> dict[str, Any]:
-        """Features of an image: "cls" (B, C), "tokens" (B, N, C), "grid" (H, W), "stages" list of (B, C, h, w).
-
-        image:  grey values as in training, (H, W) or (B, 1, H, W), any size, at the spacing of training;
-                padded with black to whole strides.
-        window: side of the sliding windows in pixels; None: the training view, whatever the image's size.
+        hidden:  (B, N) bool, patches whose embeddings become zero, or the mask token (the student).
+        dropped: the same on the grid, zero in any case (the noisy teacher).
+        visible: nothing here; see `Encoder`.
+        deep:    pooled tokens are wanted of so many of the last rows.
         """
-        x = self._prepare(image)
-        sums: list[Tensor] = []
-        grid, side = self.grid(x.shape), self._window(x, window)
-        count = torch.zeros(*grid, 1, device=x.device)
-        cls, number = torch.zeros(len(x), self.channels, device=x.device), 0
-        for box in boxes(x.shape[2:], side, overlap, self.stride):
-            out = self(x[(slice(None), slice(None), *box)])
-            cls, number = cls + out.cls.float(), number + 1
-            part = tuple(slice(b.start // self.stride, b.stop // self.stride) for b in box)
-            count[part] += 1
-            for k, level in enumerate([out.tokens.unflatten(1, out.grid), *out.stages]):
-                if len(sums) <= k:
-                    sums.append(torch.zeros(len(x), *grid, self.channels, device=x.device))
-                sums[k][(slice(None), *part)] += level.float()
-        tokens, *stages = (total / count for total in sums)
-        return {
-            "cls": cls / number,
-            "tokens": tokens.flatten(1, 2),
-            "grid": grid,
-            "stages": [stage.permute(0, 3, 1, 2) for stage in stages],
-        }
-
-    @torch.no_grad()
-    def attention(
-        self, image: np.ndarray | Tensor, *, window: int | None = None, overlap: float = 0.25
-    ) -> Tensor:
-        """[CLS] attention of the last block, (B, heads, H, W) on the grid of tokens; each head sums to 1.
-
-        Windows are joined as in `Encoder.attention`.
-        """
-        x = self._prepare(image)
-        grid, side = self.grid(x.shape), self._window(x, window)
-        summed = torch.zeros(len(x), self.config.encoder.heads, *grid, device=x.device, dtype=torch.float64)
-        count = torch.zeros(*grid, device=x.device)
-        for box in boxes(x.shape[2:], side, overlap, self.stride):
-            out = self(x[(slice(None), slice(None), *box)])
-            assert out.attention is not None and out.strength is not None
-            part = tuple(slice(b.start // self.stride, b.stop // self.stride) for b in box)
-            weight = out.strength.double().exp() * out.attention.shape[-1]
-            summed[(slice(None), slice(None), *part)] += (out.attention * weight[..., None]).unflatten(
-                2, out.grid
-            )
-            count[part] += 1
-        mean = summed / count
-        return (mean / mean.sum((2, 3), keepdim=True)).float()
-
-    def _prepare(self, image: np.ndarray | Tensor) -> Tensor:
-        """Grey values in any accepted form -> windowed (B, 1, H, W), padded with black to whole strides."""
-        if not isinstance(image, np.ndarray | Tensor):
-            raise UseError(
-                "cannot encode this", found=type(image).__name__, expected="an array of grey values"
-            )
-        x = torch.as_tensor(
-            image if isinstance(image, Tensor) else np.ascontiguousarray(image).astype(np.float32)
-        )
-        x = x.to(self.device, torch.float32)
-        x = x[None, None] if x.dim() == 2 else x
-        if x.dim() != 4 or x.shape[1] != self.config.encoder.in_channels:
-            raise UseError(
-                "cannot encode this array",
-                found=tuple(x.shape),
-                expected="(H, W) or (B, 1, H, W) grey values",
-            )
-        low, high = self.config.data.window
-        x = ((x - low) / (high - low)).clamp(0, 1)
-        rows, columns = (-length % self.stride for length in x.shape[2:])
-        return F.pad(x, (0, columns, 0, rows))
-
-    def _window(self, x: Tensor, window: int | None) -> int:
-        if window is not None:
-            if window % self.stride:
-                raise UseError(f"window={window} is not a multiple of the stride {self.stride}")
-            return window
-        return self.config.data.view
+        grid, blank = self.grid(x.shape), hidden if dropped is None else dropped.flatten(1)
+        fill = 0.0 if self.mask_token is None or hidden is None else self.mask_token
+        tokens, levels, seen = self.encode(self.shrink(x), None, blank, fill, received)
+        units, cls = tokens[:, self.first :], self.image_token(tokens)
+        stages = [level[:, self.first :].unflatten(1, grid) for level in levels]
+        if self.style is None:
+            stages = stages[1:]
+        else:  # voxels are predicted from what is normalised
+            stages[-1] = units.unflatten(1, grid)
+        pooled = units[-deep:].mean(1) if deep else units.mean(1) if deep is None else None
+        if self.semantic is not None:
+            cls, outputs, *looked = self.semantic(stages[-1], received)
+            return encoded(stages, cls, outputs, Look(*looked), grid, units, pooled)
+        return encoded(stages, cls, units, seen if self.heads else None, grid, units, pooled)
 
 
-def sine_positions(grid: Plane, dim: int, span: Plane | None = None) -> Tensor:
-    """(rows · columns, dim) sines and cosines of column and row, as in MAE: columns in the first half.
+def encoded(
+    stages: list[Tensor],
+    cls: Tensor,
+    tokens: Tensor,
+    seen: Look | None,
+    grid: Size,
+    units: Tensor,
+    pooled: Tensor | None,
+) -> Encoded:
+    rows, strength, received = (None, None, None) if seen is None else seen
+    return Encoded(stages, cls, tokens, rows, received, grid, units, pooled, strength)
+
+
+def to_patches(images: Tensor, patch: int) -> Tensor:
+    """(B, C, …) -> (B, N, C · patch^dims), row by row."""
+    batch, channels, *size = images.shape
+    split = images.reshape(batch, channels, *(n for length in size for n in (length // patch, patch)))
+    grid, inside = range(2, 2 + 2 * len(size), 2), range(3, 3 + 2 * len(size), 2)
+    return split.permute(0, *grid, 1, *inside).flatten(1 + len(size)).flatten(1, len(size))
+
+
+def taken(x: Tensor, places: Tensor | None) -> Tensor:
+    """Of tokens (B, N, C) those at the places (B, n)."""
+    return x if places is None else x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def turned(x: Tensor, turn: Turn) -> Tensor:
+    """Every pair of neighbouring channels of x (B, heads, N, c), rotated (RoFormer, section 3.2)."""
+    cos, sin = turn
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
+
+
+def rotations(grid: Size, head: int, device: torch.device) -> Tensor:
+    """Angles (N, head / 2): every axis turns an equal share of the pairs of channels, each pair more slowly."""
+    count = head // (2 * len(grid))
+    speeds = 10000 ** (-torch.arange(count, device=device) / count)
+    places = [torch.arange(n, device=device, dtype=torch.float32) for n in grid]
+    axes = [axis[..., None] * speeds for axis in torch.meshgrid(*places, indexing="ij")]
+    return torch.cat(axes, -1).flatten(0, -2)
+
+
+def sine_positions(grid: Size, dim: int, span: Size | None = None) -> Tensor:
+    """(N, dim) sines and cosines of place, as in MAE: columns in the first part of the channels, then rows, …
 
     span: count positions as on a grid of this size (patch centres lie over those of that grid).
     """
-    if dim % 4:
-        raise UseError(f"{dim} channels cannot hold sines and cosines of rows and columns", expected="4 · n")
-    rows, columns = (
+    parts = 2 * len(grid)
+    if dim % parts:
+        raise UseError(
+            f"{dim} channels cannot hold sines and cosines of rows and columns", expected=f"{parts} · n"
+        )
+    axes = [
         (torch.arange(n, dtype=torch.float64) + 0.5) * (s / n) - 0.5
         for n, s in zip(grid, span or grid, strict=True)
-    )
-    frequency = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = [columns.repeat(grid[0]), rows.repeat_interleave(grid[1])]
-    parts = [
-        wave(place[:, None] * frequency) for place in angles for wave in (torch.sin, torch.cos)
-    ]  # (N, dim / 4) each
-    return torch.cat(parts, 1).float()
+    ]
+    frequency = 10000 ** (-torch.arange(dim // parts, dtype=torch.float64) / (dim // parts))
+    angles = [place.flatten() for place in torch.meshgrid(*axes, indexing="ij")][::-1]
+    waves = [wave(place[:, None] * frequency) for place in angles for wave in (torch.sin, torch.cos)]
+    return torch.cat(waves, 1).float()
 
 
 def start(module: nn.Module) -> None:
@@ -299,3 +424,19 @@ def start(module: nn.Module) -> None:
         elif isinstance(part, PatchEmbed):
             nn.init.xavier_uniform_(part.proj.weight.view(part.proj.weight.shape[0], -1))
             nn.init.zeros_(part.proj.bias)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def start_primus(net: ViT) -> None:
+    """Initial weights as in Primus: small normal ones, smaller the deeper a branch ends; He's for the patches."""
+    nn.init.kaiming_normal_(net.down_projection.proj.weight, a=0.01)
+    nn.init.zeros_(net.down_projection.proj.bias)  # type: ignore[arg-type]
+    nn.init.trunc_normal_(net.trunk.pos_embed, std=0.02)
+    for part in net.eva.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+    for number, block in enumerate(net.trunk.blocks, 1):
+        for branch in (block.attn.proj, block.mlp.fc2):  # type: ignore[union-attr]
+            branch.weight.div_(math.sqrt(2 * number))  # type: ignore[union-attr, operator]

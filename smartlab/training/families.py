@@ -1,6 +1,6 @@
 """The methods that the one training loop runs, and what it must know of each.
 
-`method.family` names the entry. A method is a module with `student` (its `encoder` is saved apart), `teacher` (or
+`method.family` names the method; its encoder's kind of image says what it is fed. A method is a module with `student` (its `encoder` is saved apart), `teacher` (or
 None), `forward(views, clock, generator, shares) -> loss, metrics`, `told(clock, momentum)` for further columns
 of metrics.csv, and `update_teacher(momentum)`.
 """
@@ -55,11 +55,14 @@ def _images(store: Store, config: Config, images: list[int], least: int) -> Crop
     return dataset
 
 
-FAMILIES = {
-    "masked_distillation": Family(MaskedDistillation, _scans, prepare, reconstruction_picture, 2),
-    "multiscale_mae": Family(MultiscaleMAE, _images, prepare_images, scales_picture, 1),
+METHODS: dict[str, tuple[Callable[[Config], Any], Callable[..., Any]]] = {
+    "masked_distillation": (MaskedDistillation, reconstruction_picture),
+    "multiscale_mae": (MultiscaleMAE, scales_picture),
 }
 
 
 def family_of(config: Config) -> Family:
-    return FAMILIES[config.method.family]
+    method, picture = METHODS[config.method.family]
+    if config.flat:
+        return Family(method, _images, prepare_images, picture, 1)
+    return Family(method, _scans, prepare, picture, 2)

@@ -60,8 +60,8 @@ COLUMNS = [
 
 def columns(config: Config) -> list[str]:
     """Columns of metrics.csv: the same for every method, then the loss of each scale, the reach of each stage."""
-    images = config.method.family == "multiscale_mae"
-    scales, stages = (config.mae.scales, config.encoder.blocks) if images else ((), 4)
+    scales = config.mae.scales if config.method.family == "multiscale_mae" else ()
+    stages = config.encoder.blocks if config.encoder.kind == "vit" else 4
     reach = [f"reach_{what}_{stage + 1}" for stage in range(stages) for what in ("entropy", "variance")]
     return [*COLUMNS, *(f"loss_scale_{scale}" for scale in scales), *reach]
 

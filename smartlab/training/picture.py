@@ -71,9 +71,8 @@ def reconstruction_picture(
 
     figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels), 3), layout="constrained")
     for ax, (name, panel) in zip(axes, panels.items(), strict=True):
-        middle: np.ndarray = panel[0, 0, :, :, panel.shape[-1] // 2].cpu().numpy()
         hot = "magma" if "error" in name else "inferno" if "attention" in name else "gray"
-        ax.imshow(middle.T[::-1, ::-1], cmap=hot, vmin=0, vmax=1 if hot == "gray" or "att" in name else 0.5)
+        ax.imshow(_slice(panel[0, 0]), cmap=hot, vmin=0, vmax=1 if hot == "gray" or "att" in name else 0.5)
         ax.set_title(name, fontsize=9)
         ax.axis("off")
     figure.suptitle(f"{title}, {strategy.replace('_', ' ')} mask", fontsize=10)
@@ -84,7 +83,8 @@ def reconstruction_picture(
 def scales_picture(
     method: MultiscaleMAE, view: Tensor, path: Path, title: str = "", guided: bool = False
 ) -> Path:
-    """Write a PNG for one windowed view (1, H, W) in [0, 1]: a row per scale, with a fixed random mask."""
+    """Write a PNG for one windowed view (1, H, W) or (1, D, H, W) in [0, 1], of scans the middle slice: a row per
+    scale, with a fixed random mask."""
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -98,11 +98,11 @@ def scales_picture(
         len(found), 4, figsize=(9, 2.4 * len(found) + 0.4), layout="constrained", squeeze=False
     )
     for row, (scale, parts) in zip(axes, found.items(), strict=True):
-        target, guess, hidden = (parts[name][0, 0].cpu().numpy() for name in ("target", "guess", "hidden"))
+        target, guess, hidden = (_slice(parts[name][0, 0]) for name in ("target", "guess", "hidden"))
         low, high = target.min(), max(target.max(), target.min() + 1e-3)
         filled = np.where(hidden > 0, guess, target)
         panels = {
-            f"target, {target.shape[1]} × {target.shape[0]} pixels": target,
+            f"target, {' × '.join(map(str, reversed(parts['target'].shape[2:])))} pixels": target,
             "what the encoder sees" if scale == 1 else "what is hidden": np.where(
                 hidden > 0, (low + high) / 2, target
             ),
@@ -122,6 +122,11 @@ def scales_picture(
     note = ", brightness and contrast of each patch given" if method.config.mae.normalise else ""
     figure.suptitle(f"{title}, {method.config.mask.strategy} mask{note}", fontsize=10)
     return _write(figure, path)
+
+
+def _slice(x: Tensor) -> np.ndarray:
+    """An image as it is, of a scan the middle axial slice, upright."""
+    return x.cpu().numpy() if x.dim() == 2 else x[..., x.shape[-1] // 2].cpu().numpy().T[::-1, ::-1]
 
 
 def _write(figure: Figure, path: Path) -> Path:

@@ -82,12 +82,11 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Trained parameters in two groups: weight decay skips norms, biases and single tokens."""
     decays: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
+    single = ("cls", "cls_token", "register_tokens", "mask_token", "position", "pos_embed")
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.dim() < 2 or name.endswith(
-            ("bias", "cls", "cls_token", "position", "mask_token", "log_scale", "bias_table")
-        )
+        plain = parameter.dim() < 2 or name.endswith(("bias", "log_scale", "bias_table", *single))
         (spared if plain else decays).append(parameter)
     return [{"params": decays, "decays": True}, {"params": spared, "decays": False}]
 

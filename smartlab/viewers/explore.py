@@ -424,7 +424,7 @@ def _side(model: Model, size: int | None) -> int:
         if size not in (None, trained):
             raise UseError(f"size={size}", expected=f"{trained}, the view that this model was trained on")
         return trained
-    total = model.config.encoder.stride(4)
+    total = model.encoder.total
     side = max(trained, -(-SEEN_AT_LEAST // total) * total) if size is None else size
     if side < total or side % total:
         raise UseError(f"size={size} voxels", expected=f"a multiple of {total}, the encoder's total stride")

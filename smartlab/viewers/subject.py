@@ -260,12 +260,14 @@ class Model:
                 fix="give a run folder, an exported file, or what sl.load_encoder returns",
             )
         self.config = self.encoder.config
-        self.flat: bool = self.config.encoder.kind == "vit"
+        self.flat: bool = self.config.flat
         self.stride: int = self.encoder.stride
         semantic = self.config.semantic
-        self.heads: int = self.config.encoder.heads if self.flat else semantic.heads * semantic.enabled
-        self.receives = not self.flat and semantic.enabled and semantic.kind == "full"
-        self.rebuilds = self.method is not None and (self.flat or self.config.loss.amip > 0)
+        self.heads: int = self.encoder.heads
+        alone = semantic.enabled and semantic.kind == "class"  # then only [CLS] attends
+        self.receives = not self.flat and self.heads > 0 and not alone
+        self.autoencodes = self.config.method.family == "multiscale_mae"
+        self.rebuilds = self.method is not None and (self.autoencodes or self.config.loss.amip > 0)
 
     @torch.inference_mode()
     def look(
@@ -286,14 +288,14 @@ class Model:
     def rebuild(self, view: View, mask: Tensor) -> np.ndarray:
         """The view with its hidden part (1, N) as the student fills it in, in HU or grey values."""
         grid = self.encoder.grid(view.input.shape)
-        if self.flat:
+        if self.autoencodes:
             finest = list(self.method.reconstruct(view.input, mask=mask).values())[-1]
             guess = F.interpolate(finest["guess"], view.input.shape[2:])[0, 0]
-            hidden = upsample(mask, (1, *grid), self.stride)[0, 0]
         else:
             seen = self.method.student.encoder(view.input, hidden=mask)
             guess = self.method.reconstruct(seen.stages[-1])[0, 0].float()
-            hidden = upsample(mask, grid, self.stride)[0]
+        hidden = upsample(mask, (1, *grid)[-3:], self.stride)[0]
+        hidden = hidden[0] if self.flat else hidden
         low, high = self.config.data.window
         return np.where(hidden.numpy(), np.rint(low + (high - low) * guess.numpy()), view.image).astype(
             np.int16

@@ -1,7 +1,9 @@
-"""The vision transformer is MAE's, and serves every evaluation as the 3D encoder does."""
+"""The vision transformer is MAE's for images and nnU-Net's Primus for scans, and serves every evaluation."""
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import math
 
 import numpy as np
@@ -10,15 +12,61 @@ import torch
 
 import smartlab as sl
 from smartlab.core.errors import UseError
-from smartlab.models.vit import ViT, ViTEncoder, sine_positions
+from smartlab.models.vit import Style, ViT, ViTEncoder, sine_positions
 
 GREY = 4096
+SIZES = {"primus-s": "S", "primus-b": "B", "primus-m": "M", "primus-l": "L"}
+ALONE = {"encoder.cls_token": False, "mask.fill": "zero", "data.view": 24, "data.region": 24, "mae.input": 24}
 
 
 @pytest.fixture(scope="module")
 def encoder():
     torch.manual_seed(0)
     return ViTEncoder(sl.load_config("miram-tiny")).eval()
+
+
+def scans(**more):
+    torch.manual_seed(0)
+    return ViTEncoder(sl.load_config("primus-tiny", more)).eval()
+
+
+@pytest.fixture(scope="module")
+def scan_encoder():
+    return scans(**{"encoder.registers": 2})
+
+
+@pytest.fixture(scope="module")
+def primus():
+    """nnU-Net's own, made like an encoder of ours; its package comes with the development tools."""
+    if importlib.util.find_spec("dynamic_network_architectures") is None:
+        pytest.skip("dynamic-network-architectures is not installed")
+    known = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):  # its torchvision may be built for another torch, and is not needed
+        known.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from dynamic_network_architectures.architectures import primus as theirs
+
+    def make(config, classes=1):
+        e = config.encoder
+        return theirs.Primus(
+            1,
+            e.embed_dim,
+            (e.patch,) * 3,
+            classes,
+            e.blocks,
+            e.heads,
+            (config.data.view,) * 3,
+            drop_path_rate=e.drop_path,
+            init_values=e.layer_scale,
+            scale_attn_inner=e.inner_norm,
+        )
+
+    yield make, theirs._PRIMUS_CONFIGS
+    del known
+
+
+def of_encoder(net):
+    """The weights of Primus without its decoder and its buffer of zeros."""
+    return {k: v for k, v in net.state_dict().items() if not k.startswith(("up_projection.", "mask_token"))}
 
 
 def image(rows, columns, seed=0):
@@ -80,6 +128,155 @@ def test_a_foreign_table_of_positions_is_interpolated(encoder):
     assert other.positions((4, 8)).shape == (1, 32, 96)
     rows = other.positions((4, 8)).view(4, 8, 96)[:, :, 0]
     assert (rows.diff(dim=0) > 0).all() and (rows.diff(dim=1)[:, 1:-1] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["primus-tiny", *SIZES])
+def test_primus_has_the_names_shapes_and_number_of_its_published_parameters(name, primus):
+    make, published = primus
+    config = sl.load_config("primus-tiny", {"encoder.preset": name} | ALONE)
+    with torch.device("meta"):
+        ours, theirs = ViTEncoder(config).state_dict(), of_encoder(make(config))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    if name in SIZES:
+        e, known = config.encoder, published[SIZES[name]]
+        assert (e.blocks, e.heads, e.embed_dim) == (
+            known["eva_depth"],
+            known["eva_numheads"],
+            known["embed_dim"],
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("primus-tiny", False),
+        ("primus-tiny", True),
+        ("primus-s", False),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("primus-b", "primus-m", "primus-l")),
+    ],
+)
+def test_primus_computes_what_nnunets_computes(name, plain, primus):
+    """Without [CLS] and registers, as nnU-Net trains it and, plain, as its class comes; all weights moved off their start."""
+    torch.manual_seed(0)
+    more = {"encoder.layer_scale": None, "encoder.inner_norm": False} if plain else {}
+    config = sl.load_config("primus-tiny", {"encoder.preset": name} | ALONE | more)
+    ours, theirs = ViTEncoder(config).eval(), primus[0](config).eval()
+    ours.load_state_dict(of_encoder(theirs))
+    with torch.no_grad():
+        for weight in ours.state_dict().values():
+            weight.add_(0.05 * torch.randn_like(weight))
+        theirs.load_state_dict(ours.state_dict(), strict=False)
+    seen = []
+    theirs.up_projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x = torch.rand(2, 1, 24, 24, 24)
+    with torch.inference_mode():
+        theirs(x)
+        out = ours(x)
+    expected = seen[0].flatten(2).transpose(1, 2)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(out.tokens, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.cls, expected.mean(1), atol=1e-4, rtol=1e-4)
+    assert out.attention is None and out.grid == (3, 3, 3)
+
+
+def test_attention_depends_on_where_tokens_are_to_each_other():
+    """Rotated queries and keys meet in logits that a shift along any axis leaves as they were."""
+    torch.manual_seed(0)
+    net = ViT(1, 2, 36, 2, 2, (6, 6, 6), 2.0, Style(cls=False))
+    attention = net.trunk.blocks[0].attn
+    x = torch.randn(1, 1, 36).expand(1, 216, 36)
+    q, k, _ = attention.split(x, net.turn((6, 6, 6), None))
+    logits = (q @ k.transpose(-2, -1))[0].unflatten(2, (6, 6, 6)).unflatten(1, (6, 6, 6))
+    for axis in range(3):
+        here, there = logits, logits
+        for first in (1, 4):
+            there, here = there.narrow(first + axis, 1, 5), here.narrow(first + axis, 0, 5)
+        torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
+    assert logits[0, 0, 0, 0].std() > 0.01, "and not the same everywhere"
+
+
+def test_hidden_patches_do_not_reach_the_encoder_of_scans(scan_encoder):
+    """What is hidden may be anything, and tokens left out are as if they could not be attended to."""
+    x, keep = torch.rand(2, 1, 64, 64, 64), torch.rand(2, 512).argsort(1)[:, :100].sort(1).values
+    tokens, attention = scan_encoder.visible(x, keep)
+    assert tokens.shape == (2, 101, 96) and attention.shape == (2, 4, 100)
+    spoiled = torch.full_like(x, float("nan"))
+    for row, place in itertools.product(range(2), range(100)):
+        a, b, c = (8 * int(i) for i in np.unravel_index(int(keep[row, place]), (8, 8, 8)))
+        spoiled[row, :, a : a + 8, b : b + 8, c : c + 8] = x[row, :, a : a + 8, b : b + 8, c : c + 8]
+    torch.testing.assert_close(scan_encoder.visible(spoiled, keep)[0], tokens)
+    swapped, _ = scan_encoder.visible(x, keep.flip(1))
+    torch.testing.assert_close(swapped[:, 1:], tokens[:, 1:].flip(1), atol=1e-5, rtol=1e-4)
+    every, _ = scan_encoder.visible(x, torch.arange(512).expand(2, -1))
+    out = scan_encoder(x)
+    torch.testing.assert_close(every, torch.cat([out.cls[:, None], out.tokens], 1))
+
+
+def test_a_dense_student_sees_where_nothing_is_but_not_what_was_there(scan_encoder):
+    """Hidden patches keep their places; zero by default, a learned token by setting; dropped ones are always zero."""
+    x, hidden = torch.rand(1, 1, 64, 64, 64), torch.rand(1, 512) < 0.7
+    learned = scans(**{"encoder.registers": 2, "mask.fill": "token", "student.encode": "dense"})
+    voxels = hidden.view(1, 1, 8, 8, 8)
+    for axis in (2, 3, 4):
+        voxels = voxels.repeat_interleave(8, axis)
+    for net in (scan_encoder, learned):
+        out = net(x, hidden=hidden)
+        assert torch.equal(out.tokens, net(torch.where(voxels, 0.3, x), hidden=hidden).tokens)
+        dropped = net(x, dropped=hidden.view(1, 8, 8, 8))
+        assert torch.equal(dropped.tokens, out.tokens) == (net is scan_encoder)
+        assert len(out.tokens[hidden].unique(dim=0)) == int(hidden.sum()), "places tell them apart"
+
+
+def test_what_is_received_is_attention_averaged_over_queries_and_heads(scan_encoder):
+    x = torch.rand(1, 1, 32, 32, 32)
+    out = scan_encoder(x, received=True)
+    last, inputs = scan_encoder.trunk.blocks[-1], []
+    hook = last.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    scan_encoder(x)
+    hook.remove()
+    q, k, _ = last.attn.split(last.norm1(inputs[0]), scan_encoder.turn((4, 4, 4), None))
+    weights = (q @ k.transpose(-2, -1) / 24**0.5).softmax(-1)[..., 3:]
+    expected = weights.mean((1, 2))
+    torch.testing.assert_close(out.received, expected / expected.sum(-1, keepdim=True))
+    rows = weights[:, :, 0]
+    torch.testing.assert_close(out.attention, rows / rows.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("size", [(64, 64, 64), (50, 70, 90)], ids=str)
+@pytest.mark.parametrize("semantic", [False, True])
+def test_features_and_attention_of_scans_of_any_size(size, semantic):
+    net = scans(**({"semantic.enabled": True, "method.preset": "dagman"} if semantic else {}))
+    hu = np.random.default_rng(0).integers(-1000, 400, size).astype(np.int16)
+    found, a = net.features(hu), net.attention(hu)
+    grid = tuple(-(-n // 8) for n in size)
+    assert found["grid"] == grid and found["cls"].shape == (1, 96)
+    assert found["tokens"].shape == (1, math.prod(grid), 96)
+    assert [s.shape for s in found["stages"]] == [(1, 96, *grid)] * 5
+    assert a.shape == (1, 4, *grid) and (a >= 0).all()
+    torch.testing.assert_close(a.sum((2, 3, 4)), torch.ones(1, 4))
+    assert all(torch.isfinite(t).all() for t in (found["cls"], found["tokens"], a))
+
+
+def test_checkpointing_and_stochastic_depth(scan_encoder):
+    x = torch.rand(1, 1, 32, 32, 32)
+    again = scans(**{"encoder.registers": 2, "encoder.checkpointing": True}).train()
+    assert torch.equal(again(x).tokens, scan_encoder(x).tokens)
+    again(x).tokens.sum().backward()
+    assert all(p.grad is not None for n, p in again.named_parameters())
+    deep = scans(**{"encoder.drop_path": 0.5})
+    assert [block.drop_path for block in deep.trunk.blocks] == pytest.approx([0, 1 / 6, 1 / 3, 0.5])
+    assert torch.equal(deep(x).cls, deep(x).cls) and not torch.equal(deep.train()(x).cls, deep(x).cls)
+
+
+def test_settings_of_primus_are_refused_elsewhere_and_channels_must_turn():
+    for change in ({"encoder.registers": 2}, {"encoder.cls_token": False}, {"encoder.layer_scale": 0.1}):
+        for preset in ("tiny", "miram-tiny"):
+            with pytest.raises(UseError, match=r"encoder\.layout=primus"):
+                sl.load_config(preset, change)
+    with pytest.raises(UseError, match=r"6 × encoder\.heads = 6 × 5"):
+        sl.load_config("primus-tiny", {"encoder.heads": 5})
+    with pytest.raises(UseError, match="no semantic attention"):
+        scans(**{"encoder.cls_token": False}).attention(np.zeros((64, 64, 64), np.int16))
 
 
 def test_hidden_patches_do_not_reach_the_encoder(encoder):

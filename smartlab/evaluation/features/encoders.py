@@ -10,20 +10,16 @@ import copy
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smartlab.core.config import Config
-from smartlab.models.encoder import Encoder
+from smartlab.models.build import AnyEncoder, make_encoder
 from smartlab.training.run import Run
 
-if TYPE_CHECKING:
-    from smartlab.models.vit import ViTEncoder
-
-    AnyEncoder = Encoder | ViTEncoder
-    EncoderSource = Encoder | Run | str | Path  # a ViTEncoder too, where a task says that it takes images
+EncoderSource = AnyEncoder | Run | str | Path
 
 
 def as_encoder(source: EncoderSource, role: str = "teacher") -> tuple[Any, dict[str, Any]]:
@@ -52,28 +48,13 @@ def random_encoder(config: Config, seed: int = 0) -> Any:
     """The same architecture with random weights; equal seeds give equal weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        encoder = untrained(config)
+        encoder = make_encoder(config)
     return encoder.eval().requires_grad_(False)
-
-
-def untrained(config: Config) -> AnyEncoder:
-    """The encoder of a configuration with new weights: of scans, or of images."""
-    if config.encoder.kind == "vit":
-        from smartlab.models.vit import ViTEncoder
-
-        return ViTEncoder(config)
-    return Encoder(config)
 
 
 def network_input(crops: Tensor) -> Tensor:
     """Windowed crops (B, D, H, W) with a channel; the unit axis of images (B, 1, H, W) is one already."""
     return crops if crops.shape[1] == 1 else crops[:, None]
-
-
-def total_stride(encoder: AnyEncoder) -> int:
-    """Stored voxels or pixels of which a crop must be a whole multiple."""
-    image = encoder.config.encoder.kind == "vit"
-    return encoder.stride if image else encoder.config.encoder.stride(4)
 
 
 def identity(encoder: nn.Module) -> str:

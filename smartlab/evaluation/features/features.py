@@ -40,7 +40,7 @@ from smartlab.data.store.store import Store
 from smartlab.evaluation.features import pooling as pool
 from smartlab.evaluation.features.cache import Arrays, cached
 from smartlab.evaluation.features.cases import lesion_rows, read_stacks, scan_rows
-from smartlab.evaluation.features.encoders import as_encoder, identity, network_input, ready, total_stride
+from smartlab.evaluation.features.encoders import as_encoder, identity, network_input, ready
 from smartlab.evaluation.features.table import FeatureTable
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Extraction:
 
     def crop_size(self, size: int | None) -> int:
         """Voxels per side of a crop, the training view by default; whole strides only."""
-        size, total = size or self.config.data.view, total_stride(self.encoder)
+        size, total = size or self.config.data.view, self.encoder.total
         if size < 1 or size % total:
             above = max(1, -(-size // total)) * total
             raise UseError(
@@ -101,7 +101,7 @@ class Extraction:
 
     def batch(self, size: int, batch: int | None) -> int:
         """Crops per batch: as given, else what fits well."""
-        voxels = size ** (2 if self.config.encoder.kind == "vit" else 3)
+        voxels = size**self.encoder.dims
         return batch or max(1, min(256, (_VOXELS if self.device.type == "cpu" else 16 * _VOXELS) // voxels))
 
     def table(

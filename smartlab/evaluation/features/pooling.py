@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smartlab.core.errors import UseError
-from smartlab.models.encoder import Encoder
 
 if TYPE_CHECKING:
     from smartlab.evaluation.features.encoders import AnyEncoder
@@ -43,14 +42,8 @@ def parts(pooling: str, allowed: tuple[str, ...] = POOLINGS) -> list[str]:
 
 def width(encoder: AnyEncoder, pooling: str) -> int:
     """Numbers per row."""
-    return sum(
-        sum(stage_channels(encoder)) if p == "stages" else encoder.channels for p in pooling.split("+")
-    )
-
-
-def stage_channels(encoder: AnyEncoder) -> list[int]:
-    """Channels of the outputs that "stages" pools over."""
-    return list(encoder.swin.channels if isinstance(encoder, Encoder) else encoder.stage_channels)
+    wide = sum(encoder.stage_channels)
+    return sum(wide if p == "stages" else encoder.channels for p in pooling.split("+"))
 
 
 def pool_crops(out: Encoded, pooling: str) -> Tensor:
@@ -111,8 +104,7 @@ def _pool_region(encoder: AnyEncoder, features: dict, index: np.ndarray, wanted:
 
 def _levels(encoder: AnyEncoder, features: dict, part: str) -> list[tuple[int, Tensor]]:
     """(voxels per token side, tokens (C, D, H, W)) of every grid that a part pools over."""
-    if part == "stages" and not isinstance(encoder, Encoder):
-        return [(encoder.stride, stage[0]) for stage in features["stages"]]
     if part == "stages":
-        return [(encoder.config.encoder.stride(k), stage[0]) for k, stage in enumerate(features["stages"])]
+        strides = encoder.stage_strides
+        return [(stride, stage[0]) for stride, stage in zip(strides, features["stages"], strict=True)]
     return [(encoder.stride, features["tokens"][0].T.unflatten(1, features["grid"]))]

@@ -307,7 +307,8 @@ def _estimates(table: pd.DataFrame, modes: Sequence[Mode], largest: float) -> di
 
 def _check(modes: Sequence[str], fractions: Sequence[float], size: int, encoder: Encoder) -> None:
     if encoder.config.encoder.kind == "vit":
-        raise UseError("segmentation is by SwinUNETR, of scans", found="an encoder of images")
+        kind = "images" if encoder.config.flat else "scans that is no Swin"
+        raise UseError("segmentation is by SwinUNETR, of scans", found=f"an encoder of {kind}")
     check_modes(modes, size, encoder)
     if size < 2 * encoder.config.encoder.stride(4):
         raise UseError(

@@ -32,7 +32,6 @@ from smartlab.core.errors import DataError, UseError
 from smartlab.core.files import write_text
 from smartlab.data.crops.loader import GivenUp
 from smartlab.data.crops.views import CropDataset, CropLoader
-from smartlab.evaluation.features.encoders import total_stride
 from smartlab.evaluation.learn.folds import deal
 from smartlab.training import checkpoint, schedules
 from smartlab.training.loop import mix
@@ -89,7 +88,7 @@ def check_modes(modes: Sequence[str], size: int, encoder: AnyEncoder) -> None:
     """Refuse unknown ways to start, and crops that the encoder cannot take."""
     if not modes or set(modes) - set(MODES) or len(set(modes)) < len(modes):
         raise UseError("unknown or repeated modes", found=list(modes), expected=f"some of {', '.join(MODES)}")
-    stride = total_stride(encoder)
+    stride = encoder.total
     if size % stride or size < stride:
         raise UseError(f"crops of {size} voxels", expected=f"a multiple of the encoder's stride {stride}")
 

@@ -49,7 +49,7 @@ from smartlab.evaluation.features.grids import scans
 from smartlab.evaluation.judge.means import patient_means
 from smartlab.evaluation.judge.result import Estimate, Result
 from smartlab.masking import head_diversity, informativeness
-from smartlab.models.encoder import Encoder, dropped_patches
+from smartlab.models.encoder import AnyEncoder, dropped_patches
 from smartlab.models.reach import reach
 from smartlab.training import checkpoint
 from smartlab.training.run import Run
@@ -123,27 +123,26 @@ def heads(
     return Result("heads", metrics, table, lambda: _draw(table, similarity, history), facts)
 
 
-def _check(encoder: Encoder, sample: str, views: int) -> None:
-    if not isinstance(encoder, Encoder):
-        raise UseError(
-            "not an encoder of scans", found=type(encoder).__name__, expected="a Swin of smartlab's"
-        )
-    if encoder.semantic is None and sample == "scans":
+def _check(encoder: AnyEncoder, sample: str, views: int) -> None:
+    if not isinstance(encoder, AnyEncoder) or encoder.config.flat:
+        raise UseError("not an encoder of scans", found=type(encoder).__name__, expected="one of smartlab's")
+    if not encoder.heads and sample == "scans":
         raise UseError(
             "this encoder has no semantic attention to look over whole scans with",
             fix='use sample="views", which measures its stages, or train with semantic.enabled=true',
         )
-    if encoder.semantic is not None and encoder.config.semantic.heads < 2:
-        raise UseError("one head cannot differ from others", found="semantic.heads=1", expected="two or more")
+    if encoder.heads == 1:
+        name = "encoder.heads" if encoder.semantic is None else "semantic.heads"
+        raise UseError("one head cannot differ from others", found=f"{name}=1", expected="two or more")
     if sample not in ("views", "scans") or views < 1:
         raise UseError(f"sample={sample!r}, views={views}", expected="views or scans, at least one view")
 
 
 def _encoders(
     source: EncoderSource, role: str
-) -> tuple[dict[int | None, Encoder], dict[str, Any], pd.DataFrame | None]:
+) -> tuple[dict[int | None, AnyEncoder], dict[str, Any], pd.DataFrame | None]:
     """Checkpoint step -> encoder, in order (None for an encoder alone); facts; the run's history."""
-    if not isinstance(source, Run) and (isinstance(source, Encoder) or not Path(source).is_dir()):
+    if not isinstance(source, Run) and (isinstance(source, AnyEncoder) or not Path(source).is_dir()):
         encoder, facts = as_encoder(source, role)
         return {None: encoder}, facts, None
     run = source if isinstance(source, Run) else Run(source)
@@ -157,7 +156,7 @@ def _encoders(
 
 @torch.no_grad()
 def _view_attention(
-    encoder: Encoder, store: Store, about: pd.DataFrame, views: int, dropout: float, seed: int
+    encoder: AnyEncoder, store: Store, about: pd.DataFrame, views: int, dropout: float, seed: int
 ) -> tuple[list[Tensor], np.ndarray, list[dict[str, list[float]]]]:
     """Attention (heads, D, H, W) of every view (none without semantic attention), whose it is, and the reach
     of every stage's heads. Views and noise follow from the seed."""
@@ -189,7 +188,9 @@ def measure_reach(reaches: list[dict[str, list[float]]], patients: np.ndarray) -
     return dict(zip(names, patient_means(values, patients), strict=True))
 
 
-def _scan_attention(encoder: Encoder, store: Store, about: pd.DataFrame) -> tuple[list[Tensor], np.ndarray]:
+def _scan_attention(
+    encoder: AnyEncoder, store: Store, about: pd.DataFrame
+) -> tuple[list[Tensor], np.ndarray]:
     dataset = VolumeDataset(store, about.image)
     maps = [encoder.attention(dataset[i]["volume"])[0].float().cpu() for i in range(len(dataset))]
     return maps, about.patient.to_numpy(str)

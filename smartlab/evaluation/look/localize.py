@@ -78,7 +78,7 @@ def localize(
     table:   a row per scan, region and score.
     """
     encoder, origin = as_encoder(source)
-    if getattr(encoder, "semantic", None) is None:  # also that of images
+    if encoder.config.flat or not encoder.heads:
         raise UseError("this encoder has no semantic attention", fix="train with semantic.enabled=true")
     if not 0 < quantile < 1:
         raise UseError(f"quantile={quantile}", expected="a number between 0 and 1")

@@ -28,7 +28,7 @@ from smartlab.evaluation.judge.means import interval, patient_weights
 from smartlab.evaluation.judge.result import Estimate, Result
 from smartlab.evaluation.learn.linear import fit_tuned, one_thread
 from smartlab.evaluation.look.unsupervised import FEATURES, fold_pairs, organs_of, plain
-from smartlab.models.encoder import Encoder
+from smartlab.models.build import AnyEncoder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +63,7 @@ def units(
 ) -> Result:
     """Balanced accuracy and mIoU of a linear readout of single units, on patients that it did not learn from.
 
-    levels:    what is read: "stage 1" to "stage 4" (strides 4 to 32 with patches of 2), "tokens".
+    levels:    what is read: "stage 1" to "stage 4" (of Swin strides 4 to 32 with patches of 2), "tokens".
     labelled:  patients to learn from, drawn at random; by default all.
     minimum:   share of a unit's voxels that its class must hold.
     per_class: units per class and scan to learn from, at most.
@@ -110,7 +110,7 @@ def units(
 
 
 def _collect(
-    encoder: Encoder,
+    encoder: AnyEncoder,
     store: Store,
     images: Iterable[int] | None,
     levels: Sequence[str],
@@ -156,11 +156,11 @@ def _collect(
     return about.iloc[kept].reset_index(drop=True), every, [called[i] for i in order]
 
 
-def _stride(encoder: Encoder, level: str) -> int:
-    return encoder.stride if level == "tokens" else encoder.config.encoder.stride(int(level[-1]))
+def _stride(encoder: AnyEncoder, level: str) -> int:
+    return encoder.stride if level == "tokens" else encoder.stage_strides[int(level[-1])]
 
 
-def _levels(encoder: Encoder, hu: np.ndarray, levels: Sequence[str]) -> dict[str, np.ndarray]:
+def _levels(encoder: AnyEncoder, hu: np.ndarray, levels: Sequence[str]) -> dict[str, np.ndarray]:
     """Features (D, H, W, C) of a scan by level."""
     found = encoder.features(hu)
     every = {f"stage {i}": maps[0].permute(1, 2, 3, 0) for i, maps in enumerate(found["stages"])}

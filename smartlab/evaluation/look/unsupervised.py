@@ -31,7 +31,7 @@ from smartlab.evaluation.features.grids import scans, unit_counts
 from smartlab.evaluation.features.table import FeatureTable
 from smartlab.evaluation.judge.means import patient_means
 from smartlab.evaluation.judge.result import Estimate, Result
-from smartlab.models.encoder import Encoder
+from smartlab.models.build import AnyEncoder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,7 +134,7 @@ def unsupervised(
 
 
 def _collect(
-    encoder: Encoder, store: Store, images: Iterable[int] | None, stage: int | None, seed: int, progress: bool
+    encoder: AnyEncoder, store: Store, images: Iterable[int] | None, stage: int | None, seed: int, progress: bool
 ) -> tuple[pd.DataFrame, list[Units], list[str]]:
     """The scans that have organ labels, their units, and the names of the organs that occur."""
     names = organs_of(store)
@@ -190,15 +190,15 @@ def organs_of(store: Store) -> dict[int, str]:
     return names
 
 
-def _stride(encoder: Encoder, stage: int | None) -> int:
+def _stride(encoder: AnyEncoder, stage: int | None) -> int:
     if stage is not None and not 0 <= stage <= 4:
         raise UseError(f"stage={stage}", expected="0 to 4, or None for the semantic tokens")
-    return encoder.stride if stage is None else encoder.config.encoder.stride(stage)
+    return encoder.stride if stage is None else encoder.stage_strides[stage]
 
 
 def _units(
-    encoder: Encoder,
-    untrained: Encoder | None,
+    encoder: AnyEncoder,
+    untrained: AnyEncoder | None,
     store: Store,
     image: int,
     names: dict[int, str],
@@ -235,7 +235,7 @@ def plain(hu: np.ndarray, stride: int, grid: Sequence[int]) -> dict[str, np.ndar
     }
 
 
-def _tokens(encoder: Encoder, hu: np.ndarray, stage: int | None) -> tuple[np.ndarray, tuple[int, ...]]:
+def _tokens(encoder: AnyEncoder, hu: np.ndarray, stage: int | None) -> tuple[np.ndarray, tuple[int, ...]]:
     found = encoder.features(hu)
     if stage is None:
         return found["tokens"][0].float().cpu().numpy(), tuple(found["grid"])

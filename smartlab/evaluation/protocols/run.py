@@ -17,10 +17,10 @@ from smartlab.core.errors import UseError
 from smartlab.data.cohort.manifest import Manifest
 from smartlab.data.store.prepare import locate_images, prepare_store
 from smartlab.evaluation.evaluate import evaluate
-from smartlab.evaluation.features.encoders import untrained
 from smartlab.evaluation.finetune.trainer import HELD_OUT
 from smartlab.evaluation.judge.result import Estimate, Result
 from smartlab.evaluation.protocols.table import Paper, Part, Protocol
+from smartlab.models.build import make_encoder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -199,7 +199,7 @@ def operations(task: str, encoder: Any, size: int) -> float:
     from smartlab.evaluation.finetune import classifier, segmenter
 
     build = {"segment": segmenter.build, "classify": classifier.build}.get(task)
-    net: Any = build(encoder, 2, pretrained=False, seed=0) if build else untrained(encoder.config)
+    net: Any = build(encoder, 2, pretrained=False, seed=0) if build else make_encoder(encoder.config)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, torch.no_grad(), FlopCounterMode(display=False) as counted:
         net.eval()(torch.empty(1, 1, size, size, size))

@@ -28,7 +28,7 @@ from benchmarks.reference import Reference
 from benchmarks.running import data_share, processes, start_up
 from smartlab.core.clock import Clock
 from smartlab.core.config import Config, load_config
-from smartlab.methods.masked_distillation import MaskedDistillation
+from smartlab.training.families import family_of
 from smartlab.training.setup import keep_freed_memory, parameter_groups
 
 SECTIONS = (
@@ -65,7 +65,7 @@ class Side:
             config = changed(config, "student", encode="sparse")
         if "again" in kind:
             config = changed(config, "encoder", checkpointing=True)
-        method = MaskedDistillation(config) if ours else Reference(config, flash="flash" in kind)
+        method = family_of(config).method(config) if ours else Reference(config, flash="flash" in kind)
         if weights is not None:
             method.load_state_dict(weights)
         self.method, self.device, self.step = method.to(device).train(), device, 0

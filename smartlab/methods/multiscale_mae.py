@@ -68,24 +68,25 @@ class MultiscaleMAE(nn.Module):
         shares: by region, the part (2B, N) of each patch in it; only watched.
         """
         x = views if self.dims == 2 else views.flatten(0, 1)
-        mask = self.choose(len(x), x.device, generator, clock)
-        seen, attention, keep, hidden = self.see(x, mask)
+        keep, hidden = self.choose(len(x), x.device, generator, clock)
+        mask = self.mask(hidden)
+        seen, attention, places = self.see(x, keep, mask)
         losses, metrics = [], self.watch(seen, attention)
         metrics |= {f"hidden_{name}": hidden_share(mask, share) for name, share in (shares or {}).items()}
         for d in self.config.mae.decoders():
-            places = finer(hidden, self.side, d.scale, self.dims)
-            guess = self.decoders[str(d.scale)](seen, keep, places)
-            loss = (guess.float() - taken(self.target(x, d.scale)[0], places)).square().mean()
+            wanted = finer(hidden, self.side, d.scale, self.dims)
+            guess = self.decoders[str(d.scale)](seen, places, wanted)
+            loss = (guess.float() - taken(self.target(x, d.scale)[0], wanted)).square().mean()
             losses.append(d.weight * loss)
             metrics[f"loss_scale_{d.scale}"] = loss.detach()
         return torch.stack(losses).sum(), metrics
 
     def choose(
-        self, rows: int, device: torch.device, generator: torch.Generator, clock: Clock = Clock(0, 1, 1)
-    ) -> Tensor:
-        """(B, N) bool, equally many hidden in every row."""
+        self, rows: int, device: torch.device, generator: torch.Generator, clock: Clock
+    ) -> tuple[Tensor, Tensor]:
+        """Places of the visible (B, n) and of the hidden patches (B, k), ascending."""
         m = self.config.mask
-        return make_mask(
+        mask = make_mask(
             m.strategy,
             None,
             m.ratio,
@@ -95,18 +96,20 @@ class MultiscaleMAE(nn.Module):
             device=device,
             shard=(clock.rank, clock.world),
         )
+        return places_of(mask, hidden_count(m.ratio, mask.shape[1]))
 
-    def see(
-        self, x: Tensor, mask: Tensor, count: int | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """What the encoder makes of views: tokens (B, 1 + n, C), [CLS] first; its attention; the places (B, n) of these
-        tokens; and those of the hidden patches (B, k), of which `count`, by default as configured, are in each row."""
-        count = hidden_count(self.config.mask.ratio, mask.shape[1]) if count is None else count
-        encoder, (keep, hidden) = self.student.encoder, places_of(mask, count)
+    def mask(self, hidden: Tensor) -> Tensor:
+        """(B, N) bool of hidden places (B, k)."""
+        shown = torch.zeros(len(hidden), self.side**self.dims, dtype=torch.bool, device=hidden.device)
+        return shown.scatter(1, hidden, True)
+
+    def see(self, x: Tensor, keep: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What the encoder makes of views: tokens (B, 1 + n, C), [CLS] first; its attention; where the others lie (B, n)."""
+        encoder = self.student.encoder
         if self.dims == 2 or self.config.student.encode == "sparse":
-            return *encoder.visible(encoder.shrink(x), keep), keep, hidden
+            return *encoder.visible(encoder.shrink(x), keep), keep
         out, every = encoder(x, hidden=mask), torch.arange(mask.shape[1], device=x.device)
-        return torch.cat([out.cls[:, None], out.tokens], 1), out.attention, every.expand(len(x), -1), hidden
+        return torch.cat([out.cls[:, None], out.tokens], 1), out.attention, every.expand(len(x), -1)
 
     def target(self, views: Tensor, scale: int) -> tuple[Tensor, Tensor, Tensor]:
         """Patches (B, N·s², p²), of scans (B, N·s³, p³), of the views at a scale, as they are to be predicted, with the
@@ -127,10 +130,12 @@ class MultiscaleMAE(nn.Module):
         Where targets are normalised, the guess gets the true mean and spread of each patch back: it shows
         what is predicted, which is the pattern within a patch and not its brightness.
         """
-        if mask is None:
+        if mask is not None:
+            keep, hidden = places_of(mask, int(mask[0].sum()))
+        else:
             assert generator is not None
-            mask = self.choose(len(views), views.device, generator)
-        seen, _, keep, hidden = self.see(views, mask, int(mask[0].sum()))
+            keep, hidden = self.choose(len(views), views.device, generator, Clock(0, 1, 1))
+        seen, _, places = self.see(views, keep, self.mask(hidden))
         found, patch = {}, self.config.encoder.patch
         for d in self.config.mae.decoders():
             target, mean, spread = self.target(views, d.scale)

@@ -483,3 +483,68 @@ def test_a_sparse_student_overfits_one_batch():
 def test_a_sparse_student_is_refused_where_it_means_nothing():
     with pytest.raises(sl.UseError, match=r"student.encode=sparse is for Swin"):
         sl.load_config("miram-tiny", {"student.encode": "sparse"})
+    with pytest.raises(sl.UseError, match=r"student.encode=sparse of a ViT leaves hidden tokens out"):
+        sl.load_config("primus-tiny", {"method.preset": "simmim", "student.encode": "sparse"})
+
+
+PRIMUS = {
+    "encoder.embed_dim": 24,
+    "encoder.blocks": 2,
+    "encoder.heads": 2,
+    "data.view": 32,
+    "data.region": 48,
+}
+
+
+def make_vit(method="dagman", **more):
+    torch.manual_seed(0)
+    settings = PRIMUS | {"method.preset": method, "distill.hidden": 32, "distill.bottleneck": 16} | more
+    return MaskedDistillation(sl.load_config("primus-tiny", settings))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_a_vision_transformer(method):
+    """One step teaches every weight of the student, and no semantic attention is needed for any mask."""
+    net = make_vit(method)
+    assert net.student.encoder.semantic is None and net.config.unit == 8
+    loss, metrics = step(net)
+    loss.backward()
+    assert torch.isfinite(loss) and metrics["head_diversity"] > 0
+    untouched = [n for n, p in net.student.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert untouched == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"semantic.enabled": True},
+        {"encoder.registers": 2},
+        {"encoder.cls_token": False, "mask.strategy": "random"},
+        {"mask.importance": "received"},
+        {"mask.fill": "token"},
+        {"teacher.guide": "noisy"},
+        {"encoder.layer_scale": None},
+        {"encoder.inner_norm": False},
+    ],
+    ids=str,
+)
+def test_every_factor_of_a_vision_transformer_can_be_switched_alone(change):
+    free = {"mask.strategy": "attention_high"}
+    (a, _), (b, _) = (step(make_vit(**free | more)) for more in ({}, change))
+    b.backward()
+    assert torch.isfinite(b) and a.detach() != b.detach()
+
+
+def test_the_masks_of_a_vision_transformer_follow_the_last_blocks_own_cls(monkeypatch):
+    """The teacher's attention on undamaged views: what it attends to most is hidden."""
+    net, hidden = make_vit(**{"mask.strategy": "attention_high"}), []
+    encode = net.student.encoder.forward
+    monkeypatch.setattr(
+        net.student.encoder, "forward", lambda *a, **k: hidden.append(k["hidden"]) or encode(*a, **k)
+    )
+    step(net)
+    importance = net.teacher.encoder(views().flatten(0, 1)).attention.mean(1)
+    for row, chosen in zip(importance, hidden[0], strict=True):
+        assert row[chosen].min() >= row[~chosen].max()
+    taught = net.look(views().flatten(0, 1), START, torch.Generator().manual_seed(0))[1]
+    assert not torch.allclose(taught.attention.mean(1), importance), "what teaches has missed most patches"

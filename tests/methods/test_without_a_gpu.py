@@ -45,6 +45,24 @@ CHANGES = [
     {"encoder.window_size": 7, "encoder.depths": [2, 2, 2, 2]},
     {"student.encode": "sparse"},
 ]
+PRIMUS = {"data.view": 32, "data.region": 32, "mae.input": 32}
+VITS = [
+    *({"method.preset": name} for name in ("mae", "simmim", "smit", "dagman", "ibot", "attmask", "mst")),
+    {"method.preset": "miram", "mae.input": 16, "mae.landmarks": 8},
+    {"student.encode": "dense", "mask.fill": "token", "mask.strategy": "block"},
+    {"mae.scales": [1, 2], "mae.input": 16, "mae.attention": ["softmax", "performer"]},
+    {"encoder.cls_token": False},
+    {"encoder.registers": 2, "encoder.drop_path": 0.2, "encoder.checkpointing": True},
+    {"encoder.layer_scale": None, "encoder.inner_norm": False},
+    {"method.preset": "dagman", "mask.importance": "received", "teacher.guide": "noisy"},
+    {
+        "method.preset": "dagman",
+        "semantic.enabled": True,
+        "encoder.registers": 1,
+        "distill.kind": "prototype",
+    },
+    {"method.preset": "smit", "encoder.cls_token": False},
+]
 IMAGES = [
     {"method.preset": "mae"},
     *({"mae.attention": kind} for kind in ("nystrom", "linformer", "performer")),
@@ -68,6 +86,16 @@ def meta(monkeypatch):
 )
 def test_a_whole_step_on_scans(change, precision, meta):
     whole_step(sl.load_config("dagman", SCANS | change), (2, 2, 1, 64, 64, 64), meta, precision)
+
+
+@pytest.mark.parametrize(
+    ("change", "precision"),
+    [({}, torch.bfloat16), (VITS[3], torch.bfloat16), *((c, None) for c in VITS)],
+    ids=str,
+)
+def test_a_whole_step_of_a_vision_transformer_on_scans(change, precision, meta):
+    config = sl.load_config("primus-tiny", PRIMUS | change)
+    whole_step(config, (2, 2, 1, 32, 32, 32), meta, precision)
 
 
 @pytest.mark.parametrize("change", [{}, *IMAGES], ids=str)

@@ -14,7 +14,7 @@ from smartlab.models.encoder import Encoder
 from smartlab.models.swin import Swin
 from smartlab.models.windows import shift_mask
 
-PRESETS = [name for name in ENCODERS if name != "custom" and not name.startswith("vit-")]
+PRESETS = [name for name, e in ENCODERS.items() if e.get("encoder.kind") == "swin"]
 
 
 def pair(embed_dim, depths, num_heads, window_size, qkv_bias=True, **_):

@@ -134,7 +134,12 @@ def unsupervised(
 
 
 def _collect(
-    encoder: AnyEncoder, store: Store, images: Iterable[int] | None, stage: int | None, seed: int, progress: bool
+    encoder: AnyEncoder,
+    store: Store,
+    images: Iterable[int] | None,
+    stage: int | None,
+    seed: int,
+    progress: bool,
 ) -> tuple[pd.DataFrame, list[Units], list[str]]:
     """The scans that have organ labels, their units, and the names of the organs that occur."""
     names = organs_of(store)

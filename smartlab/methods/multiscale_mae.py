@@ -139,10 +139,10 @@ class MultiscaleMAE(nn.Module):
         found, patch = {}, self.config.encoder.patch
         for d in self.config.mae.decoders():
             target, mean, spread = self.target(views, d.scale)
-            guess = self.decoders[str(d.scale)](seen, keep).float()
-            places = finer(hidden, self.side, d.scale, self.dims)
+            guess = self.decoders[str(d.scale)](seen, places).float()
+            wanted = finer(hidden, self.side, d.scale, self.dims)
             lost = torch.zeros_like(target).scatter(
-                1, places[..., None].expand(-1, -1, target.shape[-1]), 1.0
+                1, wanted[..., None].expand(-1, -1, target.shape[-1]), 1.0
             )
             parts = {"target": target * spread + mean, "guess": guess * spread + mean, "hidden": lost}
             side = self.side * d.scale

@@ -243,7 +243,8 @@ class ViT(nn.Module):
         grid = tuple(length // self.patch for length in x.shape[2:])
         tokens = self.embed(x, keep)
         if blank is not None:
-            tokens = torch.where(blank[..., None], torch.as_tensor(fill).to(tokens), tokens)
+            fill = fill.to(tokens.dtype) if isinstance(fill, Tensor) else fill
+            tokens = torch.where(blank[..., None], fill, tokens)
         tokens = tokens + taken(self.positions(grid).expand(len(x), -1, -1), keep)
         leading: list[Tensor] = [t for t in (self.cls_token, self.register_tokens) if t is not None]
         if self.style is None:  # [CLS] has a position too

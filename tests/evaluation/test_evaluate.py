@@ -57,6 +57,26 @@ def test_every_task_from_a_run_in_one_call(task, more, metric, run, where, tmp_p
     assert len((tmp_path / task / "table.csv").read_text().splitlines()) > 1
 
 
+@pytest.mark.parametrize(
+    "task, more, metric",
+    [
+        ("clusters", {"embeddings": ("pca",), "draws": 50}, "random features/ratio"),
+        ("heads", {"views": 1}, "reach entropy:block 2"),
+        ("heads", {"sample": "scans"}, "jensen_shannon"),
+        ("localize", {}, "lesion/lift"),
+        ("units", {"draws": 50, "folds": 2, "levels": ("stage 1", "stage 4")}, "stage 4/balanced accuracy"),
+    ],
+)
+def test_a_vision_transformer_of_scans_is_looked_at_like_any_other(task, more, metric, where):
+    """By its own [CLS], without semantic attention."""
+    small = {"encoder.embed_dim": 24, "encoder.blocks": 2, "encoder.heads": 2, "encoder.registers": 1}
+    small |= {"data.spacing": 4.0, "data.region": 48, "data.view": 32, "mae.input": 32}
+    encoder = random_encoder(sl.load_config("primus-tiny", small), seed=1)
+    result = sl.evaluate(encoder, task, **where, **more)
+    assert result.metrics[metric].value > 0
+    assert result.figure().axes
+
+
 def test_the_command_line_does_the_same(run, cohort, tmp_path, monkeypatch):  # noqa: F811
     from typer.testing import CliRunner
 

@@ -71,7 +71,16 @@ def image_encoder():
     return net
 
 
-@pytest.mark.parametrize(("kind", "shape"), [("encoder", (64, 64, 64)), ("image_encoder", (128, 160))])
+@pytest.fixture
+def scan_vit():
+    torch.manual_seed(0)
+    return ViTEncoder(sl.load_config("primus-tiny", {"encoder.registers": 2})).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [("encoder", (64, 64, 64)), ("image_encoder", (128, 160)), ("scan_vit", (64, 72, 64))],
+)
 def test_safetensors_carry_their_card_and_load_alone(kind, shape, request, tmp_path):
     encoder = request.getfixturevalue(kind)
     file = export(encoder, "safetensors", tmp_path / "e.safetensors", role="student")
@@ -80,6 +89,12 @@ def test_safetensors_carry_their_card_and_load_alone(kind, shape, request, tmp_p
     volume = torch.randint(-1000, 400, shape, dtype=torch.int16).numpy()
     assert torch.equal(encoder.attention(volume), back.attention(volume))
     assert torch.equal(encoder.features(volume)["cls"], back.features(volume)["cls"])
+
+
+def test_a_vision_transformer_of_scans_has_no_place_in_monai(scan_vit, tmp_path):
+    with pytest.raises(UseError, match="safetensors"):
+        export(scan_vit, "monai", tmp_path / "v.pt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_vision_transformer_exported_to_monai_is_the_same_function_there(image_encoder, tmp_path):

@@ -108,9 +108,21 @@ def test_sigterm_saves_and_exits_well_and_sigusr1_saves_and_goes_on(settings, tm
     assert run.history.step.iloc[-1] == run.step
 
 
-def test_stopping_in_the_middle_of_an_epoch_changes_nothing(settings, tmp_path, monkeypatch):
+VIT = {"encoder.embed_dim": 24, "encoder.blocks": 2, "encoder.heads": 2, "encoder.registers": 1}
+
+
+@pytest.mark.parametrize(
+    ("preset", "more"),
+    [
+        ("tiny", {}),
+        ("primus-tiny", VIT | {"mae.input": 32, "mae.width": 12, "mae.heads": 2}),
+        pytest.param("primus-tiny", VIT | {"method.preset": "dagman"}, marks=pytest.mark.slow),
+    ],
+    ids=["swin", "vit", "vit-dagman"],
+)
+def test_stopping_in_the_middle_of_an_epoch_changes_nothing(preset, more, settings, tmp_path, monkeypatch):
     """Same process, same thread count: stop after 4 of 8 steps, resume, compare."""
-    config = sl.load_config("tiny", settings)
+    config = sl.load_config(preset, settings | more)
     sl.pretrain(config, tmp_path / "whole", progress=False)
     from smartlab.training.loop import Trainer
 

@@ -272,6 +272,31 @@ def test_a_reconstruction_nobody_looks_at_is_not_computed(run, store, monkeypatc
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("method", ["mae", "dagman"])
+def test_a_vision_transformer_of_scans(method, tmp_path):
+    """Its own [CLS] guides masks; what is hidden is filled in by its decoder, or by the student."""
+    more = {"data.view": 32, "data.region": 32, "mae.input": 32, "data.spacing": 2.5, "method.preset": method}
+    config = sl.load_config("primus-tiny", more)
+    run = run_of(config, MultiscaleMAE if method == "mae" else MaskedDistillation, tmp_path / "run")
+    scan = np.random.default_rng(0).normal(-500, 300, (60, 60, 60)).round()
+    explorer = sl.explore(
+        scan, run, strategy="attention_high", against="random", shown="reconstruction", size=32
+    )
+    assert explorer.mask.shape == (4, 4, 4) and explorer.attention.shape == (4, 4, 4, 4)
+    top = (
+        explorer.attention.mean(0).ravel()
+        >= np.sort(explorer.attention.mean(0).ravel())[-explorer.mask.sum()]
+    )
+    assert np.array_equal(top, explorer.mask.ravel())
+    hidden = explorer.mask.repeat(8, 0).repeat(8, 1).repeat(8, 2)
+    guess = explorer.viewer.scene.layers[0].reconstruction.values()
+    assert (guess == explorer.view.image)[~hidden].all() and (guess != explorer.view.image)[
+        hidden
+    ].mean() > 0.5
+    explorer.set(importance="received")
+    assert explorer.mask.sum() == int(hidden.sum()) // 512
+
+
 def test_mammograms_in_one_plane(tmp_path):
     sl.make_phantom("mammo", tmp_path / "images", n=1, shape=(400, 320), spacing=0.5, progress=False)
     path = sorted((tmp_path / "images").rglob("*.dcm"))[0]

@@ -23,7 +23,8 @@ from smartlab.core.config import Config
 from smartlab.masking import head_diversity, hidden_count, hidden_share, informativeness, make_mask
 from smartlab.methods.distillation import feature_signs
 from smartlab.models.decoder import Decoder, finer, from_patches
-from smartlab.models.vit import ViTEncoder, taken, to_patches
+from smartlab.models.patches import taken, to_patches
+from smartlab.models.vit import ViTEncoder
 
 
 def places_of(mask: Tensor, count: int) -> tuple[Tensor, Tensor]:

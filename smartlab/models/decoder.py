@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smartlab.core.settings import Decoding, MaeConfig
-from smartlab.models.vit import ViTBlock, sine_positions, start, taken
+from smartlab.models.patches import sine_positions, taken
+from smartlab.models.vit import ViTBlock, start
 
 
 class Decoder(nn.Module):

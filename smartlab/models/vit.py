@@ -24,14 +24,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smartlab.core.config import Config, MaeConfig
-from smartlab.core.errors import UseError
 from smartlab.models.attend import Look, look, paths
 from smartlab.models.encoder import AnyEncoder, Encoded
 from smartlab.models.linear_attention import Attention
+from smartlab.models.patches import PatchEmbed, Size, Turn, rotations, sine_positions, taken, turned
 from smartlab.models.semantic import SemanticAttention
-
-Size = tuple[int, ...]  # rows and columns, or depth, height and width
-Turn = tuple[Tensor, Tensor]  # cosines and sines by token and pair of channels, (…, N, c / 2)
 
 
 class Mlp(nn.Module):
@@ -138,18 +135,6 @@ class EvaBlock(ViTBlock):
         for name in ("gamma_1", "gamma_2"):
             start = None if style.layer_scale is None else torch.full((dim,), style.layer_scale)
             self.register_parameter(name, None if start is None else nn.Parameter(start))
-
-
-class PatchEmbed(nn.Module):
-    """Images or scans (B, channels, …) -> tokens (B, N, C), row by row; `keep` (B, n): of these patches only."""
-
-    def __init__(self, channels: int, dim: int, patch: int, dims: int = 2) -> None:
-        super().__init__()
-        self.proj = (nn.Conv2d if dims == 2 else nn.Conv3d)(channels, dim, patch, patch)
-
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        patches = taken(to_patches(x, self.proj.kernel_size[0]), keep)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class ViT(nn.Module):
@@ -348,72 +333,12 @@ class ViTEncoder(ViT, AnyEncoder):
         else:  # voxels are predicted from what is normalised
             stages[-1] = units.unflatten(1, grid)
         pooled = units[-deep:].mean(1) if deep else units.mean(1) if deep is None else None
+        tokens = units
         if self.semantic is not None:
-            cls, outputs, *looked = self.semantic(stages[-1], received)
-            return encoded(stages, cls, outputs, Look(*looked), grid, units, pooled)
-        return encoded(stages, cls, units, seen if self.heads else None, grid, units, pooled)
-
-
-def encoded(
-    stages: list[Tensor],
-    cls: Tensor,
-    tokens: Tensor,
-    seen: Look | None,
-    grid: Size,
-    units: Tensor,
-    pooled: Tensor | None,
-) -> Encoded:
-    rows, strength, received = (None, None, None) if seen is None else seen
-    return Encoded(stages, cls, tokens, rows, received, grid, units, pooled, strength)
-
-
-def to_patches(images: Tensor, patch: int) -> Tensor:
-    """(B, C, …) -> (B, N, C · patch^dims), row by row."""
-    batch, channels, *size = images.shape
-    split = images.reshape(batch, channels, *(n for length in size for n in (length // patch, patch)))
-    grid, inside = range(2, 2 + 2 * len(size), 2), range(3, 3 + 2 * len(size), 2)
-    return split.permute(0, *grid, 1, *inside).flatten(1 + len(size)).flatten(1, len(size))
-
-
-def taken(x: Tensor, places: Tensor | None) -> Tensor:
-    """Of tokens (B, N, C) those at the places (B, n)."""
-    return x if places is None else x.gather(1, places[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def turned(x: Tensor, turn: Turn) -> Tensor:
-    """Every pair of neighbouring channels of x (B, heads, N, c), rotated (RoFormer, section 3.2)."""
-    cos, sin = turn
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x.dtype)
-
-
-def rotations(grid: Size, head: int, device: torch.device) -> Tensor:
-    """Angles (N, head / 2): every axis turns an equal share of the pairs of channels, each pair more slowly."""
-    count = head // (2 * len(grid))
-    speeds = 10000 ** (-torch.arange(count, device=device) / count)
-    places = [torch.arange(n, device=device, dtype=torch.float32) for n in grid]
-    axes = [axis[..., None] * speeds for axis in torch.meshgrid(*places, indexing="ij")]
-    return torch.cat(axes, -1).flatten(0, -2)
-
-
-def sine_positions(grid: Size, dim: int, span: Size | None = None) -> Tensor:
-    """(N, dim) sines and cosines of place, as in MAE: columns in the first part of the channels, then rows, …
-
-    span: count positions as on a grid of this size (patch centres lie over those of that grid).
-    """
-    parts = 2 * len(grid)
-    if dim % parts:
-        raise UseError(
-            f"{dim} channels cannot hold sines and cosines of rows and columns", expected=f"{parts} · n"
-        )
-    axes = [
-        (torch.arange(n, dtype=torch.float64) + 0.5) * (s / n) - 0.5
-        for n, s in zip(grid, span or grid, strict=True)
-    ]
-    frequency = 10000 ** (-torch.arange(dim // parts, dtype=torch.float64) / (dim // parts))
-    angles = [place.flatten() for place in torch.meshgrid(*axes, indexing="ij")][::-1]
-    waves = [wave(place[:, None] * frequency) for place in angles for wave in (torch.sin, torch.cos)]
-    return torch.cat(waves, 1).float()
+            cls, tokens, *looked = self.semantic(stages[-1], received)
+            seen = Look(*looked)
+        rows, strength, incoming = seen if self.heads else (None, None, None)
+        return Encoded(stages, cls, tokens, rows, incoming, grid, units, pooled, strength)
 
 
 def start(module: nn.Module) -> None:

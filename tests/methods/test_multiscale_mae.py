@@ -14,7 +14,7 @@ from smartlab.core.clock import Clock
 from smartlab.evaluation.look.spectrum import detail, enlarged
 from smartlab.methods.multiscale_mae import MultiscaleMAE
 from smartlab.models.decoder import finer, from_patches
-from smartlab.models.vit import to_patches
+from smartlab.models.patches import to_patches
 from smartlab.training.setup import overfit_one_batch, parameter_groups
 
 SMALL = {

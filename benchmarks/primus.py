@@ -1,6 +1,6 @@
 """A step of Primus with hidden patches left out (sparse) beside one that encodes them all (dense), and SMIT's.
 
-    python -m benchmarks.primus --out benchmarks/results/primus.json [--preset primus-s] [--view 96] [--turns 3]
+    python -m benchmarks.primus --out benchmarks/results/primus.json [--view 96] [--turns 3] [--only dense,sparse]
 
 Masked autoencoding, the student and a light decoder: from the same weights, on the same two views, with the same masks,
 in turns within one process; a step is forward, losses, backward, clipping and AdamW. The two are different functions:
@@ -37,14 +37,14 @@ def config_of(kind: str, preset: str, view: int) -> Config:
     return load_config(preset, size | {"mae.input": view} | KINDS[kind])
 
 
-def measure(preset: str, view: int, turns: int) -> dict[str, Any]:
+def measure(kinds: list[str], preset: str, view: int, turns: int, warm: int) -> dict[str, Any]:
     """Times in turns, views per second, and how many times faster than a dense step the others are."""
-    configs = {kind: config_of(kind, preset, view) for kind in (*KINDS, "smit")}
+    configs = {kind: config_of(kind, preset, view) for kind in kinds}
     dense = Side(configs["dense"], CPU)
     weights = {name: value.clone() for name, value in dense.method.state_dict().items()}
     sides = {"dense": dense, "sparse": Side(configs["sparse"], CPU, weights=weights)}
-    sides |= {kind: Side(configs[kind], CPU) for kind in ("simmim", "smit")}
-    found: dict[str, Any] = dict(harness.in_turns(sides, turns))
+    sides |= {kind: Side(config, CPU) for kind, config in configs.items() if kind not in sides}
+    found: dict[str, Any] = dict(harness.in_turns(sides, turns, warm))
     for kind, config in configs.items():
         found[kind]["views_per_second"] = round(2 / found[kind]["seconds"]["median"], 4)
         found[kind]["parameters"] = sum(p.numel() for p in sides[kind].weights)
@@ -70,23 +70,21 @@ def main() -> None:
     parser.add_argument("--view", type=int, default=96)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/primus.json"))
+    parser.add_argument("--warm", type=int, default=1, help="steps of each that are not counted")
+    parser.add_argument("--only", default=",".join((*KINDS, "smit")), help="dense, sparse and which others")
     parser.add_argument("--peak", choices=(*KINDS, "smit"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
         print(json.dumps(peak(args.peak, args.preset, args.view)))
         return
     keep_freed_memory()
-    result: dict[str, Any] = {
-        "preset": args.preset,
-        "view": args.view,
-        "views": 2,
-        "machine": harness.machine(),
-    }
-    result["step"] = measure(args.preset, args.view, args.turns)
-    words = ("--preset", args.preset, "--view", str(args.view))
+    kinds, words = args.only.split(","), ("--preset", args.preset, "--view", str(args.view))
+    result: dict[str, Any] = {"preset": args.preset, "view": args.view, "views": 2}
+    result["machine"] = harness.machine()
+    result["step"] = measure(kinds, args.preset, args.view, args.turns, args.warm)
+    harness.write(result, args.out)
     result["memory"] = {
-        kind: harness.in_fresh_process("benchmarks.primus", "--peak", kind, *words)
-        for kind in (*KINDS, "smit")
+        kind: harness.in_fresh_process("benchmarks.primus", "--peak", kind, *words) for kind in kinds
     }
     harness.write(result, args.out)
     print(json.dumps(result, indent=1))

@@ -175,7 +175,6 @@ def test_every_function_that_contributing_names_exists():
         "smartlab/core/settings.py": ["Strategy", "MaskConfig", "EncoderPreset", "EncoderConfig"],
         "smartlab/core/config.py": ["ENCODERS"],
         "smartlab/models/build.py": ["make_encoder"],
-        "smartlab/evaluation/features/encoders.py": ["untrained"],
         "smartlab/evaluation/evaluate.py": ["LABELLED", "TASKS", "AS_STORED"],
         "smartlab/data/cohort/compose.py": ["BUILDERS"],
         "smartlab/cli/app.py": ["EVALUATE"],

@@ -219,7 +219,7 @@ def few_segmentation(run: sl.Run, asked: argparse.Namespace) -> Found:
             "steps": 240,
             "validate_every": 80,
         }
-        settings |= {"labels": ["liver", "left kidney", "right kidney", "spleen"], "resume": True}
+        settings |= {"labels": ["liver", "kidney_left", "kidney_right", "spleen"], "resume": True}
         out = asked.out / f"segment-{few}"
         result: Result = sl.evaluate(run, "segment", man, store=store, out=out, **settings)
         found |= {f"{few} labelled: {name}": value for name, value in told(result.metrics).items()}

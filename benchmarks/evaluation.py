@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.harness import machine
-from smartlab.data.cohort.manifest import LabelSpec
+from smartlab.data.cohort.case import LabelSpec
 from smartlab.evaluation.features.table import FeatureTable
 from smartlab.evaluation.judge import metrics, stats
 from smartlab.evaluation.judge.compare import compare

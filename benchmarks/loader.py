@@ -169,7 +169,8 @@ Reader = Callable[[], int]  # reads some batches, returns how many views
 
 
 def store_reader(store: Any, batches: int = 16) -> Reader:
-    from smartlab.data.crops.views import CropLoader, ViewDataset
+    from smartlab.data.crops.loader import CropLoader
+    from smartlab.data.crops.views import ViewDataset
 
     draws = -(-batches * BATCH // len(store))
     loader = CropLoader(ViewDataset(store, region=REGION, view=VIEW, draws=draws), BATCH)

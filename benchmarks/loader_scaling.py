@@ -63,7 +63,8 @@ def measure(folder: Path, count: int, passes: int, workers: list[int]) -> dict[s
 
 def one_pass(path: Path, workers: int) -> float:
     """Views per second over all volumes once, from the first batch to the last."""
-    from smartlab.data.crops.views import CropLoader, ViewDataset
+    from smartlab.data.crops.loader import CropLoader
+    from smartlab.data.crops.views import ViewDataset
     from smartlab.data.store.store import open_store
 
     store = open_store(path)

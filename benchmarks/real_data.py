@@ -30,7 +30,8 @@ from benchmarks.harness import machine
 from benchmarks.shipped import tensors
 from smartlab.core.config import load_config
 from smartlab.core.errors import SmartlabError
-from smartlab.data.cohort.manifest import Case, Manifest, Source
+from smartlab.data.cohort.case import Case
+from smartlab.data.cohort.manifest import Manifest, Source
 from smartlab.evaluation.features.encoders import as_encoder, random_encoder
 from smartlab.evaluation.judge.result import Result, clean
 from smartlab.evaluation.look.clusters import clusters

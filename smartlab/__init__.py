@@ -26,7 +26,7 @@ _PUBLIC = {
     "open_store": "smartlab.data.store.store",
     "ViewDataset": "smartlab.data.crops.views",
     "LesionDataset": "smartlab.data.crops.views",
-    "CropLoader": "smartlab.data.crops.views",
+    "CropLoader": "smartlab.data.crops.loader",
     "ImageDataset": "smartlab.data.crops.flat",
     "make_phantom": "smartlab.data.phantoms.make",
     "fetch": "smartlab.data.fetch.sources",
@@ -56,7 +56,8 @@ if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.data.cohort.scan import scan_folder
     from smartlab.data.cohort.verify import verify_manifest
     from smartlab.data.crops.flat import ImageDataset
-    from smartlab.data.crops.views import CropLoader, LesionDataset, ViewDataset
+    from smartlab.data.crops.loader import CropLoader
+    from smartlab.data.crops.views import LesionDataset, ViewDataset
     from smartlab.data.fetch.sources import fetch
     from smartlab.data.images.mammography import read_mammogram
     from smartlab.data.images.readers import Volume, read_labels, read_volume

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from smartlab.core.errors import DataError, UseError
 from smartlab.data.cohort import idc
-from smartlab.data.cohort.manifest import Case, LabelSpec, LabelValue, Manifest, Source
+from smartlab.data.cohort.case import Case, LabelSpec, LabelValue
+from smartlab.data.cohort.manifest import Manifest, Source
 
 KINDS = {"Mass": "mass", "Calc": "calc"}
 PARTS = {"Training": "train", "Test": "test"}

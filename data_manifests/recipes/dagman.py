@@ -15,8 +15,9 @@ import nibabel
 import numpy as np
 from tqdm.auto import tqdm
 
-from smartlab.data.cohort.manifest import Case, Manifest, load_manifest
-from smartlab.data.images.dicom import index_series
+from smartlab.data.cohort.case import Case
+from smartlab.data.cohort.manifest import Manifest, load_manifest
+from smartlab.data.images.dicom_headers import index_series
 from smartlab.data.images.readers import read_volume
 
 from . import lidc

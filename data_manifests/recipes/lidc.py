@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smartlab.core.errors import DataError, UseError
-from smartlab.data.cohort.manifest import Lesion
+from smartlab.data.cohort.case import Lesion
 
 if TYPE_CHECKING:
     from smartlab.data.images.readers import Volume

@@ -14,7 +14,8 @@ from statistics import median
 
 from smartlab.core.errors import DataError
 from smartlab.data.cohort import idc
-from smartlab.data.cohort.manifest import Case, LabelSpec, LabelValue, Manifest, Source
+from smartlab.data.cohort.case import Case, LabelSpec, LabelValue
+from smartlab.data.cohort.manifest import Manifest, Source
 
 from . import lidc
 

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, field
 
 from smartlab.core.errors import UseError
 from smartlab.data.cohort import idc
-from smartlab.data.cohort.manifest import Case, Manifest, Source
+from smartlab.data.cohort.case import Case
+from smartlab.data.cohort.manifest import Manifest, Source
 
 DOWNSTREAM = {
     "lidc_idri": "lidc-nodules, luna16, medmnist-nodule3d",

@@ -14,7 +14,8 @@ from typing import Any
 
 from smartlab.core.errors import DataError, UseError
 from smartlab.data.cohort import idc
-from smartlab.data.cohort.manifest import Case, Manifest, Source
+from smartlab.data.cohort.case import Case
+from smartlab.data.cohort.manifest import Manifest, Source
 
 from .open_ct import NOT_AXIAL
 

@@ -169,8 +169,8 @@ def _names_a_cohort(value: str) -> bool:
 
 @lru_cache(maxsize=256)
 def _cohort(manifest: str, root: str) -> str:
+    from smartlab.data.store.current import cohort_state
     from smartlab.data.store.prepare import find_data, name_data
-    from smartlab.data.store.request import cohort_state
 
     named, place = name_data(manifest, root or None, progress=False)
     if named.source.kind == "phantom" or place is None:

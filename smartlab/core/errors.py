@@ -9,8 +9,14 @@ Two families, because the command line gives them different exit codes:
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+SHOWN = 20  # problems of a file told at once
 
 
 class SmartlabError(Exception):
@@ -36,13 +42,12 @@ class SmartlabError(Exception):
     ) -> None:
         self.problem, self.path, self.fix = problem, None if path is None else str(path), fix
         self.found, self.expected = found, expected
-        text = problem if path is None else f"{path}: {problem}"
         facts = [f"found {found}"] if found is not None else []
         facts += [f"expected {expected}"] if expected is not None else []
-        if facts:
-            text += " (" + "; ".join(facts) + ")"
-        if fix:
-            text += f". {fix[0].upper()}{fix[1:]}"
+        # without the path and what to do: for a table where these stand beside
+        self.reason = problem + (f" ({'; '.join(facts)})" if facts else "")
+        self.advice = self.reason + (f". {fix[0].upper()}{fix[1:]}" if fix else "")
+        text = self.advice if path is None else f"{path}: {self.advice}"
         super().__init__(text if text.endswith(("?", ".")) else text + ".")
 
     def __reduce__(self):  # keyword-only arguments must survive the trip to and from a worker
@@ -67,3 +72,29 @@ def near(word: str, known: Iterable[str]) -> str | None:
     """The fix for a word that is nearly one of these."""
     found = difflib.get_close_matches(word, list(known), 1, 0.5)
     return f"did you mean {found[0]!r}?" if found else None
+
+
+def one_of(what: str, word: str, known: Iterable[str]) -> None:
+    """Refuse a word that is none of these."""
+    if word not in (known := list(known)):
+        fix = near(word, known)
+        raise UseError(f"unknown {what}", found=repr(word), expected=" or ".join(known), fix=fix)
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """What pydantic found wrong, a text each: where, and what."""
+    found = ((".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors())
+    return [f"{place}: {why}" if place else why for place, why in found]
+
+
+def some(words: Sequence[object], most: int = 3) -> str:
+    """The first few of many, and that there are more."""
+    return ", ".join(map(str, words[:most])) + (", …" if len(words) > most else "")
+
+
+def counted(problems: Sequence[str]) -> str:
+    """All problems in one text, so that they can be mended in one go."""
+    if len(problems) == 1:
+        return problems[0]
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return f"{len(problems)} problems: {'; '.join(problems[:SHOWN])}{more}"

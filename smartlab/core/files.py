@@ -94,6 +94,13 @@ def check_writable(folder: Path) -> None:
         )
 
 
+def size_of(count: float | None) -> str:
+    """Bytes in words."""
+    if count is None:
+        return "size not known"
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def sync(path: Path) -> None:
     """Until what is written there is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -28,8 +28,7 @@ from smartlab.core.errors import DataError, SmartlabError, UseError
 from smartlab.core.files import write_text
 from smartlab.data.cohort.manifest import load_manifest
 from smartlab.data.crops.augment import window
-from smartlab.data.crops.loader import GivenUp
-from smartlab.data.crops.views import CropLoader
+from smartlab.data.crops.loader import CropLoader, GivenUp
 from smartlab.data.store.prepare import locate_images, prepare_store
 from smartlab.methods.distillation import mean_over_ranks
 from smartlab.models.reach import reach

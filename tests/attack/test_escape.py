@@ -8,7 +8,8 @@ import SimpleITK as sitk
 
 import smartlab as sl
 from smartlab.core.errors import DataError
-from smartlab.data.images.readers import data_files, read_labels
+from smartlab.data.images.itk import data_files
+from smartlab.data.images.readers import read_labels
 from tests.data.dicom_factory import itk_image, scan, write_nifti
 
 SECRET = "secret.raw"

@@ -14,8 +14,7 @@ import smartlab as sl
 from smartlab.batch.runs import data_digest
 from smartlab.core.config import DataConfig
 from smartlab.core.errors import UseError
-from smartlab.data.store import build as building
-from smartlab.data.store import prepare, request
+from smartlab.data.store import current, prepare
 from smartlab.data.store.prepare import prepare_store
 from tests.data.dicom_factory import itk_image, scan, write_series
 from tests.data.store_cohort import make_cohort, manifest, person, save, snapshot
@@ -91,8 +90,8 @@ def test_a_store_that_is_not_is_brought_up_to_date(people, tmp_path, change, mon
     change(tmp_path / "raw")
     built, original = [], prepare.build_store
     monkeypatch.setattr(prepare, "build_store", lambda *a, **k: built.append(1) or original(*a, **k))
-    looked, state = [], building.cohort_state
-    monkeypatch.setattr(building, "cohort_state", lambda *given: looked.append(1) or state(*given))
+    looked, state = [], current.cohort_state
+    monkeypatch.setattr(current, "cohort_state", lambda *given: looked.append(1) or state(*given))
     _, after = prepare_store(people, False)
     assert built and len(looked) == 1 and after.verify() == []
     if change is _other_voxels:
@@ -124,12 +123,12 @@ def _all_written_over(series):
 def test_what_changes_in_a_series_is_seen_without_a_look_at_every_file(tmp_path, change, monkeypatch):
     write_series(tmp_path / "s", scan(6))
     man = manifest([{"id": "a", "patient": "a", "image": "s"}])
-    looked, facts = [], request._facts
-    monkeypatch.setattr(request, "_facts", lambda *given: looked.append(given) or facts(*given))
-    before = request.cohort_state(man, tmp_path)
+    looked, facts = [], current._facts
+    monkeypatch.setattr(current, "_facts", lambda *given: looked.append(given) or facts(*given))
+    before = current.cohort_state(man, tmp_path)
     if change:
         change(tmp_path / "s")
-    assert (request.cohort_state(man, tmp_path) == before) == (change is None)
+    assert (current.cohort_state(man, tmp_path) == before) == (change is None)
     assert len(looked) == 4
 
 

@@ -16,7 +16,8 @@ from smartlab import Run
 from smartlab.cli import app as cli
 from smartlab.core.errors import DataError
 from smartlab.data.crops import loader
-from smartlab.data.crops.views import CropLoader, ViewDataset
+from smartlab.data.crops.loader import CropLoader
+from smartlab.data.crops.views import ViewDataset
 from smartlab.data.store.store import open_store
 from tests.attack.harness import tries
 from tests.processes import Child

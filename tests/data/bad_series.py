@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydicom.uid import JPEGLSLossless
 
-from smartlab.data.images.dicom import find_series
+from smartlab.data.images.dicom_headers import find_series
 from tests.data.bad_files import bad
 from tests.data.dicom_factory import SECONDARY, scan, write_enhanced, write_series
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from smartlab import build_store, load_config, open_store
-from smartlab.data.cohort.manifest import Case, Manifest, Source
+from smartlab.data.cohort.case import Case
+from smartlab.data.cohort.manifest import Manifest, Source
 from smartlab.data.store.store import Store
 from smartlab.models.encoder import Encoder
 

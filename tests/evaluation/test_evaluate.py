@@ -11,7 +11,8 @@ import smartlab as sl
 from smartlab.cli.app import app
 from smartlab.core.config import DataConfig
 from smartlab.core.errors import DataError, UseError
-from smartlab.data.cohort.manifest import Case, LabelSpec, Manifest, Source
+from smartlab.data.cohort.case import Case, LabelSpec
+from smartlab.data.cohort.manifest import Manifest, Source
 from smartlab.data.cohort.privacy import hashed, salt
 from smartlab.data.store.prepare import locate_images
 from smartlab.evaluation.features.cases import write_keys

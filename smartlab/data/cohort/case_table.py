@@ -9,30 +9,16 @@ import csv
 import io
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from smartlab.core.errors import DataError
+from smartlab.core.errors import DataError, counted
+from smartlab.data.cohort.case import Case, LabelValue
 
-if TYPE_CHECKING:
-    from smartlab.data.cohort.manifest import Case, LabelValue
-
-MISSING = {
-    "",
-    "na",
-    "n/a",
-    "nan",
-    "null",
-    "none",
-    "n.a.",
-    "missing",
-    "unknown",
-    "not available",
-    "?",
-    "-",
-    "--",
-    ".",
-}
-SHOWN = 20  # problems of a file told at once
+MISSING = (
+    {"", "na", "n/a", "n.a.", "nan", "null", "none", "missing", "unknown", "not available"}
+    | set("?-.")
+    | {"--"}
+)
 _LESION = ("center_mm", "box_mm", "diameter_mm", "frame")
 
 
@@ -90,7 +76,10 @@ Row = tuple[int, dict[str, str]]  # line in the file, column -> text
 
 def read_rows(path: Path, separator: str | None = None) -> list[Row]:
     """The rows of a CSV as spreadsheets write it: byte order mark, semicolons, tabs, empty rows or not."""
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError("cannot read this table", path=path, found=error) from None
     if raw[:2] == b"PK":
         raise DataError("is a workbook, not a CSV", path=path, fix="save it as CSV UTF-8")
     try:
@@ -125,13 +114,7 @@ def read_rows(path: Path, separator: str | None = None) -> list[Row]:
 
 def all_at_once(what: str, path: Path, problems: list[str]) -> DataError:
     """One error of everything that is wrong in a file."""
-    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-    return DataError(
-        what,
-        path=path,
-        found="; ".join([*problems[:SHOWN], *more]),
-        fix="correct the table, nothing was written",
-    )
+    return DataError(what, path=path, found=counted(problems), fix="correct the table, nothing was written")
 
 
 def _nested(row: dict[str, str], labels: dict[str, Any]) -> dict[str, Any]:

@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smartlab.core.errors import DataError
+from smartlab.data.cohort.case import Case, uid_in
 
 if TYPE_CHECKING:
     import duckdb
-
-    from smartlab.data.cohort.manifest import Case
 
 Row = dict[str, Any]
 IDC_PORTAL = "https://portal.imaging.datacommons.cancer.gov/explore/"
@@ -80,14 +79,8 @@ def lookup(series_uids: Sequence[str], columns: Sequence[str]) -> dict[str, Row]
 
 def series_of(cases: Iterable[Case]) -> list[str]:
     """UIDs of the images and of the masks that are DICOM series (SEG, RTSTRUCT), each once."""
-    found: dict[str, None] = {}
-    for case in cases:
-        if case.series_uid:
-            found[case.series_uid] = None
-        found |= dict.fromkeys(
-            p.removeprefix("series:") for p in case.masks.values() if p.startswith("series:")
-        )
-    return list(found)
+    named = ((case.series_uid, *map(uid_in, case.masks.values())) for case in cases)
+    return list(dict.fromkeys(uid for uids in named for uid in uids if uid))
 
 
 def gigabytes(cases: Iterable[Case]) -> float:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from smartlab.core.errors import DataError
-from smartlab.data.cohort.manifest import Case, LabelSpec, Manifest, load_manifest
+from smartlab.data.cohort.case import Case, natural
 
 BACKGROUND = -1000  # HU of what is black: air
 _NUMBER = re.compile(r"[0-9]+")
@@ -29,25 +29,17 @@ _PNG_ERRORS = (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.er
 _DEPTH = {"I": "16-bit", "I;16": "16-bit", "I;16B": "16-bit", "F": "32-bit", "1": "1-bit"}
 
 
-def scan_png_stacks(root: str | Path, manifest: str | Path | Manifest = "nodules-png") -> Manifest:
-    """The manifest with one case for every CLASS/EXAM/NODULE folder below `root`.
-
-    >>> man = scan_png_stacks("data/nodules")
-    >>> [(c.id, c.excluded) for c in man.all_cases if c.excluded]
-    [('benign/exam7/Nodule 002', 'slice 3 is missing (found slices 0 to 5)')]
-    """
-    man, root = load_manifest(manifest), Path(root)
+def list_stacks(name: str, label: str, root: Path) -> list[Case]:
+    """One case for every CLASS/EXAM/NODULE folder below `root`, its class being `label`."""
     found = [(path, path.relative_to(root).parts) for path in _stacks(root)]
     if not found:
         raise DataError(
-            f"no PNG stack of {man.name} found",
+            f"no PNG stack of {name} found",
             path=root,
             expected="folders CLASS/EXAM/NODULE/ with slices 0.png, 1.png, …",
             fix="give as root the folder that holds the folders of the classes",
         )
-    label = man.source.parameters["layout"]["label"]
-    spec = _classes(man.labels[label], [parts[0] for _, parts in found])
-    cases = [
+    return [
         Case(
             id="/".join(parts),
             patient=parts[1],
@@ -57,8 +49,6 @@ def scan_png_stacks(root: str | Path, manifest: str | Path | Manifest = "nodules
         )
         for path, parts in found
     ]
-    update = {"labels": man.labels | {label: spec}, "all_cases": cases, "cases_file": "cases.csv"}
-    return Manifest.model_validate(dict(man) | update)
 
 
 def read_stack(folder: str | Path) -> np.ndarray:
@@ -90,19 +80,6 @@ def to_hounsfield(stack: np.ndarray, grey_hu: tuple[float, float]) -> np.ndarray
     table = np.rint(low + np.arange(256) * (high - low) / 255).astype(np.int16)
     table[0] = BACKGROUND
     return table[stack]
-
-
-def explain(error: DataError) -> str:
-    """The reason without the path, for a table of failures."""
-    facts = [f"found {error.found}"] if error.found is not None else []
-    facts += [f"expected {error.expected}"] if error.expected is not None else []
-    return error.problem + (f" ({'; '.join(facts)})" if facts else "")
-
-
-def natural(name: str) -> list[tuple[bool, int, str]]:
-    """Sort key under which "Nodule 2" comes before "Nodule 10"."""
-    parts = re.split(r"([0-9]+)", name)
-    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def _stacks(root: Path) -> Iterator[Path]:
@@ -176,17 +153,8 @@ def _problem(folder: Path) -> str | None:
     try:
         read_stack(folder)
     except DataError as error:
-        return explain(error)
+        return error.reason
     return None
-
-
-def _classes(spec: LabelSpec, found: list[str]) -> LabelSpec:
-    """The manifest's own classes where the folders are named so, else the folders' names."""
-    names = sorted(dict.fromkeys(found), key=natural)
-    if set(names) <= set(spec.classes):
-        return spec
-    kind = "binary" if len(names) <= 2 else "multiclass"
-    return LabelSpec(kind=kind, classes=names, description="the name of the folder")
 
 
 def _size(pixels: np.ndarray) -> str:

@@ -16,14 +16,17 @@ import os
 import re
 import secrets
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smartlab.core.errors import DataError, UseError
 
-SHORTEST = 16  # characters of a salt
+if TYPE_CHECKING:
+    from smartlab.data.cohort.case import Case, LabelSpec
 
+SHORTEST = 16  # characters of a salt
+MOST_CLASSES = 20  # more, if the manifest does not list them, look like identifiers
 KEY_LENGTH = 32  # hex digits, 128 bits: no collision among any number of cases
 _SHAPES = [
     (re.compile(r"(?<![\w.])(?:[A-Za-z]:)?(?:[\\/][^\s\\/:;,()'\"]+)+[\\/]?"), "<path>"),
@@ -92,6 +95,26 @@ def scrub(text: str, known: Iterable[str], instead: str = "<id>") -> str:
     for shape, name in _SHAPES:
         text = shape.sub(name, text)
     return " ".join(text.split())
+
+
+def storable(labels: Mapping[str, LabelSpec], cases: Iterable[Case]) -> set[str]:
+    """Labels that go into a store: all but free text, which nothing learns from and which may name somebody.
+
+    Classes that the manifest does not list are text as well: refused where they look like names or dates.
+    """
+    for name, spec in labels.items():
+        if spec.kind in ("binary", "multiclass", "multilabel") and not spec.classes:
+            given = [case.labels.get(name) for case in cases]
+            values = {str(v) for one in given for v in (one if isinstance(one, list) else [one])} - {"None"}
+            telling = next((v for v in sorted(values) if scrub(v, []) != " ".join(v.split())), None)
+            if len(values) > MOST_CLASSES or telling:
+                raise DataError(
+                    f"label {name!r} looks like text that could identify a patient",
+                    found="a date, a path or a UID among its values" if telling else f"{len(values)} values",
+                    expected=f"at most {MOST_CLASSES} classes, or their list as `classes` in the manifest",
+                    fix=f'call it text ("kind": "text"), which stays out of the store, or leave {name!r} out',
+                )
+    return {name for name, spec in labels.items() if spec.kind != "text"}
 
 
 def _identifies(word: str) -> bool:

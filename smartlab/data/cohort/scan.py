@@ -22,15 +22,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from smartlab.core.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError, counted, problems_of, some
 from smartlab.core.places import KEYS
-from smartlab.data.cohort.manifest import Case, Manifest, Source, load_manifest
-from smartlab.data.cohort.png_stacks import natural, scan_png_stacks
+from smartlab.data.cohort.case import Case, natural
+from smartlab.data.cohort.manifest import Manifest, Source, load_manifest
 from smartlab.data.cohort.scan_files import MAMMOGRAM, PICTURE, SERIES, Contents, Found, look_into
 from smartlab.data.cohort.scan_masks import Pairs
 from smartlab.data.cohort.scan_names import fits_path, is_named_like_a_mask, patients_by_name, slug, stem
 from smartlab.data.cohort.scan_table import Joined, join_table
-from smartlab.data.store.request import files_of
+from smartlab.data.images.readers import files_of
 
 FEW = 6  # structures told one by one
 
@@ -51,7 +51,7 @@ class ScanReport:
         place = shlex.quote(str(self.root))
         beside = self.written is not None and self.written == self.root / "manifest.json"
         what = place if beside or self.written is None else shlex.quote(str(self.written))
-        if "layout" in self.manifest.source.parameters:
+        if self.manifest.layout:
             return [f"smartlab evaluate RUN --task probe --label class --manifest {what} --root {place}"]
         preset = "miram" if self.manifest.modality == "MG" else "smart"
         return [
@@ -76,8 +76,7 @@ class ScanReport:
             by_reason[reason].append(path)
         rows = list(self.rows)
         for reason, paths in by_reason.items():
-            shown = ", ".join(paths[:3]) + (", …" if len(paths) > 3 else "")
-            rows.append(("left out", len(paths), f"{shown}: {reason}"))
+            rows.append(("left out", len(paths), f"{some(paths)}: {reason}"))
         width = max(len(what) for what, _, _ in rows)
         lines = [f"{what:<{width}}  {number:>5}  {remark}".rstrip() for what, number, remark in rows]
         lines += [f"wrote {self.written}"] if self.written else []
@@ -168,7 +167,7 @@ def _stacks(report: ScanReport, contents: Contents) -> bool:
         "source": Source(parameters={"layout": layout}),
         "labels": {"class": {"kind": "multiclass", "description": "the name of the folder"}},
     }
-    man = scan_png_stacks(report.root, Manifest.model_validate(base))
+    man = Manifest.model_validate(base).listed(report.root)
     report.left += [(case.id, case.excluded) for case in man.all_cases if case.excluded]
     report.manifest = man.model_copy(update={"cases_file": None, "all_cases": man.cases})
     report.rows.append(("PNG stacks", len(man.cases), "cases, without spacing; class from the first folder"))
@@ -348,8 +347,8 @@ def _take(report: ScanReport, joined: Joined, table: Path) -> None:
     try:
         report.manifest = Manifest.model_validate(dict(man) | update)
     except ValidationError as error:  # such as a split that a patient straddles
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise DataError("cannot be joined to the scans", path=table, found=reason) from None
+        problems = counted(problems_of(error))
+        raise DataError("cannot be joined to the scans", path=table, found=problems) from None
     lines = {line for line, _ in joined.own.values()}
     remark = f"rows, joined by column {joined.key!r} to {len(joined.own)} of {len(joined.cases)} scans"
     report.rows.append((table.name, len(lines), remark))

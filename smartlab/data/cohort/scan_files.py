@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,11 @@ from typing import Any
 import numpy as np
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
+from tqdm.auto import tqdm
 
 from smartlab.core.errors import DataError
-from smartlab.data.cohort.png_stacks import explain
 from smartlab.data.cohort.privacy import hashed, salt
-from smartlab.data.images.dicom_headers import (
-    SLICE_SUFFIXES,
-    owner,
-    series_uid,
-    should_be_slice,
-    whole_header,
-)
+from smartlab.data.images.dicom_headers import headers_of, owner, series_uid
 from smartlab.data.images.grid import LPS_TO_RAS, check_affine, ras_grid
 from smartlab.data.images.mammography import PICTURES
 from smartlab.data.images.readers import NIFTI, Volume, empty, read_grid
@@ -70,46 +64,44 @@ class Contents:
     found: list[Found] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
 
+    def take(self, place: str, make: Callable[..., Found], *given: Any) -> None:
+        """What this makes of a place, or why it cannot be used."""
+        try:
+            self.found.append(make(place, *given))
+        except DataError as error:
+            self.left.append((place, error.advice))
+        except Exception as error:  # a garbled header can fail anywhere
+            self.left.append((place, f"garbled header ({type(error).__name__})"))
+
 
 @disable_value_validation()  # its warnings would print header values
 def look_into(root: Path, ignore: Collection[Path] = (), progress: bool = False) -> Contents:
     """Everything below `root`, in order of path; `ignore` are files that are there for another reason."""
-    from tqdm.auto import tqdm
-
-    contents, headers, damaged, others = Contents(), [], [], []
-    files = list(_walk(root, contents))
-    for file in tqdm(files, desc=f"scan {root.name}", unit="file", disable=not progress or len(files) < 500):
+    contents, rest = Contents(), []
+    for file in _watched(list(_walk(root, contents)), f"scan {root.name}", progress):
         place = file.relative_to(root).as_posix()
         if file in ignore or (file.suffix.lower() in _VOXELS and _header_beside(file)):
             continue
-        try:
-            if not file.resolve().is_relative_to(root.resolve()):
-                contents.left.append((place, "a link that leads out of the folder: copy the file into it"))
-            elif kind := next((k for s, k in _FORMATS.items() if file.name.lower().endswith(s)), None):
-                contents.found.append(Found(place, kind, read_grid(file)))
-            elif (header := whole_header(file, _tags())) is not None:
-                headers.append(header)
-            elif file.suffix.lower() in PICTURES:
-                contents.found.append(_picture(file, place))
-            else:
-                others.append(file)
-        except DataError as error:
-            if error.problem.startswith("damaged DICOM"):
-                damaged.append((file, reason(error)))
-            else:
-                contents.left.append((place, reason(error)))
-        except OSError as error:
-            contents.left.append((place, f"cannot be opened ({error.strerror or type(error).__name__})"))
-    suffixes = SLICE_SUFFIXES | {Path(str(header.filename)).suffix.lower() for header in headers}
-    for file in others:
-        if what := should_be_slice(file, suffixes):
-            damaged.append((file, f"damaged DICOM file ({what})"))
+        if not file.resolve().is_relative_to(root.resolve()):
+            contents.left.append((place, "a link that leads out of the folder: copy the file into it"))
+        elif kind := next((k for s, k in _FORMATS.items() if file.name.lower().endswith(s)), None):
+            contents.take(place, _file, file, kind)
         else:
-            kind = file.suffix.lower() or "no extension"
-            contents.left.append((file.relative_to(root).as_posix(), f"not an image ({kind})"))
-    _sort_dicom(root, headers, damaged, contents)
+            rest.append(file)
+    headers, damage, others = headers_of(_watched(rest, "DICOM headers", progress), _tags())
+    for file in others:
+        place = file.relative_to(root).as_posix()
+        if file.suffix.lower() in PICTURES:
+            contents.take(place, _picture, file)
+        else:
+            contents.left.append((place, f"not an image ({file.suffix.lower() or 'no extension'})"))
+    _sort_dicom(root, headers, [(file, error.advice) for file, error in damage], contents)
     contents.found.sort(key=lambda one: one.path)
     return contents
+
+
+def _watched(files: list[Path], what: str, progress: bool) -> Iterable[Path]:
+    return tqdm(files, desc=what, unit="file", disable=not progress or len(files) < 500)
 
 
 def _walk(root: Path, contents: Contents) -> Iterator[Path]:
@@ -127,7 +119,11 @@ def _header_beside(file: Path) -> bool:
     return any(file.with_suffix(suffix).is_file() for suffix in (".mhd", ".nhdr"))
 
 
-def _picture(file: Path, place: str) -> Found:
+def _file(place: str, file: Path, kind: str) -> Found:
+    return Found(place, kind, read_grid(file))
+
+
+def _picture(place: str, file: Path) -> Found:
     """A PNG or TIFF: its size only."""
     from PIL import Image
 
@@ -139,19 +135,13 @@ def _picture(file: Path, place: str) -> Found:
     return Found(place, PICTURE, Volume(empty((rows, columns, 1)), np.eye(4), "MG", str(file)))
 
 
-def reason(error: DataError) -> str:
-    """What is wrong and what to do, without the path, which stands beside."""
-    return explain(error) + (f". {error.fix[0].upper()}{error.fix[1:]}" if error.fix else "")
-
-
 # ---- DICOM ---------------------------------------------------------------------------------------
 
 
 def _tags() -> list[str]:
-    from smartlab.data.images.dicom import _TAGS
-    from smartlab.data.images.dicom_planes import PLANE_TAGS
+    from smartlab.data.images.dicom import SLICE_TAGS
 
-    return [*_TAGS, *PLANE_TAGS, "PatientID", "SOPInstanceUID", *_REFERENCES, *_STRUCTURES]
+    return [*SLICE_TAGS, "SOPInstanceUID", *_REFERENCES, *_STRUCTURES]
 
 
 def _sort_dicom(
@@ -161,7 +151,7 @@ def _sort_dicom(
     if not headers:
         contents.left += [(file.relative_to(root).as_posix(), why) for file, why in damaged]
         return
-    from smartlab.data.images.dicom import _kind
+    from smartlab.data.images.dicom import kind_of
 
     series: dict[str, list[Dataset]] = defaultdict(list)
     for header in headers:
@@ -169,28 +159,25 @@ def _sort_dicom(
     broken = _blame(root, series, damaged, contents)
     for uid, own in series.items():
         place = _place(root, own)
-        kinds = {_kind(header, None) for header in own}
+        kinds = {kind_of(header, None) for header in own}
         modality = str(own[0].get("Modality", "unknown"))
         if uid in broken:
             contents.left.append((place, broken[uid]))
         elif "volume" in kinds and modality == "MG":
             contents.found += [_mammogram(root, header) for header in own]
         elif "volume" in kinds and modality == "CT":
-            used = [header for header in own if _kind(header, None) == "volume"]
+            used = [header for header in own if kind_of(header, None) == "volume"]
             used, place = _without_copies(root, used, contents)
-            _try(contents, place, lambda u=used, p=place, i=uid: _series(root, p, i, u))
+            contents.take(place, _series, root, uid, used)
         elif kinds <= {"SEG object", "RTSTRUCT object"}:
-            _try(contents, place, lambda o=own, p=place, i=uid: _segmentation(p, i, o))
+            contents.take(place, _segmentation, uid, own)
         else:
             what = f"DICOM of modality {modality}" if "volume" in kinds else ", ".join(sorted(kinds))
             contents.left.append((place, f"{what}: only CT and mammograms are read"))
 
 
 def _blame(
-    root: Path,
-    series: dict[str, list[Dataset]],
-    damaged: list[tuple[Path, str]],
-    contents: Contents,
+    root: Path, series: dict[str, list[Dataset]], damaged: list[tuple[Path, str]], contents: Contents
 ) -> dict[str, str]:
     """Series UID -> why it cannot be trusted: a damaged file that is of it, or can be of no other."""
     folders = defaultdict(set)
@@ -206,15 +193,6 @@ def _blame(
         else:
             contents.left.append((file.relative_to(root).as_posix(), why))
     return broken
-
-
-def _try(contents: Contents, place: str, make: Any) -> None:
-    try:
-        contents.found.append(make())
-    except DataError as error:
-        contents.left.append((place, reason(error)))
-    except Exception as error:  # a garbled header can fail anywhere
-        contents.left.append((place, f"garbled DICOM header ({type(error).__name__})"))
 
 
 def _place(root: Path, headers: list[Dataset]) -> str:
@@ -250,11 +228,11 @@ def hashed_patient(text: str) -> str:
     return "p-" + hashed(salt(), "patient", text)[:12]
 
 
-def _series(root: Path, place: str, uid: str, headers: list[Dataset]) -> Found:
-    from smartlab.data.images.dicom import _planes
+def _series(place: str, root: Path, uid: str, headers: list[Dataset]) -> Found:
+    from smartlab.data.images.dicom import planes_in
     from smartlab.data.images.dicom_geometry import stack_planes
 
-    planes = [plane for header in headers for plane in _planes(header, "CT")]
+    planes = [plane for header in headers for plane in planes_in(header, "CT")]
     stack = stack_planes(planes, root / place, "correct")
     rows, columns = stack.planes[0].size
     check_affine(affine := LPS_TO_RAS @ stack.affine, root / place)

@@ -8,8 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from smartlab.core.errors import DataError
-from smartlab.data.cohort.png_stacks import explain
+from smartlab.core.errors import DataError, some
 from smartlab.data.cohort.scan_files import CONTOURS, SEGMENTATION, Found, frames_apart
 from smartlab.data.cohort.scan_names import (
     MASK_WORD,
@@ -75,7 +74,7 @@ class Pairs:
         if not good:
             return f"not on the grid of {near[0].path}: {_apart(mask, near[0])}"
         if len(good) > 1:
-            return f"a mask that fits {len(good)} scans: {', '.join(one.path for one in good[:3])}"
+            return f"a mask that fits {len(good)} scans: {some([one.path for one in good])}"
         start = key_of(good[0].path, bare)
         rest = key[len(start) :] if key[: len(start)] == start else words_of(stem(mask.path))
         name = "_".join(word for word in rest if not MASK_WORD.fullmatch(word)) or UNNAMED
@@ -128,7 +127,7 @@ class Pairs:
         if organs and set(values) <= organs.keys():
             self.organs, self.maps = organs, {scan: mask.path for scan, mask in files.items()}
         elif len(values) > 1:
-            shown = ", ".join(map(str, values[:8])) + (", …" if len(values) > 8 else "")
+            shown = some(values, 8)
             why = f"a label map ({typical} holds {shown}): say what its values are in a dataset.json above it"
             self.left += [(mask.path, why) for mask in files.values()]
         else:
@@ -162,5 +161,5 @@ def _apart(mask: Found, one: Found) -> str:
     try:
         check_same_grid(mask.path, mask.grid, one.grid)
     except DataError as error:
-        return explain(error)
+        return error.reason
     return ""

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from smartlab.core.errors import DataError
+from smartlab.core.errors import DataError, some
+from smartlab.data.cohort.case import Case, LabelSpec, LabelValue
 from smartlab.data.cohort.case_table import Row, all_at_once, read_rows, says_missing
-from smartlab.data.cohort.manifest import Case, LabelSpec, LabelValue
 from smartlab.data.cohort.scan_files import hashed_patient
 
 PATIENT = re.compile(r"(patient|subject|person)([_ -]?(id|no|nr|number|name|key))?|mrn|pid", re.IGNORECASE)
@@ -176,7 +176,7 @@ def _rows_of_cases(finder: _Finder, key: str, rows: list[Row], problems: list[st
         if not found and finder.outside(text):
             problems.append(f"line {line}: {text!r} is outside the folder")
         if len(found) > 1 and not PATIENT.fullmatch(key):
-            shown = ", ".join(case.id for case in found[:3]) + (", …" if len(found) > 3 else "")
+            shown = some([case.id for case in found])
             problems.append(
                 f"line {line}: {text!r} fits {len(found)} scans ({shown}); name the scan, or call the column "
                 "`patient` if the row is of them all"

@@ -8,25 +8,27 @@ One row per image, problems in words. A bad image never stops the others.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from smartlab.core.errors import DataError, SmartlabError
-from smartlab.data.cohort.manifest import Case, ImageGroup, Manifest, load_manifest
+from smartlab.core.workers import Lost, run_bounded
+from smartlab.data.cohort.files import Files, LabelSource, values_in
+from smartlab.data.cohort.manifest import ImageGroup, Manifest, load_manifest
 from smartlab.data.cohort.png_stacks import read_stack
-from smartlab.data.images.grid import told
+from smartlab.data.images import readers
+from smartlab.data.images.grid import by, told
+from smartlab.data.images.readers import files_of
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from smartlab.data.images.readers import Volume
 
 
 @dataclass(frozen=True)
@@ -82,31 +84,15 @@ def verify_manifest(
     >>> report.bad
     """
     import pandas as pd
-    from tqdm.auto import tqdm
 
     man = load_manifest(manifest, root)
+    man.check_there(Path(root), "verify")
     groups = man.images()
-    if not groups:
-        raise DataError(
-            "lists no cases, so there is nothing to verify",
-            path=f"manifest {man.name}",
-            fix="see its notes: smartlab data show",
-        )
-    if not Path(root).is_dir():
-        raise DataError("no such folder", path=root, fix="give the folder of the images as --root")
-    check = partial(
-        check_image,
-        organs=man.organs,
-        segments=man.segments,
-        modality=man.modality,
-        root=Path(root),
-        checksums=checksums,
-        tilt=tilt,
-        stacks="stacks" in man.source.parameters.get("layout", {}),
-    )
+    check = partial(check_image, organs=man.organs, modality=man.modality, checksums=checksums, tilt=tilt)
+    jobs = map(partial(_job, Files(man, Path(root)), man), groups)
     rows: dict[int, dict[str, Any]] = {}
     with tqdm(total=len(groups), desc=f"verify {man.name}", unit="image", disable=not progress) as bar:
-        for number, row in _run(check, groups, workers):
+        for number, row in _run(check, jobs, workers if len(groups) > 2 else 0):
             rows[number] = row
             bad = sum(r["problem"] != "" for r in rows.values())
             bar.set_postfix(bad=bad, refresh=False)
@@ -114,132 +100,106 @@ def verify_manifest(
     return VerifyReport(man.name, pd.DataFrame([rows[i] for i in range(len(groups))]))
 
 
-def _run(check: Any, groups: list[ImageGroup], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    if workers == 0 or len(groups) < 3:
-        yield from ((i, check(group)) for i, group in enumerate(groups))
-        return
-    from smartlab.core.workers import Lost, run_bounded
+@dataclass(frozen=True)
+class _Image:
+    """An image and the files to look at, or why there are none."""
 
-    for result in run_bounded(partial(_numbered, check), enumerate(groups), workers):
+    group: ImageGroup
+    path: Path = Path()
+    series: str | None = None
+    files: tuple[Path, ...] | None = None
+    labels: tuple[LabelSource, ...] = ()
+    outlines: tuple[tuple[str, tuple[Path, ...]], ...] = ()  # case, the files that may hold its outline
+    stack: bool = False
+    problem: str = ""
+
+
+def _job(files: Files, man: Manifest, group: ImageGroup) -> _Image:
+    try:
+        path, series, own = files.image(group)
+        flat, stack = man.modality == "MG", "stacks" in man.layout
+        labels = () if flat or stack else tuple(files.labels(group))
+        outlines = tuple((case.id, files.outline(case)) for case in group.cases if flat and case.masks)
+        return _Image(group, path, series, own, labels, outlines, stack)
+    except Exception as error:  # of this image only
+        return _Image(group, problem=_told(error))
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, SmartlabError):
+        return getattr(error, "public", str(error))  # no header free text in reports
+    return f"{type(error).__name__}: {error}"
+
+
+def _run(check: Any, jobs: Iterable[_Image], workers: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    if workers == 0:
+        yield from ((i, check(job)) for i, job in enumerate(jobs))
+        return
+    for result in run_bounded(partial(_numbered, check), enumerate(jobs), workers):
         if isinstance(result, Lost):
-            number, group = result.job
-            row = {"image": group.key, "cases": len(group.cases), "shape": "", "spacing_mm": "", "remark": ""}
+            number, job = result.job
             died = "the process died on this image: out of memory, or a damaged file. Use fewer workers"
-            result = number, row | {"problem": died}
+            result = number, _row(job.group, died)
         yield result
 
 
-def _numbered(check: Any, job: tuple[int, ImageGroup]) -> tuple[int, dict[str, Any]]:
+def _numbered(check: Any, job: tuple[int, _Image]) -> tuple[int, dict[str, Any]]:
     return job[0], check(job[1])
 
 
+def _row(group: ImageGroup, problem: str = "") -> dict[str, Any]:
+    row = {"image": group.key, "cases": len(group.cases), "shape": "", "spacing_mm": ""}
+    return row | {"problem": problem, "remark": ""}
+
+
 def check_image(
-    group: ImageGroup,
-    organs: dict[int, str],
-    segments: dict[str, str],
-    modality: str,
-    root: Path,
-    checksums: bool,
-    tilt: str = "refuse",
-    stacks: bool = False,
+    job: _Image, organs: dict[int, str], modality: str, checksums: bool, tilt: str = "refuse"
 ) -> dict[str, Any]:
     """One row of the report. Problems are collected, never raised."""
-    row = {
-        "image": group.key,
-        "cases": len(group.cases),
-        "shape": "",
-        "spacing_mm": "",
-        "problem": "",
-        "remark": "",
-    }
+    row = _row(job.group, job.problem)
+    if job.problem:
+        return row
     try:
-        path = group.cases[0].locate(root)
         if checksums:
-            _check_sum(path, group.cases)
-        if stacks:
-            row["shape"] = _by(read_stack(path).shape)
+            _check_sum(job.path, next((case.sha256 for case in job.group.cases if case.sha256), None))
+        if job.stack:
+            row["shape"] = by(read_stack(job.path).shape)
         elif modality == "MG":
-            from smartlab.data.images.mammography import read_mammogram
-            from smartlab.data.store.request import files_of
+            from smartlab.data.images.mammography import only, read_mammogram
 
-            if len(files := files_of(path)) != 1:
-                raise DataError("the series should be one mammogram", path=path, found=f"{len(files)} files")
-            image = read_mammogram(files[0])
-            row["shape"], row["spacing_mm"] = _by(image.array.shape), _by(np.round(image.spacing_mm, 3))
-            row["problem"] = _check_outlines(group.cases, image.array, root)
+            image = read_mammogram(only(job.path, job.files or files_of(job.path)))
+            row["shape"], row["spacing_mm"] = by(image.array.shape), by(np.round(image.spacing_mm, 3))
+            row["problem"] = _check_outlines(job.outlines, image.array)
         else:
-            from smartlab.data.images.readers import read_volume
-
-            volume = read_volume(path, series=group.cases[0].series_uid, tilt=tilt)
-            row["shape"], row["spacing_mm"] = _by(volume.shape), _by(np.round(volume.spacing, 3))
+            volume = readers.read_volume(job.path, series=job.series, tilt=tilt, files=job.files)
+            row["shape"], row["spacing_mm"] = by(volume.shape), by(np.round(volume.spacing, 3))
             row["remark"] = " | ".join(volume.notes)
-            for case in group.cases:
-                _check_case(case, volume, organs, segments, root)
-    except SmartlabError as error:
-        row["problem"] = getattr(error, "public", str(error))  # no header free text in reports
-    except Exception as error:  # an unforeseen fault of one image is that image's problem
-        row["problem"] = f"{type(error).__name__}: {error}"
+            for case in job.group.cases:
+                if case.lesion is not None:
+                    case.lesion.world(volume, f"the lesion of case {case.id}")
+            for source in job.labels:
+                labels = source.read(volume)
+                if source.value is None:
+                    values_in(labels, organs)
+    except Exception as error:  # a fault of one image, foreseen or not, is that image's problem
+        row["problem"] = _told(error)
     return row
 
 
-def _check_case(
-    case: Case, volume: Volume, organs: dict[int, str], segments: dict[str, str], root: Path
-) -> None:
-    from smartlab.data.images.readers import read_labels
-
-    if case.lesion is not None:
-        index = volume.to_index(case.lesion.world(volume))
-        if (index < -0.5).any() or (index > np.array(volume.shape) - 0.5).any():
-            raise DataError(
-                f"the lesion of case {case.id} lies outside the image",
-                found=f"voxel {np.round(index).tolist()}",
-                expected=f"inside {volume.shape}",
-            )
-    if case.label_map is not None:
-        labels = read_labels(_below(root, case.label_map), on=volume)
-        unknown = sorted(set(np.unique(labels.array).tolist()) - {0} - set(organs))
-        if unknown:  # building refuses them too
-            raise DataError(
-                "holds values the manifest does not name",
-                path=case.label_map,
-                found=unknown,
-                expected=f"0 and {sorted(organs)}",
-            )
-    for name, place in case.masks.items():
-        if place.startswith("series:"):
-            from smartlab.data.images.dicom import find_series
-            from smartlab.data.images.dicom_masks import read_mask
-
-            uid = place.removeprefix("series:")
-            several = sum(other == place for other in case.masks.values()) > 1  # as in building
-            roi = segments.get(name, name if several else None)
-            read_mask(find_series(root, uid), volume, roi=roi, series=uid)
-            continue
-        read_labels(_below(root, place), binary=True, on=volume)
-
-
-def _check_outlines(cases: tuple[Case, ...], image: np.ndarray, root: Path) -> str:
+def _check_outlines(outlines: Iterable[tuple[str, tuple[Path, ...]]], image: np.ndarray) -> str:
     """Find the outline of every lesion of a mammogram -> what is odd about them, in words."""
     from smartlab.data.cohort.cbis import find_outline
-    from smartlab.data.images.dicom import find_series
-    from smartlab.data.store.request import files_of
 
     odd = []
-    for case in cases:
-        files: list[Path] = []
-        for place in case.masks.values():
-            uid = place.removeprefix("series:")
-            files += [_below(root, place)] if uid == place else files_of(find_series(root, uid))
-        if files:
-            try:
-                odd += find_outline(files, image)[1]
-            except DataError as error:
-                odd.append(f"case {case.id}: {error}")
+    for case, files in outlines:
+        try:
+            odd += find_outline(files, image)[1]
+        except DataError as error:
+            odd.append(f"case {case}: {error}")
     return "; ".join(odd)
 
 
-def _check_sum(path: Path, cases: tuple[Case, ...]) -> None:
-    expected = next((case.sha256 for case in cases if case.sha256), None)
+def _check_sum(path: Path, expected: str | None) -> None:
     if expected and path.is_file():
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -251,19 +211,6 @@ def _check_sum(path: Path, cases: tuple[Case, ...]) -> None:
                 expected=expected[:12] + "…",
                 fix="fetch it again",
             )
-
-
-def _below(root: Path, place: str) -> Path:
-    path = root / place
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise DataError("leads out of the data root through a link", path=path)
-    if not os.path.exists(path):
-        raise DataError("not found", path=path, fix="check the manifest, or fetch the data again")
-    return path
-
-
-def _by(values: Any) -> str:
-    return "×".join(f"{v:g}" for v in values)
 
 
 def summary(manifest: str | Path | Manifest) -> dict[str, Any]:

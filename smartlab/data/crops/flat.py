@@ -13,9 +13,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smartlab.core.errors import DataError, UseError
-from smartlab.data.crops.views import _REACH, CropDataset, Fields, Item, LesionDataset, read_crop
-from smartlab.data.images.resample import resample
+from smartlab.core.errors import UseError, one_of
+from smartlab.data.crops.views import (
+    CropDataset,
+    Fields,
+    Item,
+    LesionDataset,
+    lesion_table,
+    positions,
+    read_crop,
+    resampled_crop,
+)
 from smartlab.data.store.store import Store
 
 if TYPE_CHECKING:
@@ -57,8 +65,7 @@ class ImageDataset(CropDataset):
         images: Iterable[int] | None = None,
         cases: Iterable[str] | None = None,
     ) -> None:
-        if crop not in CROPS:
-            raise UseError("unknown crop", found=repr(crop), expected=" or ".join(CROPS))
+        one_of("crop", crop, CROPS)
         if view < 1 or margin < 0 or not 0 <= jitter < 1 or draws < 1:
             raise UseError(
                 "out of range",
@@ -68,10 +75,10 @@ class ImageDataset(CropDataset):
         check_flat(store)
         self.store, self.view, self.crop, self.margin = store, view, crop, margin
         self.jitter, self.flip, self.seed, self.draws = jitter, flip, seed, draws
-        self.images = list(range(len(store)) if images is None else images)
-        self.table: pd.DataFrame | None = _lesions(store, self.images, cases) if crop == "lesion" else None
-        if not self.images:
-            raise DataError("no images to draw from", path=store.path, fix="check the split and failures.csv")
+        self.images = positions(store, images)
+        self.table: pd.DataFrame | None = None
+        if crop == "lesion":
+            self.table = lesion_table(store, store.cases, cases, self.images)
         self.fields: Fields = {"views": ((1, view, view), np.int16)}
 
     def __len__(self) -> int:
@@ -196,36 +203,5 @@ def cut(
     target = grid.copy()
     target[:3, :2] *= step
     target[:3, 3] += grid[:3, :3] @ first
-    reach = int(np.ceil(_REACH * step))
-    low = np.array([*(np.floor(first[:2]).astype(int) - reach), 0])
-    size = (*(np.full(2, int(np.ceil(step * view))) + 2 * reach + 1).tolist(), 1)
-    box, padded = read_crop(store.array(image), low, size, 0)
-    moved = grid.copy()
-    moved[:3, 3] += grid[:3, :3] @ low
-    values = resample(box, moved, (view, view, 1), target)
-    return np.clip(np.rint(values[:, :, 0]), box.min(), box.max()).astype(np.int16), target, padded
-
-
-def _lesions(store: Store, images: list[int], cases: Iterable[str] | None) -> pd.DataFrame:
-    """Rows of `store.cases` with a lesion, those asked for or those on `images`."""
-    table = store.cases
-    if cases is None:
-        table = table[table.center_mm.notna() & table.image.isin(images)]
-    else:
-        keys = list(cases)
-        if unknown := [key for key in keys if key not in table.index]:
-            raise UseError(
-                f"{len(unknown)} cases are not in the store", path=store.path, found=unknown[0][:8] + "…"
-            )
-        table = table.loc[keys]
-        if without := int(table.center_mm.isna().sum()):
-            raise DataError(
-                f"{without} of {len(keys)} cases have no lesion",
-                path=store.path,
-                fix="choose cases with one, or crop='image'",
-            )
-    if not len(table):
-        raise DataError(
-            "no case has a lesion", path=store.path, fix="use crop='image', or check failures.csv"
-        )
-    return table
+    values, padded = resampled_crop(store.array(image), grid, (view, view, 1), target, 0)
+    return values[:, :, 0], target, padded

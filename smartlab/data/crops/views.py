@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from smartlab.core.errors import DataError, UseError
-from smartlab.data.crops.loader import CropLoader
 from smartlab.data.images.body import BLOCK
 from smartlab.data.images.grid import AIR
 from smartlab.data.images.resample import LabelPainter, resample
@@ -27,8 +26,7 @@ from smartlab.data.store.store import Store
 
 if TYPE_CHECKING:
     import blosc2
-
-__all__ = ["CropDataset", "CropLoader", "LesionDataset", "ViewDataset", "VolumeDataset", "read_crop"]
+    import pandas as pd
 
 Item = dict[str, Any]
 Fields = dict[str, tuple[tuple[int, ...], type[np.generic]]]
@@ -56,6 +54,14 @@ class CropDataset(ABC):
             raise IndexError(f"item {index} of {len(self)}")
         out = {name: np.empty(shape, dtype) for name, (shape, dtype) in self.fields.items()}
         return out | self.read(epoch, index, out)
+
+
+def positions(store: Store, images: Iterable[int] | None) -> list[int]:
+    """Which images of a store to draw from; all by default."""
+    chosen = list(range(len(store)) if images is None else images)
+    if not chosen:
+        raise DataError("no images to draw from", path=store.path, fix="check the split and failures.csv")
+    return chosen
 
 
 def read_crop(
@@ -92,6 +98,30 @@ def read_crop(
     at = low - start
     out[tuple(slice(a, a + n) for a, n in zip(at, part.shape, strict=True))] = part
     return out, True
+
+
+def resampled_crop(
+    array: blosc2.NDArray, grid: np.ndarray, size: tuple[int, ...], target: np.ndarray, fill: int
+) -> tuple[np.ndarray, bool]:
+    """`size` voxels on the grid `target`, parallel to the volume's own, reading only what they need -> as `read_crop`.
+
+    Axes of one voxel, as of mammograms, stay as they are. Labels go by their share of each voxel.
+    """
+    to_index = np.linalg.inv(grid) @ target
+    step, flat = np.diag(to_index)[:3], np.array(array.shape) == 1
+    reach = np.where(flat, 0, np.ceil(_REACH * np.maximum(1.0, step) - 1e-6)).astype(int)
+    start = np.floor(to_index[:3, 3] + 1e-6).astype(int) - reach
+    count = np.where(flat, 1, np.ceil(step * np.array(size) - 1e-6).astype(int) + 2 * reach + 1)
+    box, padded = read_crop(array, start, count, fill)
+    moved = grid.copy()
+    moved[:3, 3] += grid[:3, :3] @ start
+    if array.dtype == np.int16:
+        values = resample(box, moved, size, target, fill=fill)
+        return np.clip(np.rint(values), box.min(), box.max()).astype(np.int16), padded
+    painter = LabelPainter(size, target)
+    for value in np.unique(box[box > 0]):
+        painter.paint(int(value), box == value, moved)
+    return painter.finish(), padded
 
 
 class ViewDataset(CropDataset):
@@ -137,9 +167,7 @@ class ViewDataset(CropDataset):
             )
         self.store, self.region, self.view, self.views = store, region, view, views
         self.seed, self.min_overlap, self.foreground, self.draws = seed, min_overlap, foreground, draws
-        self.images = list(range(len(store)) if images is None else images)
-        if not self.images:
-            raise DataError("no images to draw from", path=store.path, fix="check the split and failures.csv")
+        self.images = positions(store, images)
         self._starts: dict[int, np.ndarray] = {}  # image -> (regions, 3), made on first use
         self.fields: Fields = {"views": ((views, view, view, view), np.int16)}
         if labels:
@@ -226,6 +254,27 @@ def middle_of_mask(store: Store, image: int, wanted: list[int]) -> list[float] |
     return list(map(float, affine[:3, :3] @ ndimage.center_of_mass(parts == largest) + affine[:3, 3]))
 
 
+def lesion_table(
+    store: Store, table: pd.DataFrame, cases: Iterable[str] | None, images: Iterable[int] | None = None
+) -> pd.DataFrame:
+    """The rows of `store.cases` asked for, each with a lesion; by default all with one, of these images."""
+    fix = "choose cases with one, give `lesion` in the manifest, or use whole images; see failures.csv"
+    if cases is None:
+        table = table[table.center_mm.notna()]
+        table = table if images is None else table[table.image.isin(list(images))]
+    else:
+        keys = list(cases)
+        if unknown := [key for key in keys if key not in table.index]:
+            short = unknown[0][:8] + "…"
+            raise UseError(f"{len(unknown)} cases are not in the store", path=store.path, found=short)
+        table = table.loc[keys]
+        if without := int(table.center_mm.isna().sum()):
+            raise DataError(f"{without} of {len(keys)} cases have no lesion centre", path=store.path, fix=fix)
+    if table.empty:
+        raise DataError("no case has a lesion", path=store.path, fix=fix)
+    return table
+
+
 class LesionDataset(CropDataset):
     """Crops centred on lesions, one per case, for evaluation. Nothing random.
 
@@ -259,21 +308,7 @@ class LesionDataset(CropDataset):
         if marked and table.center_mm.isna().all():
             middles: Any = [middle_of_mask(store, image, marked) for image in table.image]
             table = table.assign(center_mm=middles)
-        keys = list(table.index[table.center_mm.notna()] if cases is None else cases)
-        if unknown := [key for key in keys if key not in table.index]:
-            raise UseError(
-                f"{len(unknown)} cases are not in the store", path=store.path, found=unknown[0][:8] + "…"
-            )
-        self.table = table.loc[keys]
-        without = self.table.index[self.table.center_mm.isna()]
-        if len(without) or not keys:
-            raise DataError(
-                f"{len(without)} of {len(keys)} cases have no lesion centre"
-                if keys
-                else "no case has a lesion",
-                path=store.path,
-                fix="give `lesion` in the manifest, or use VolumeDataset",
-            )
+        self.table = lesion_table(store, table, cases)
         self.fields: Fields = {"crop": (self.size, np.int16)}
         if store.label_names:
             self.fields["crop_labels"] = (self.size, np.uint8)
@@ -310,20 +345,7 @@ class LesionDataset(CropDataset):
         to_index = np.linalg.inv(grid) @ affine
         if self.spacing is None:
             return read_crop(stored, np.rint(to_index[:3, 3]).astype(int), self.size, fill)[0]
-        step = self.spacing / self.store.spacing
-        reach = int(np.ceil(_REACH * max(1.0, step)))
-        start = np.floor(to_index[:3, 3]).astype(int) - reach
-        count = np.ceil(step * np.array(self.size)).astype(int) + 2 * reach + 1
-        box, _ = read_crop(stored, start, count, fill)
-        moved = grid.copy()
-        moved[:3, 3] += grid[:3, :3] @ start
-        if stored.dtype == np.int16:
-            values = resample(box, moved, self.size, affine, fill=fill)
-            return np.clip(np.rint(values), box.min(), box.max())
-        painter = LabelPainter(self.size, affine)
-        for value in np.unique(box[box > 0]):
-            painter.paint(int(value), box == value, moved)
-        return painter.finish()
+        return resampled_crop(stored, grid, self.size, affine, fill)[0]
 
 
 class VolumeDataset:

@@ -19,12 +19,13 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from smartlab.core.errors import DataError, UseError
-from smartlab.core.files import whole
+from smartlab.core.files import size_of, whole
+from smartlab.data.cohort.case import leaves
 
 CHUNK = 1 << 20
 TIMEOUT = 20.0  # seconds without a byte
@@ -189,60 +190,55 @@ def unpack(archive: str | Path, root: str | Path) -> int:
     """Unpack a zip or tar below `root`; returns the number of files. Existing files are replaced."""
     archive, root = Path(archive), Path(root)
     try:
-        with zipfile.ZipFile(archive) if archive.suffix == ".zip" else tarfile.open(archive) as opened:  # type: ignore[attr-defined]
-            members = list(_members(opened, archive))
-            root.mkdir(parents=True, exist_ok=True)
-            needed = sum(size for _, size, _ in members)
-            if needed > (free := shutil.disk_usage(root).free):
-                raise DataError(
-                    "not enough disk space to unpack",
-                    path=archive,
-                    found=f"{free / 1e9:.1f} GB free",
-                    expected=f"{needed / 1e9:.1f} GB",
-                )
-            for name, _, open_member in members:
-                _write(root, name, open_member)
-            return len(members)
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as zipped:
+                infos = [(i.filename, None if i.is_dir() else i.file_size, i) for i in zipped.infolist()]
+                return _unpack(archive, root, infos, zipped.open)
+        with tarfile.open(archive) as tarred:
+            members = [(m.name, None if m.isdir() else m.size, m) for m in tarred.getmembers()]
+            return _unpack(archive, root, members, tarred.extractfile)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise DataError(
             "is a damaged archive", path=archive, found=error, fix="remove it and fetch again"
         ) from None
 
 
-Member = tuple[str, int, Callable[[], IO[bytes]]]
+Member = zipfile.ZipInfo | tarfile.TarInfo
 
 
-def _members(archive: zipfile.ZipFile | tarfile.TarFile, path: Path) -> Iterator[Member]:
-    """Name, size and opener of every file; any unsafe member refuses the archive."""
-    if isinstance(archive, zipfile.ZipFile):
-        for info in archive.infolist():
-            kind = stat.S_IFMT(info.external_attr >> 16)
-            plain = kind in (0, stat.S_IFREG, stat.S_IFDIR)
-            _refuse_unsafe(info.filename, plain, path)
-            if not info.is_dir():
-                yield info.filename, info.file_size, lambda info=info: archive.open(info)  # type: ignore[misc]
-    else:
-        for member in archive.getmembers():
-            _refuse_unsafe(member.name, member.isfile() or member.isdir(), path)
-            if member.isfile():
-                yield member.name, member.size, lambda member=member: archive.extractfile(member)  # type: ignore[misc]
+def _unpack(
+    archive: Path, root: Path, members: Sequence[tuple[str, int | None, Member]], read: Callable[[Any], Any]
+) -> int:
+    """Write the members (name, size or None of a folder, itself), each file whole; any unsafe one refuses all."""
+    for name, _, member in members:
+        plain = _is_plain(member)
+        if leaves(name) or not plain:
+            raise DataError(
+                "the archive is unsafe, and nothing was unpacked",
+                path=archive,
+                found=f"member {name!r}" + ("" if plain else ", a link or device"),
+                expected="plain files below the folder",
+            )
+    files = [(name, size, member) for name, size, member in members if size is not None]
+    check_room(root, sum(size for _, size, _ in files), "not enough disk space to unpack", archive)
+    for name, _, member in files:
+        target = root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.parent.resolve().is_relative_to(root.resolve()):
+            raise DataError("leads out of the data root through a link", path=target.parent)
+        with read(member) as source, whole(target) as temporary, temporary.open("wb") as file:
+            shutil.copyfileobj(source, file, CHUNK)
+    return len(files)
 
 
-def _refuse_unsafe(name: str, plain: bool, archive: Path) -> None:
-    outside = PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).drive)
-    if outside or not plain or "\\" in name or "\0" in name or ".." in PurePosixPath(name).parts:
-        raise DataError(
-            "the archive is unsafe, and nothing was unpacked",
-            path=archive,
-            found=f"member {name!r}" + ("" if plain else ", a link or device"),
-            expected="plain files below the folder",
-        )
+def _is_plain(member: Member) -> bool:
+    if isinstance(member, tarfile.TarInfo):
+        return member.isfile() or member.isdir()
+    return stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
 
 
-def _write(root: Path, name: str, open_member: Callable[[], IO[bytes]]) -> None:
-    target = root / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.parent.resolve().is_relative_to(root.resolve()):
-        raise DataError("leads out of the data root through a link", path=target.parent)
-    with open_member() as source, whole(target) as temporary, temporary.open("wb") as file:
-        shutil.copyfileobj(source, file, CHUNK)
+def check_room(folder: Path, needed: float, problem: str, path: Path) -> None:
+    """Refuse what does not fit on the disk of a folder, which is made; in bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if needed > (free := shutil.disk_usage(folder).free):
+        raise DataError(problem, path=path, found=f"{size_of(free)} free", expected=size_of(needed))

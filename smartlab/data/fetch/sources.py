@@ -17,15 +17,17 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from smartlab.core.errors import DataError, SmartlabError, UseError
-from smartlab.core.files import whole
+from smartlab.core.files import size_of, whole
 from smartlab.data.cohort.manifest import Manifest, load_manifest
 from smartlab.data.fetch import download
+from smartlab.data.fetch.download import check_room
 
 IDC_ENDPOINT = "https://s3.amazonaws.com"
 BATCH_GB, BATCH_SERIES = 4.0, 100  # a batch costs some seconds to set up, and moves the progress bar once
@@ -66,17 +68,21 @@ class FetchReport:
         return [item for item in self.items if not item.done]
 
     @property
+    def todo_mb(self) -> float:
+        return sum(item.size_mb or 0 for item in self.todo)
+
+    @property
     def ok(self) -> bool:
         return not self.failed
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as plain values."""
-        return {**asdict(self), "skipped": self.skipped, "todo_mb": sum(i.size_mb or 0 for i in self.todo)}
+        return {**asdict(self), "skipped": self.skipped, "todo_mb": self.todo_mb}
 
     def summary(self) -> str:
         """One line: how many things, how large."""
         unknown = sum(item.size_mb is None for item in self.todo)
-        size = _megabytes(sum(item.size_mb or 0 for item in self.todo))
+        size = size_of(1e6 * self.todo_mb)
         size = "size not known" if unknown == len(self.todo) and unknown else size
         size += f" and {unknown} of unknown size" if 0 < unknown < len(self.todo) else ""
         return f"{len(self.todo)} of {len(self.items)} item(s), {size}"
@@ -85,7 +91,7 @@ class FetchReport:
         verb = "would fetch" if self.dry_run else "to fetch"
         lines = [f"{self.manifest} ({self.licence}): {verb} {self.summary()}, into {self.root}"]
         if self.dry_run:
-            lines += [f"  {i.name}  {_megabytes(i.size_mb)}" for i in self.todo[:10]]
+            lines += [f"  {i.name}  {size_of(i.size_mb and 1e6 * i.size_mb)}" for i in self.todo[:10]]
             lines += [f"  … and {len(self.todo) - 10} more"] if len(self.todo) > 10 else []
         else:
             lines.append(
@@ -130,12 +136,12 @@ def fetch(
         return report
     if report.todo:
         _check_network(report, IDC_ENDPOINT if kind == "idc" else report.todo[0].url)
-        _check_disk(report, root)
+        check_room(root, 1e6 * report.todo_mb, "not enough disk space", root)
         if kind == "idc":
             _fetch_series(report, root, progress)
         else:
             _fetch_files(manifest, report, root, progress)
-    if "layout" in manifest.source.parameters and report.ok:
+    if manifest.layout and report.ok:
         _list_cases(manifest, report, root, progress)
     return report
 
@@ -163,36 +169,10 @@ def _check_network(report: FetchReport, url: str) -> None:
         )
 
 
-def _check_disk(report: FetchReport, root: Path) -> None:
-    root.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(item.size_mb or 0 for item in report.todo), shutil.disk_usage(root).free / 1e6
-    if needed > free:
-        raise DataError(
-            "not enough disk space", path=root, found=f"{_megabytes(free)} free", expected=_megabytes(needed)
-        )
-
-
-def _megabytes(size: float | None) -> str:
-    if size is None:
-        return "size not known"
-    return f"{size / 1000:.1f} GB" if size >= 1000 else f"{size:.1f} MB"
-
-
-@contextmanager
-def _bar(report: FetchReport, progress: bool) -> Iterator[Any]:
+def _bar(report: FetchReport, progress: bool) -> tqdm:
     """Progress over the bytes of everything that is to come."""
-    from tqdm.auto import tqdm
-
-    total = int(sum(item.size_mb or 0 for item in report.todo) * 1e6)
-    with tqdm(
-        total=total or None,
-        unit="B",
-        unit_scale=True,
-        desc=report.manifest,
-        disable=not progress,
-        mininterval=1,
-    ) as bar:
-        yield bar
+    total, off = int(report.todo_mb * 1e6) or None, not progress
+    return tqdm(total=total, unit="B", unit_scale=True, desc=report.manifest, disable=off, mininterval=1)
 
 
 # ---- DICOM series from the Imaging Data Commons ----
@@ -237,7 +217,8 @@ def _fetch_series(report: FetchReport, root: Path, progress: bool) -> None:
                 if arrived < item.files:
                     report.failed[item.name] = f"{arrived} of {item.files} files arrived"
                     continue
-                _replace_folder(waiting / item.name, root / item.name)
+                shutil.rmtree(root / item.name, ignore_errors=True)  # part of a series
+                os.replace(waiting / item.name, root / item.name)
                 report.fetched.append(item.name)
                 bar.update(int((item.size_mb or 0) * 1e6))
 
@@ -254,21 +235,13 @@ def _idc_client() -> Any:
 def _batches(items: Sequence[Item]) -> Iterator[list[Item]]:
     batch: list[Item] = []
     for item in items:
-        if batch and (
-            len(batch) == BATCH_SERIES or sum(i.size_mb or 0 for i in [*batch, item]) > BATCH_GB * 1000
-        ):
+        size = sum(one.size_mb or 0 for one in [*batch, item])
+        if batch and (len(batch) == BATCH_SERIES or size > BATCH_GB * 1000):
             yield batch
             batch = []
         batch.append(item)
     if batch:
         yield batch
-
-
-def _replace_folder(new: Path, old: Path) -> None:
-    """Put a complete series in the place of a partial one."""
-    if old.exists():
-        shutil.rmtree(old)
-    os.replace(new, old)
 
 
 # ---- archives from the web ----
@@ -314,11 +287,9 @@ def _fetch_files(manifest: Manifest, report: FetchReport, root: Path, progress: 
 
 def _list_cases(manifest: Manifest, report: FetchReport, root: Path, progress: bool) -> None:
     """Write `manifest.json` with the cases that the fetched files hold."""
-    from smartlab.data.cohort.compose import cases_from_folder
-
-    if "npz" in (layout := manifest.source.parameters["layout"]):
+    if "npz" in (layout := manifest.layout):
         _write_samples(layout, root, progress)
-    listed = cases_from_folder(manifest, root)
+    listed = manifest.listed(root)
     listed.save(root / "manifest.json")
     report.notes.append(f"{len(listed.all_cases)} cases listed in {root / 'manifest.json'}")
 
@@ -327,9 +298,8 @@ def _write_samples(layout: dict[str, Any], root: Path, progress: bool) -> None:
     """MedMNIST's arrays as one NIfTI per sample, with a nominal spacing of 1 mm."""
     import nibabel
     import numpy as np
-    from tqdm.auto import tqdm
 
-    from smartlab.data.cohort.compose import sample_path
+    from smartlab.data.cohort.listing import sample_path
 
     with np.load(root / layout["npz"], allow_pickle=False) as arrays:
         for split in ("train", "val", "test"):
@@ -349,11 +319,8 @@ def _make(manifest: Manifest, root: Path, dry_run: bool, progress: bool) -> Fetc
     item = Item(f"phantom {manifest.source.location}", size and size * 1000, done=made)
     report = FetchReport(manifest.name, manifest.licence, str(root), dry_run, [item])
     if not dry_run and not made:
-        from smartlab.data.phantoms.make import make_phantom
+        from smartlab.data.phantoms.make import make_like
 
-        known = {
-            key: manifest.source.parameters[key] for key in ("n", "seed") if key in manifest.source.parameters
-        }
-        make_phantom(manifest.source.location, root, **known, progress=progress)
+        make_like(manifest, root, progress=progress)
         report.fetched.append(item.name)
     return report

@@ -7,19 +7,16 @@
 - Headers are read first, only the tags needed; pixels one file at a time, so memory stays at one
   volume. Classic and enhanced multi-frame CT become the same planes (dicom_planes.py), and these
   one regular grid (dicom_geometry.py).
-- SeriesDescription is free text and may name the patient: it appears only in `SeriesInfo` and in the
-  `HeaderTextError` message a person reads, never in notes; its `.public` leaves it out.
+- SeriesDescription is free text and may name the patient: it appears only in the `HeaderTextError` message
+  that a person reads, never in notes; its `.public` leaves it out.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -28,48 +25,16 @@ from pydicom.dataset import Dataset
 
 from smartlab.core.errors import DataError
 from smartlab.data.images.dicom_geometry import Plane, stack_planes, straighten
-from smartlab.data.images.dicom_headers import (
-    CT_CLASSES,
-    SLICE_SUFFIXES,
-    damaged,
-    folders_in,
-    owner,
-    series_uid,
-    should_be_slice,
-    whole_header,
-)
+from smartlab.data.images.dicom_headers import CT_CLASSES, damaged, folders_in, headers_of, owner, series_uid
 from smartlab.data.images.dicom_planes import PLANE_TAGS, coded, decode, frame_count, planes_of
 from smartlab.data.images.grid import LPS_TO_RAS
 
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and its multi-frame kinds, .7.1 to .7.4
 SCREENS = {"SCREEN SAVE", "DOSE_INFO", "CT_SOM5 PROT"}  # ImageType of pages stored as CT images
-_TAGS = [
-    "SOPClassUID",
-    "SeriesInstanceUID",
-    "SeriesDescription",
-    "Modality",
-    "ImageType",
-    "GantryDetectorTilt",
-    "LossyImageCompression",
-    "PatientID",
-    "StudyInstanceUID",
+SLICE_TAGS = [
+    *("SOPClassUID", "SeriesInstanceUID", "SeriesDescription", "Modality", "ImageType", "GantryDetectorTilt"),
+    *("LossyImageCompression", "PatientID", "StudyInstanceUID", *PLANE_TAGS),
 ]
-
-
-@dataclass(frozen=True)
-class SeriesInfo:
-    """What a folder holds under one SeriesInstanceUID.
-
-    kind is "volume", "localizer", "secondary capture" or "<MODALITY> object"; slices counts files,
-    or frames of multi-frame files. `description` is header free text: show it, never store it.
-    """
-
-    uid: str
-    modality: str
-    kind: str
-    slices: int
-    image_type: str
-    description: str = field(default="", repr=False)
 
 
 class HeaderTextError(DataError):
@@ -84,10 +49,13 @@ class HeaderTextError(DataError):
         return HeaderTextError, self.parts
 
 
-def several_series(path: Path, series: Sequence[SeriesInfo]) -> HeaderTextError:
+def several_series(path: Path, series: Mapping[str, Sequence[Dataset]]) -> HeaderTextError:
     """More than one series could be meant: their UIDs, sizes and, for the reader, descriptions."""
-    facts = [f"\n  {s.uid}  {s.slices} slices  {s.image_type}" for s in series]
-    quoted = [f"{fact}  {s.description!r}" for fact, s in zip(facts, series, strict=True)]
+    facts, quoted = [], []
+    for uid, headers in series.items():
+        kind = "\\".join(coded(value) for value in _values(headers[0], "ImageType")[:3])
+        facts.append(f"\n  {uid}  {sum(map(frame_count, headers))} slices  {kind}")
+        quoted.append(f"{facts[-1]}  {str(headers[0].get('SeriesDescription', '') or '')!r}")
     problem, fix = f"{len(series)} series in one folder", "pass series=UID to choose one"
     return HeaderTextError(problem, path, "".join(facts), "".join(quoted), fix)
 
@@ -117,7 +85,7 @@ def read_dicom(
     scan = scan_headers(path, modality, series, files)
     headers = _choose(scan, path, series, modality)
     _check_one_series(scan, headers, path)
-    planes = [plane for header in headers for plane in _planes(header, modality)]
+    planes = [plane for header in headers for plane in planes_in(header, modality)]
     if path.is_file() and len(planes) == 1:
         raise DataError(
             "this is one slice of a series",
@@ -138,110 +106,6 @@ def read_dicom(
     return array.transpose(2, 1, 0), LPS_TO_RAS @ affine, notes
 
 
-@disable_value_validation()
-def series_in(folder: str | Path) -> list[SeriesInfo]:
-    """Every series below a folder (or in a file), volumes with the most slices first."""
-    scan = scan_headers(Path(folder), None)
-    found = [_info(headers, "volume") for headers in scan.volumes.values()]
-    for kind, headers in scan.aside.items():
-        by_uid = groupby(sorted(headers, key=series_uid), key=series_uid)
-        found += [_info(list(group), kind) for _, group in by_uid]
-    return sorted(found, key=lambda s: (s.kind != "volume", -s.slices, s.uid))
-
-
-@disable_value_validation()
-def index_series(root: str | Path, thorough: bool = False) -> dict[str, Path]:
-    """Series UID -> the folder below `root` that holds it, whatever the folders are called.
-
-    From the first DICOM header of every folder (thousands in seconds), or of every file if
-    `thorough`, for folders that mix series. A series spread over several folders gets their common
-    parent. Folders that have not changed since the last call are not opened again.
-    """
-    index: dict[str, Path] = {}
-    for folder, names in folders_in(Path(root)):
-        for uid in filter(None, _uids_in(folder, _state(folder, names, thorough), thorough)):
-            index[uid] = Path(os.path.commonpath([index.get(uid, folder), folder]))
-    return index
-
-
-@disable_value_validation()
-def series_files(root: str | Path) -> dict[str, tuple[Path, ...]]:
-    """Series UID -> its files below `root`, in order, for folders that mix series.
-
-    Opens every file, but none again while the names, sizes and times in its folder stay. Under "" are
-    damaged files that have lost their UID: each could be a slice of any of the series.
-    """
-    found: dict[str, list[Path]] = defaultdict(list)
-    for folder, names in folders_in(Path(root)):
-        for uid, own in _uids_in(folder, _state(folder, names, True), True).items():
-            found[uid] += [folder / name for name in own]
-    return {uid: tuple(files) for uid, files in found.items()}
-
-
-def find_series(root: str | Path, uid: str) -> Path:
-    """The folder below `root` that holds a series; read it with `read_volume(folder, series=uid)`.
-
-    The first call indexes the root, later ones look the series up; a series that is not in the index
-    makes it anew, first from one header per folder, then from every file.
-    """
-    root = Path(root).absolute()
-    for thorough in (None, False, True):
-        if thorough is not None:
-            _indexes[root] = index_series(root, thorough)
-        folder = _indexes.get(root, {}).get(uid)
-        if folder is not None and folder.is_dir():
-            return folder
-    raise DataError(
-        f"series {uid} is not below this folder",
-        path=root,
-        found=f"{len(_indexes[root])} other series",
-        fix="fetch it, or check the data root",
-    )
-
-
-_indexes: dict[Path, dict[str, Path]] = {}
-
-
-# ---- headers -------------------------------------------------------------------------------------
-
-
-def _state(folder: Path, names: Sequence[str], thorough: bool) -> int:
-    """Changes when the folder does; if `thorough`, also when one of its files does."""
-    if not thorough:
-        return folder.stat().st_mtime_ns
-    facts = ((folder / name).stat() for name in names)
-    return hash(tuple((n, s.st_size, s.st_mtime_ns) for n, s in zip(names, facts, strict=True)))
-
-
-@cache
-def _uids_in(folder: Path, state: int, thorough: bool) -> dict[str, tuple[str, ...]]:
-    """Series UID -> names of its files directly in a folder; "" -> damaged files that lost theirs.
-
-    Of its first DICOM file only, unless `thorough`. Damage is told by reading that series; finding
-    the others must go on."""
-    found: dict[str, list[str]] = defaultdict(list)
-    bad, others, suffixes = [], [], set()
-    for file in sorted(folder.iterdir()):
-        if not file.is_file() or file.name.startswith("."):
-            continue
-        try:
-            header = whole_header(file, ["SOPClassUID", "SeriesInstanceUID", "Rows"])
-        except (DataError, OSError):
-            bad.append(file)
-            continue
-        if header is None:
-            others.append(file)
-            continue
-        suffixes.add(file.suffix.lower())
-        found[series_uid(header)].append(file.name)
-        if not thorough:
-            return {uid: tuple(names) for uid, names in found.items()}
-    for file in bad:
-        found[owner(file, found)].append(file.name)
-    found[""] += [file.name for file in others if should_be_slice(file, suffixes)]
-    return {uid: tuple(names) for uid, names in found.items()}
-
-
 def scan_headers(
     path: Path, modality: str | None, series: str | None = None, files: Sequence[Path] | None = None
 ) -> Scan:
@@ -253,28 +117,11 @@ def scan_headers(
         [path] if path.is_file() else [folder / name for folder, names in folders_in(path) for name in names]
     )
     scan = Scan(defaultdict(list), defaultdict(list))
-    damage: list[tuple[Path, DataError]] = []
-    others: list[Path] = []
-    suffixes = set(SLICE_SUFFIXES)
-    for file in paths:
-        try:
-            header = whole_header(file, _TAGS + PLANE_TAGS)
-        except DataError as error:
-            if series is None:
-                raise
-            damage.append((file, error))
-            continue
-        if header is None:
-            others.append(file)
-            continue
-        suffixes.add(file.suffix.lower())
-        kind = _kind(header, modality)
+    headers, damage, strays = headers_of(paths, SLICE_TAGS)
+    scan.strays = len(strays)
+    for header in headers:
+        kind = kind_of(header, modality)
         (scan.volumes[series_uid(header)] if kind == "volume" else scan.aside[kind]).append(header)
-    for file in others:
-        if what := should_be_slice(file, suffixes):
-            damage.append((file, damaged(file, what)))
-        else:
-            scan.strays += 1
     several = files is not None or len(scan.volumes) > 1
     for file, problem in damage:
         uid = owner(file, scan.volumes)
@@ -294,7 +141,7 @@ def _perhaps_lost(error: DataError, scan: Scan) -> DataError:
     return DataError(error.problem, path=error.path, found=found, expected=error.expected, fix=fix)
 
 
-def _planes(header: Dataset, modality: str) -> list[Plane]:
+def planes_in(header: Dataset, modality: str) -> list[Plane]:
     try:
         return planes_of(header, modality)
     except DataError:
@@ -303,7 +150,7 @@ def _planes(header: Dataset, modality: str) -> list[Plane]:
         raise damaged(Path(str(header.filename)), f"garbled header: {type(error).__name__}") from error
 
 
-def _kind(header: Dataset, modality: str | None) -> str:
+def kind_of(header: Dataset, modality: str | None) -> str:
     """ "volume" for a slice of the wanted modality (any, if None), else why it is set aside."""
     sop_class, found = str(header.SOPClassUID), coded(header.get("Modality"))
     image_type = {str(value).upper() for value in _values(header, "ImageType")}
@@ -320,18 +167,6 @@ def _kind(header: Dataset, modality: str | None) -> str:
 def _values(header: Dataset, keyword: str) -> list:
     value = header.get(keyword)
     return [] if value is None else [value] if isinstance(value, str | bytes) else list(value)
-
-
-def _info(headers: list[Dataset], kind: str) -> SeriesInfo:
-    first = headers[0]
-    return SeriesInfo(
-        uid=series_uid(first),
-        modality=coded(first.get("Modality")),
-        kind=kind,
-        slices=sum(map(frame_count, headers)),
-        image_type="\\".join(coded(value) for value in _values(first, "ImageType")[:3]),
-        description=str(first.get("SeriesDescription", "") or ""),
-    )
 
 
 def _choose(scan: Scan, path: Path, series: str | None, modality: str) -> list[Dataset]:
@@ -363,7 +198,7 @@ def _choose(scan: Scan, path: Path, series: str | None, modality: str) -> list[D
             fix="choose one of these with series=",
         )
     if len(scan.volumes) > 1:
-        raise several_series(path, [_info(headers, "volume") for headers in scan.volumes.values()])
+        raise several_series(path, scan.volumes)
     return next(iter(scan.volumes.values()))
 
 

@@ -20,7 +20,7 @@ from highdicom.spatial import create_affine_matrix_from_attributes, get_normal_v
 from scipy import ndimage
 
 from smartlab.core.errors import DataError
-from smartlab.data.images.grid import AIR
+from smartlab.data.images.grid import AIR, by
 
 SAME_PLACE_MM = 0.01  # two slices closer than this are the same slice twice
 
@@ -196,8 +196,4 @@ def _places(positions: np.ndarray, axis: int) -> str:
 
 
 def _numbers(values: Sequence[float]) -> str:
-    return (
-        "×".join(f"{v:g}" for v in values)
-        if len(values) == 2
-        else "(" + ", ".join(map("{:g}".format, values)) + ")"
-    )
+    return by(values) if len(values) == 2 else f"({by(values, ', ')})"

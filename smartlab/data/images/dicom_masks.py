@@ -22,7 +22,7 @@ from pydicom.dataset import Dataset
 
 from smartlab.core.errors import DataError
 from smartlab.data.images.dicom import HeaderTextError, scan_headers, series_uid
-from smartlab.data.images.grid import LPS_TO_RAS
+from smartlab.data.images.grid import LPS_TO_RAS, by
 from smartlab.data.images.readers import Volume
 
 OFF_GRID = 0.3  # voxels a mask may lie off the voxel centres before it is another scan's
@@ -126,7 +126,7 @@ def _segment_voxels(file: Path, reference: Volume, roi: str | None) -> np.ndarra
     same_axes = np.allclose(turn.round(), turn, atol=0.01) and np.allclose(turn.round().sum(axis=0), 1)
     off = np.abs(ours - ours.round()).max(initial=0)
     if not same_axes or off > OFF_GRID:
-        size = _by(np.sort(np.linalg.norm(volume.affine[:3, :3], axis=0)))
+        size = by(np.sort(np.linalg.norm(volume.affine[:3, :3], axis=0)), digits=".3g")
         raise _other_grid(file, f"voxels of {size} mm, {off:.2f} voxels off the grid", reference)
     return ours.round().astype(int)
 
@@ -183,14 +183,11 @@ def fill_even_odd(polygons: Sequence[np.ndarray], width: int, height: int) -> np
 
 
 def _other_grid(file: Path, found: str, reference: Volume) -> DataError:
+    size = by(reference.spacing, digits=".3g")
     return DataError(
         "the mask does not lie on the voxels of this scan",
         path=file,
         found=found,
-        expected=f"the grid of {reference.source or 'the reference'}, {_by(reference.spacing)} mm",
+        expected=f"the grid of {reference.source or 'the reference'}, {size} mm",
         fix="pass the scan it was drawn on, as read_volume gives it",
     )
-
-
-def _by(values: Sequence[float] | np.ndarray) -> str:
-    return " × ".join(f"{v:.3g}" for v in values)

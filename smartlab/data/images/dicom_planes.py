@@ -22,42 +22,27 @@ from smartlab.core.errors import DataError
 from smartlab.data.images.dicom_geometry import Plane
 from smartlab.data.images.grid import AIR, clip_notes, to_int16
 
+# fmt: off
 PLANE_TAGS = [
-    "Rows",
-    "Columns",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "PixelRepresentation",
-    "NumberOfFrames",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "PixelSpacing",
-    "FrameOfReferenceUID",
-    "RescaleSlope",
-    "RescaleIntercept",
-    "RescaleType",
-    "PixelPaddingValue",
-    "PixelPaddingRangeLimit",
-    "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
+    "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PixelRepresentation", "NumberOfFrames",
+    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "FrameOfReferenceUID", "RescaleSlope",
+    "RescaleIntercept", "RescaleType", "PixelPaddingValue", "PixelPaddingRangeLimit",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]
 _PIXEL_TAGS = [
-    "SOPClassUID",
-    "Rows",
-    "Columns",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "PlanarConfiguration",
-    "NumberOfFrames",
-    "BitsAllocated",
-    "BitsStored",
-    "HighBit",
-    "PixelRepresentation",
-    "PixelData",
-    "FloatPixelData",
-    "ExtendedOffsetTable",
-    "ExtendedOffsetTableLengths",
+    "SOPClassUID", "Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration",
+    "NumberOfFrames", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData",
+    "FloatPixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
 ]
+_CODES = {  # of modalities, ImageType, PhotometricInterpretation, RescaleType; anything else may be somebody's name
+    "CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "OT", "SC", "SEG", "RTSTRUCT", "RTDOSE", "RTPLAN",
+    "RTIMAGE", "SR", "PR", "KO", "REG", "DOC", "ES", "SM", "PX", "IO",
+    "ORIGINAL", "DERIVED", "PRIMARY", "SECONDARY", "AXIAL", "LOCALIZER", "VOLUME", "NONE", "OTHER", "MIXED",
+    "RESAMPLED", "MPR", "MIP", "REFORMATTED", "HELIX", "SUBTRACTION", "AVERAGE", "PROJECTION_IMAGE",
+    "MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT",
+    "HU", "HU_MOD", "MGML", "Z_EFF", "ED", "EDW", "OD", "PCT", "TOMOSYNTHESIS",
+}
+# fmt: on
 _GROUPS = {  # where an enhanced file keeps what a classic file has at the top
     "ImagePositionPatient": "PlanePositionSequence",
     "ImageOrientationPatient": "PlaneOrientationSequence",
@@ -72,67 +57,6 @@ _HU_TYPES = {
     "HU_MOD",
     "US",
 }  # US is "unspecified", common on plain CT; a dose or iodine map is not HU
-
-
-_CODES = {  # of modalities, ImageType, PhotometricInterpretation and RescaleType; anything else may be somebody's name
-    *[
-        "CT",
-        "MR",
-        "PT",
-        "NM",
-        "US",
-        "CR",
-        "DX",
-        "MG",
-        "XA",
-        "RF",
-        "OT",
-        "SC",
-        "SEG",
-        "RTSTRUCT",
-        "RTDOSE",
-        "RTPLAN",
-        "RTIMAGE",
-        "SR",
-        "PR",
-        "KO",
-        "REG",
-        "DOC",
-        "ES",
-        "SM",
-        "PX",
-        "IO",
-    ],
-    *[
-        "ORIGINAL",
-        "DERIVED",
-        "PRIMARY",
-        "SECONDARY",
-        "AXIAL",
-        "LOCALIZER",
-        "VOLUME",
-        "NONE",
-        "OTHER",
-        "MIXED",
-        "RESAMPLED",
-        "MPR",
-        "MIP",
-        "REFORMATTED",
-    ],
-    *[
-        "HELIX",
-        "SUBTRACTION",
-        "AVERAGE",
-        "PROJECTION_IMAGE",
-        "MONOCHROME1",
-        "MONOCHROME2",
-        "RGB",
-        "YBR_FULL",
-        "YBR_FULL_422",
-        "YBR_ICT",
-    ],
-    *["YBR_RCT", "HU", "HU_MOD", "MGML", "Z_EFF", "ED", "EDW", "OD", "PCT", "TOMOSYNTHESIS"],
-}
 
 
 def coded(value: object) -> str:

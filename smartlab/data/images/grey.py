@@ -149,26 +149,31 @@ def _by_percentiles(values: np.ndarray, padding: np.ndarray) -> np.ndarray:
 def _is_negative(array: np.ndarray, padding: np.ndarray) -> bool:
     step = max(1, array.shape[0] // _COARSE)
     small, padded = array[::step, ::step], padding[::step, ::step]
-    if np.mean((small < 0.1 * WHITE) | padded) > _DARK_SHARE:
-        return False
-    parts, _ = ndimage.label(small > 0.9 * WHITE)
-    border = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
-    sizes = np.bincount(parts.ravel())
-    return any(sizes[part] > _AIR_SHARE * parts.size for part in border if part)
+    dark = np.mean((small < 0.1 * WHITE) | padded) > _DARK_SHARE
+    return not dark and _at_border(small > 0.9 * WHITE) > _AIR_SHARE * small.size
 
 
 def _looks_negative(values: np.ndarray, padding: np.ndarray) -> bool:
     """The same of values without a window: noise smoothed away, black and white as they come."""
-    step = max(1, values.shape[0] // _COARSE)
     floor = float(values[~padding].min()) if not padding.all() else 0.0
-    small = ndimage.uniform_filter(np.where(padding, floor, values), step)[::step, ::step]
-    low, high = np.percentile(small, (0.1, 99.9))
-    small = (small - low) / max(float(high - low), 1e-6)
-    parts, _ = ndimage.label(small > 0.9)
+    small = _share_of_range(np.where(padding, floor, values), max(1, values.shape[0] // _COARSE))
+    air = _at_border(small > 0.9)
+    return air > _AIR_SHARE * small.size and 2 * int((small < 0.1).sum()) < air
+
+
+def _at_border(bright: np.ndarray) -> int:
+    """Pixels of the largest bright part that touches the border."""
+    parts, _ = ndimage.label(bright)
     border = np.unique(np.concatenate([parts[0], parts[-1], parts[:, 0], parts[:, -1]]))
     sizes = np.bincount(parts.ravel())
-    air = max((int(sizes[part]) for part in border if part), default=0)
-    return air > _AIR_SHARE * parts.size and 2 * int((small < 0.1).sum()) < air
+    return max((int(sizes[part]) for part in border if part), default=0)
+
+
+def _share_of_range(values: np.ndarray, step: int) -> np.ndarray:
+    """Every `step`th pixel, noise smoothed away, in shares of the range from the 0.1th to the 99.9th percentile."""
+    small = ndimage.uniform_filter(values, step)[::step, ::step]
+    low, high = np.percentile(small, (0.1, 99.9))
+    return (small - low) / max(float(high - low), 1e-6)
 
 
 def find_breast(grey: np.ndarray, step: int) -> Body:
@@ -177,9 +182,7 @@ def find_breast(grey: np.ndarray, step: int) -> Body:
     Looks at every `step`th pixel. Bright is above Otsu's threshold between air and tissue (square roots,
     so that fat counts as tissue). The mask has a unit third axis, as the stored image has.
     """
-    small = ndimage.uniform_filter(grey.astype(np.float32), step)[::step, ::step]
-    low, high = np.percentile(small, (0.1, 99.9))
-    root = np.sqrt(np.clip((small - low) / max(high - low, 1e-6), 0, 1))
+    root = np.sqrt(np.clip(_share_of_range(grey.astype(np.float32), step), 0, 1))
     bright = root > _otsu(root)
     bright = ndimage.binary_opening(bright, iterations=2) if min(bright.shape) > 16 else bright
     parts, count = ndimage.label(bright)

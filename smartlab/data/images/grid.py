@@ -6,6 +6,7 @@ position its file gave it.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from itertools import permutations, product
@@ -18,7 +19,41 @@ from smartlab.core.errors import DataError
 AIR = -1024  # HU; the lowest value a CT keeps, and what padding outside the field of view becomes
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM and ITK count x to the Left and y to the back
 SPACING_MM = (0.01, 100.0)  # outside this the unit is wrong, not the scanner
+LARGEST_GB = 8.0  # of one image unpacked; SMARTLAB_LARGEST_GB overrides it
 SHEAR = 1e-3  # cosine between two axes: half a voxel over 500 of them
+
+
+def unopened(path: Path, error: OSError) -> DataError:
+    """Permissions, broken disks, vanished mounts."""
+    return DataError(
+        "cannot be opened",
+        path=path,
+        found=error.strerror or type(error).__name__,
+        fix="check its permissions and the disk it is on",
+    )
+
+
+def cut_short(path: Path, found: str) -> DataError:
+    return DataError(
+        "the file is cut short or damaged",
+        path=path,
+        found=found,
+        expected="a complete file",
+        fix="fetch it again",
+    )
+
+
+def check_size(needed: float, path: Path) -> None:
+    """Refuse what a damaged header makes of a small file before memory is asked for it."""
+    most = float(os.environ.get("SMARTLAB_LARGEST_GB", LARGEST_GB))
+    if needed > most * 1e9:
+        raise DataError(
+            "is larger than any scan",
+            path=path,
+            found=f"{needed / 1e9:.1f} GB by its header",
+            expected=f"at most {most:g} GB",
+            fix=f"if it is that large and the memory suffices, set SMARTLAB_LARGEST_GB={needed / 1e9:.0f}",
+        )
 
 
 def check_affine(affine: np.ndarray, path: str | Path) -> None:
@@ -29,7 +64,7 @@ def check_affine(affine: np.ndarray, path: str | Path) -> None:
         raise DataError(
             "zero or NaN voxel spacing",
             path=path,
-            found=" × ".join(f"{s:g}" for s in spacing) + " mm",
+            found=by(spacing, " × ") + " mm",
             expected="three positive sizes and a finite origin",
             fix="export the image again from its source; the header is damaged",
         )
@@ -37,7 +72,7 @@ def check_affine(affine: np.ndarray, path: str | Path) -> None:
         raise DataError(
             "the voxel spacing is absurd",
             path=path,
-            found=" × ".join(f"{s:g}" for s in spacing) + " mm",
+            found=by(spacing, " × ") + " mm",
             expected=f"{SPACING_MM[0]:g} to {SPACING_MM[1]:g} mm",
             fix="check the unit in the header (mm, micron, metre)",
         )
@@ -58,6 +93,11 @@ def check_affine(affine: np.ndarray, path: str | Path) -> None:
             expected="perpendicular axes",
             fix="if this is a gantry tilt, read the DICOM series with tilt='correct'; else resample it",
         )
+
+
+def by(values: Iterable[float], joint: str = "×", digits: str = "g") -> str:
+    """Sizes in words: 512×512×134."""
+    return joint.join(f"{v:{digits}}" for v in values)
 
 
 def to_ras(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

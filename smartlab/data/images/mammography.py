@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
-from smartlab.core.errors import DataError, UseError
+from smartlab.core.errors import DataError, one_of
 from smartlab.data.images import grey as levels
 
 PICTURES = (".png", ".tif", ".tiff")
@@ -57,8 +58,7 @@ def read_mammogram(path: str | Path, grey: str = "voi") -> Mammogram:
     >>> read_mammogram("images/mg-0000-L-CC.dcm").spacing_mm
     (1.0, 1.0)
     """
-    if grey not in levels.MODES:
-        raise UseError("unknown grey setting", found=repr(grey), expected=" or ".join(levels.MODES))
+    one_of("grey setting", grey, levels.MODES)
     pixels, header, notes = read_pixels(path)
     modality = header.get("Modality", "MG")
     if modality != "MG":
@@ -74,6 +74,15 @@ def read_mammogram(path: str | Path, grey: str = "voi") -> Mammogram:
         view=_word(header, "ViewPosition"),
         notes=(*notes, *more, *about),
     )
+
+
+def only(source: Path, files: Sequence[Path]) -> Path:
+    """The one image of a mammogram; a folder is a series."""
+    if len(files) != 1:
+        raise DataError(
+            "the series should be one mammogram", path=source, found=f"{len(files)} files", expected="one"
+        )
+    return files[0]
 
 
 def read_pixels(path: str | Path) -> tuple[np.ndarray, Dataset, list[str]]:

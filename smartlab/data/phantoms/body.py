@@ -366,12 +366,7 @@ def heart_chambers(
         "left_atrium": ((-2, -4, 34), (28, 16, 20), 0.0, 0.0),
     }
     return {
-        name: (
-            (s * c[0], 18 + s * (c[1] - 18), low + 2 + s * c[2]),
-            tuple(s * r for r in radii),
-            turn,
-            lean,
-        )
+        name: ((s * c[0], 18 + s * (c[1] - 18), low + 2 + s * c[2]), tuple(s * r for r in radii), turn, lean)
         for name, (c, radii, turn, lean) in place.items()
     }
 

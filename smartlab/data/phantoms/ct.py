@@ -15,7 +15,7 @@ import nibabel
 import numpy as np
 
 from smartlab.core.files import whole
-from smartlab.data.cohort.manifest import Case, LabelSpec, Lesion
+from smartlab.data.cohort.case import Case, LabelSpec, Lesion
 from smartlab.data.phantoms import body as geo
 from smartlab.data.phantoms.abdomen import paint_abdomen
 from smartlab.data.phantoms.body import Array
@@ -251,25 +251,18 @@ def _lesion(patient: Patient, lump: Lump, grid: Grid) -> Lesion:
     return Lesion(center_mm=tuple(centre.tolist()), box_mm=(side, side, side), diameter_mm=side)
 
 
-def files(seed: int, index: int, grid: Grid) -> list[str]:
-    """Everything that `write` makes for one patient, the image last."""
-    rows = cases(seed, index, grid)
-    masks = [path for case in rows for path in case.masks.values()]
-    return [*masks, str(rows[0].label_map), str(rows[0].image)]
-
-
 def write(root: Path, seed: int, index: int, grid: Grid) -> None:
     """Render one patient and write the files, each appearing whole or not at all."""
     patient = draw_patient(seed, index, grid)
-    made = render(patient, grid)
-    *masks, labels, image = files(seed, index, grid)
-    for path, mask in zip(masks, made.masks, strict=True):
+    made, rows = render(patient, grid), cases(seed, index, grid)
+    for path, mask in zip((p for case in rows for p in case.masks.values()), made.masks, strict=True):
         _save(root / path, mask, made.affine)
-    _save(root / labels, made.labels, made.affine)
+    _save(root / str(rows[0].label_map), made.labels, made.affine)
+    image = root / str(rows[0].image)
     if grid.format == "nifti":
-        _save(root / image, made.array, made.affine)
+        _save(image, made.array, made.affine)
         return
-    with whole(root / image) as folder:
+    with whole(image) as folder:
         write_ct_series(
             folder,
             made.array,

@@ -20,16 +20,20 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from smartlab.core.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError, one_of, some
 from smartlab.core.files import whole
 from smartlab.core.places import cache_folder
 from smartlab.core.workers import Lost, run_bounded
+from smartlab.data.cohort.case import Case
 from smartlab.data.cohort.manifest import Manifest, Source
 from smartlab.data.phantoms.grid import Grid
 
 Format = Literal["nifti", "dicom"]
 _KINDS = {"ct": "smartlab.data.phantoms.ct", "mammo": "smartlab.data.phantoms.mammo"}
-DRAWING = {"ct": 1, "mammo": 2}  # raised when a seed gives other images than before: those kept are then others
+DRAWING = {
+    "ct": 1,
+    "mammo": 2,
+}  # raised when a seed gives other images than before: those kept are then others
 
 
 def make_phantom(
@@ -55,7 +59,7 @@ def make_phantom(
     module, grid = _kind(kind), _grid(kind, shape, spacing, format)
     root, manifest = Path(out), phantom_manifest(kind, n, seed, shape=shape, spacing=spacing, format=format)
     _same_cohort(root / "phantom.json", manifest)
-    todo = [i for i in range(n) if not all((root / f).exists() for f in module.files(seed, i, grid))]
+    todo = [i for i in range(n) if not all(_is_there(case, root) for case in module.cases(seed, i, grid))]
     write = partial(module.write, root, seed, grid=grid)
     with tqdm(
         total=n, initial=n - len(todo), desc=manifest.name, unit="patient", disable=not progress
@@ -74,6 +78,21 @@ def kept_in(name: str, n: int, seed: int = 0) -> Path:
     """Where a cohort is kept for all when no place is named."""
     drawing = DRAWING[_short(name)]
     return cache_folder() / (f"{name}-{n}-seed{seed}" + (f"-drawing{drawing}" if drawing > 1 else ""))
+
+
+def _is_there(case: Case, root: Path) -> bool:
+    paths = [*case.masks.values(), case.label_map, case.image]
+    return all((root / path).exists() for path in paths if path)
+
+
+def make_like(
+    manifest: Manifest, out: Path, n: int | None = None, workers: int = 1, progress: bool = True
+) -> Manifest:
+    """The phantom that a manifest describes, or its first `n` patients, written below `out`."""
+    stated = manifest.source.parameters
+    asked = {key: stated[key] for key in ("n", "seed", "shape", "spacing", "format") if key in stated}
+    asked |= {} if n is None else {"n": n}
+    return make_phantom(manifest.source.location, out, **asked, workers=workers, progress=progress)
 
 
 def phantom_manifest(
@@ -116,8 +135,7 @@ def _short(kind: str) -> str:
 
 
 def _kind(kind: str) -> ModuleType:
-    if _short(kind) not in _KINDS:
-        raise UseError("unknown phantom", found=repr(kind), expected=" or ".join(_KINDS))
+    one_of("phantom", _short(kind), _KINDS)
     return importlib.import_module(_KINDS[_short(kind)])
 
 
@@ -172,7 +190,7 @@ def _same_cohort(path: Path, manifest: Manifest) -> None:
         raise UseError(
             "holds files that are no phantom, and none is drawn among them",
             path=path.parent,
-            found=", ".join(others[:3]) + (" …" if len(others) > 3 else ""),
+            found=some(others),
             expected="a new or an empty folder, or one that holds this phantom",
             fix=f"for data of your own name them instead of {manifest.name}: --data {path.parent}",
         )

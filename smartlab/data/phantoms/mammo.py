@@ -15,7 +15,7 @@ from PIL import Image
 from scipy import fft, ndimage
 
 from smartlab.core.files import whole
-from smartlab.data.cohort.manifest import Case, LabelSpec, Lesion
+from smartlab.data.cohort.case import Case, LabelSpec, Lesion
 from smartlab.data.phantoms.body import Array
 from smartlab.data.phantoms.breast import (
     DEFAULT,
@@ -271,12 +271,6 @@ def cases(seed: int, index: int, grid: Grid) -> list[Case]:
         if not patient.masses:
             found.append(Case(id=name, labels=scan, **shared))
     return found
-
-
-def files(seed: int, index: int, grid: Grid) -> list[str]:
-    """Everything that `write` makes for one patient."""
-    rows = cases(seed, index, grid)
-    return [path for case in rows for path in (*case.masks.values(), str(case.image))]
 
 
 def write(root: Path, seed: int, index: int, grid: Grid) -> None:

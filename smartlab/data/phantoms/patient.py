@@ -67,20 +67,7 @@ def draw_patient(seed: int, index: int, grid: Grid = DEFAULT) -> Patient:
     lesions = np.random.default_rng([seed, STREAM, index, 1])
     tumour, outcome = _draw_tumour(lesions, body, hu, grid)
     nodules = _draw_nodules(lesions, body, grid, tumour)
-    return Patient(
-        seed,
-        index,
-        body,
-        phase,
-        kernel,
-        noise,
-        padding,
-        hu,
-        position,
-        nodules,
-        tumour,
-        outcome,
-    )
+    return Patient(seed, index, body, phase, kernel, noise, padding, hu, position, nodules, tumour, outcome)
 
 
 def _draw_body(rng: np.random.Generator) -> Body:

@@ -7,33 +7,31 @@ few at a time. The order of the index is the order of the manifest, never that o
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tqdm.auto import tqdm
 
 from smartlab.core.errors import DataError, UseError
+from smartlab.core.files import size_of
 from smartlab.core.places import remember_store
 from smartlab.core.workers import Lost, draining, run_bounded
-from smartlab.data.cohort.manifest import Case, Manifest, load_manifest
-from smartlab.data.cohort.privacy import hashed, salt, scrub
+from smartlab.data.cohort.case import Case
+from smartlab.data.cohort.manifest import Manifest, load_manifest
+from smartlab.data.cohort.privacy import hashed, salt, storable
 from smartlab.data.images.grid import told
 from smartlab.data.store import index
+from smartlab.data.store.current import check_salt, made_from, salt_check, state_of
 from smartlab.data.store.ingest import files_present, ingest, lost_lesions
 from smartlab.data.store.jobs import Cohort
-from smartlab.data.store.request import Failure, FlatSettings, Job, Outcome, Settings, cohort_state
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from smartlab.data.store.request import Failure, FlatSettings, Job, Outcome, Settings
 
 TYPICAL_BYTES = 10_000_000  # a chest CT at 2 mm, cropped and compressed; told until some are built
 SPARE_BYTES = 500_000_000  # left free on the disk
-MOST_CLASSES = 20  # more, if the manifest does not list them, look like identifiers
 TRUSTED = 4  # images after which their mean size is believed
 
 
@@ -60,7 +58,7 @@ class StoreReport:
     def __str__(self) -> str:
         state = " (interrupted; run the same again to go on)" if self.interrupted else ""
         lines = [
-            f"store {self.path}: {self.images} images, {self.cases} cases, {_size(self.bytes)}{state}",
+            f"store {self.path}: {self.images} images, {self.cases} cases, {size_of(self.bytes)}{state}",
             f"  built    {self.built:6d}",
             f"  skipped  {self.skipped:6d}  unchanged",
             f"  failed   {self.failed:6d}" + ("  see failures.csv" if self.failed else ""),
@@ -96,7 +94,7 @@ def build_store(
     labels:     also store label maps and masks, merged into one uint8 volume per image.
     tilt:       "refuse" gantry-tilted DICOM series, or "correct" them.
     grey:       how mammograms are windowed: "voi" or "percentile" (`read_mammogram`).
-    state:      of the sources, where the caller has just asked for it (`building.state_of`).
+    state:      of the sources, where the caller has just asked for it (`current.state_of`).
 
     Run it again after any interruption, or when the manifest or the data changed.
 
@@ -114,7 +112,8 @@ def build_store(
         todo = [i for i in range(total) if build.pending(i)]
         build.report.skipped = total - len(todo)
         results = run_bounded(_work, build.tasks(todo), workers, scheduler, stop)
-        with _bar(man.name, total, build.report.skipped, progress) as bar, closing(results):
+        about: dict[str, Any] = {"desc": f"store {man.name}", "unit": "image", "disable": not progress}
+        with tqdm(total=total, initial=build.report.skipped, **about) as bar, closing(results):
             build.check_disk(len(todo))
             for left, result in zip(range(len(todo) - 1, -1, -1), results, strict=False):
                 build.take(*_numbered(result))
@@ -147,7 +146,7 @@ class _Build:
         self, man: Manifest, root: Path, out: Path, settings: Settings | FlatSettings, state: str | None
     ) -> None:
         self.man, self.out, self.settings, self.salt = man, out, settings, salt()
-        self.labels = storable(man)
+        self.labels = storable(man.labels, man.cases)
         self.cohort = Cohort(man, root, out, settings, self.salt)
         self.rows: dict[int, dict[str, Any]] = {}  # position of the image -> its row
         self.written = 0  # bytes of their volumes
@@ -155,9 +154,8 @@ class _Build:
         self.failures: dict[int, tuple[Failure, ...]] = {}
         self.report = StoreReport(str(out), 0, 0, 0, 0, 0, 0, 0, False, 0)
         self.journal = index.Journal(out)
-        self.state = state or state_of(
-            man, root
-        )  # before any of it is read: what changes meanwhile is seen next time
+        # before any of it is read: what changes meanwhile is seen next time
+        self.state = state or state_of(man, root)
 
     # ---- what is there already
 
@@ -171,12 +169,7 @@ class _Build:
         index.clean(self.out, self.stale.values())
 
     def _check_header(self, header: dict[str, Any]) -> None:
-        if header["salt_check"] != salt_check(self.salt):
-            raise UseError(
-                "this store was built with another salt",
-                path=self.out,
-                fix="set SMARTLAB_SALT to the salt it was built with, or choose another folder",
-            )
+        check_salt(self.salt, header, self.out)
         if header["manifest"] != self.man.name:
             raise UseError(
                 "this folder holds the store of another manifest",
@@ -222,7 +215,7 @@ class _Build:
 
     def forecast(self, left: int) -> str:
         failed = sum(bool(found) for found in self.failures.values())
-        return f"failed={failed}, about {_size(left * self._mean_bytes())} more to write"
+        return f"failed={failed}, about {size_of(left * self._mean_bytes())} more to write"
 
     def check_disk(self, left: int) -> None:
         """Stop early, with what is built kept, when the rest will not fit."""
@@ -233,8 +226,8 @@ class _Build:
             raise DataError(
                 "the disk is too small for this store",
                 path=self.out,
-                found=f"{_size(free)} free",
-                expected=f"about {_size(needed)} for the {left} images left, and {_size(SPARE_BYTES)} spare",
+                found=f"{size_of(free)} free",
+                expected=f"about {size_of(needed)} for the {left} images left, and {size_of(SPARE_BYTES)} spare",
                 fix="free space or choose another disk, then run the same again; what is built is kept",
             )
 
@@ -263,7 +256,9 @@ class _Build:
             "made_from": made_from(self.man, self.cohort.root, self.settings, self.salt),
             "failed": report.failed,
             "state": self.state,
-            "volumes": digest(sorted((part["file"], part["bytes"]) for row in rows for part in _parts(row))),
+            "volumes": index.digest(
+                sorted((part["file"], part["bytes"]) for row in rows for part in index.parts(row))
+            ),
             "settings": asdict(self.settings),
             "label_names": {
                 str(v): name for name, v in sorted(self.cohort.values.items(), key=lambda i: i[1])
@@ -312,69 +307,6 @@ class _Build:
 # ---- small parts ---------------------------------------------------------------------------------
 
 
-def storable(man: Manifest) -> set[str]:
-    """Labels that go into a store: all but free text, which nothing learns from and which may name somebody.
-
-    Classes that the manifest does not list are text as well: refused where they look like names or dates.
-    """
-    for name, spec in man.labels.items():
-        if spec.kind in ("binary", "multiclass", "multilabel") and not spec.classes:
-            given = [case.labels.get(name) for case in man.cases]
-            values = {str(v) for one in given for v in (one if isinstance(one, list) else [one])} - {"None"}
-            telling = next((v for v in sorted(values) if scrub(v, []) != " ".join(v.split())), None)
-            if len(values) > MOST_CLASSES or telling:
-                raise DataError(
-                    f"label {name!r} looks like text that could identify a patient",
-                    found="a date, a path or a UID among its values" if telling else f"{len(values)} values",
-                    expected=f"at most {MOST_CLASSES} classes, or their list as `classes` in the manifest",
-                    fix=f'call it text ("kind": "text"), which stays out of the store, or leave {name!r} out',
-                )
-    return {name for name, spec in man.labels.items() if spec.kind != "text"}
-
-
-def salt_check(key: bytes) -> str:
-    """Tells whether two stores share a salt, and nothing else about it."""
-    return hashed(key, "store", "salt check")
-
-
-def made_from(man: Manifest, root: Path, settings: Settings | FlatSettings, key: bytes) -> str:
-    """Tells stores apart by their images and voxel size; with other labels or splits it is the same store."""
-    images = [group.key for group in man.images()]
-    facts = [os.path.realpath(root), images, settings.spacing, settings.labels, getattr(settings, "grey", "")]
-    return hashed(key, "made from", json.dumps(facts))
-
-
-def state_of(man: Manifest, root: Path) -> str | None:
-    """`cohort_state` as a store may keep it, salted."""
-    state = cohort_state(man, root)
-    return None if state is None else hashed(salt(), "state", state)
-
-
-def is_current(
-    out: Path, man: Manifest, root: Path, settings: Settings | FlatSettings, state: str | None
-) -> bool:
-    """Whether a build would change nothing here: told by names, sizes and times, in under a second for 10,000 images.
-
-    state: of the sources (`state_of`).
-    """
-    header, key = index.read_header(out) or {}, salt()
-    wanted = {
-        "complete": True,  # what failed failed on these very files
-        "format": settings.format,
-        "settings": asdict(settings),
-        "made_from": made_from(man, root, settings, key),
-        "state": state,
-    }
-    if state is None or any(header.get(name) != value for name, value in wanted.items()):
-        return False
-    try:
-        with os.scandir(out / "volumes") as entries:
-            sizes = {f"volumes/{entry.name}": entry.stat().st_size for entry in entries}
-    except OSError:
-        return False
-    return header.get("volumes") == digest(sorted(sizes.items()))
-
-
 def settings_for(
     man: Manifest,
     spacing: float | None = None,
@@ -391,20 +323,13 @@ def settings_for(
 
 
 def _check_request(man: Manifest, root: Path, out: Path, spacing: float, workers: int) -> None:
-    if not man.cases:
-        raise DataError(
-            "lists no cases, so there is nothing to build",
-            path=f"manifest {man.name}",
-            fix="see its notes: smartlab data show",
-        )
-    if "stacks" in man.source.parameters.get("layout", {}):
+    man.check_there(root, "build")
+    if "stacks" in man.layout:
         raise UseError(
             "PNG stacks are evaluated as they are, they have no store",
             path=f"manifest {man.name}",
             fix="smartlab evaluate RUN --task probe --manifest … --root …",
         )
-    if not root.is_dir():
-        raise DataError("no such folder", path=root, fix="give the folder of the images as root")
     if out.resolve() == root.resolve():
         raise UseError(
             "the store cannot be written among the images", path=out, fix="choose another folder for --out"
@@ -422,13 +347,8 @@ def _check_request(man: Manifest, root: Path, out: Path, spacing: float, workers
         raise UseError("workers cannot be negative", found=workers, expected="0 or more")
 
 
-def _parts(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """What an image has in files of their own: its volume, and its labels where there are any."""
-    return [row, row["labels"]] if row["labels"] else [row]
-
-
 def _volume_bytes(row: dict[str, Any]) -> int:
-    return sum(part["bytes"] for part in _parts(row))
+    return sum(part["bytes"] for part in index.parts(row))
 
 
 def _fingerprint(
@@ -441,19 +361,4 @@ def _fingerprint(
         [(r["array"], r["affine"], r["labels"] and r["labels"]["array"]) for r in images],
         [{**case, "key": "", "patient": patients[case["patient"]]} for case in cases],
     ]
-    return digest(facts)
-
-
-def digest(facts: Any) -> str:
-    """SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _bar(name: str, total: int, done: int, progress: bool) -> tqdm:
-    from tqdm.auto import tqdm as bar
-
-    return bar(total=total, initial=done, desc=f"store {name}", unit="image", disable=not progress)
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    return index.digest(facts)

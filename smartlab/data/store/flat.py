@@ -8,7 +8,6 @@ right is mirrored; its affine says so, so that positions stay those of the file.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from smartlab.core.errors import DataError
 from smartlab.data.cohort.cbis import find_outline
 from smartlab.data.images import body as bodies
 from smartlab.data.images.grey import COARSE_MM, find_breast, wall_on_right
-from smartlab.data.images.mammography import Mammogram, read_mammogram
+from smartlab.data.images.mammography import Mammogram, only, read_mammogram
 from smartlab.data.images.readers import Volume
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ _APART_MM = 3.0  # by which a lesion's stated centre may lie beyond its outline
 
 def read(job: Job) -> Volume:
     """The mammogram of a job, int16 0 to 4095, (rows, columns, 1)."""
-    path = _only(job)
+    path = only(job.path, job.sources[job.path])
     settings: Any = job.settings
     image, pixel_mm = read_mammogram(path, settings.grey), settings.pixel_mm
     notes, spacing = [], image.spacing_mm
@@ -60,16 +59,6 @@ def as_volume(image: Mammogram, spacing: tuple[float, float], thickness: float) 
     stored = np.diag([spacing[1], spacing[0], thickness, 1.0])
     array = np.ascontiguousarray(array)[:, :, None]
     return Volume(array, along, "MG", "", tuple(notes), stored)
-
-
-def _only(job: Job) -> Path:
-    """The one image file of a job; a folder is a series."""
-    files = list(job.sources[job.path])
-    if len(files) != 1:
-        raise DataError(
-            "the series should be one mammogram", path=job.path, found=f"{len(files)} files", expected="one"
-        )
-    return files[0]
 
 
 def find_body(array: np.ndarray, spacing: tuple[float, ...]) -> bodies.Body:

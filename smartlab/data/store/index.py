@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from smartlab.core.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError, some
 from smartlab.core.files import LOCK, TEMPORARY, held, write_bytes
 from smartlab.data.store.request import Failure
 
@@ -42,7 +42,7 @@ def read_header(out: Path) -> Row | None:
     try:
         header = json.loads((out / HEADER).read_bytes())
         told = header.pop("sha256", None)
-        if told not in (None, _hash_of(header)):  # None: of a version that wrote none
+        if told not in (None, digest(header)):  # None: of a version that wrote none
             raise ValueError("its content is not what was written")
     except FileNotFoundError:
         return None
@@ -53,7 +53,8 @@ def read_header(out: Path) -> Row | None:
     return header
 
 
-def _hash_of(content: Any) -> str:
+def digest(content: Any) -> str:
+    """SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -80,9 +81,7 @@ def read_lines(out: Path, header: Row, part: str) -> Rows:
         data = path.read_bytes()
     except FileNotFoundError:
         raise DataError(
-            "part of the index is missing",
-            path=path,
-            fix=f"delete {HEADER} and build the store again",
+            "part of the index is missing", path=path, fix=f"delete {HEADER} and build the store again"
         ) from None
     if path.name != _name_of(part, data):
         whole = len(data) == header[part]["bytes"]
@@ -107,7 +106,7 @@ def write_index(out: Path, header: Row, images: Sequence[Row], cases: Sequence[R
         file = _name_of(part, data)
         write_bytes(out / file, data)
         header[part] = {"file": file, "bytes": len(data), "count": len(rows)}
-    write_bytes(out / HEADER, (json.dumps(header | {"sha256": _hash_of(header)}, indent=1) + "\n").encode())
+    write_bytes(out / HEADER, (json.dumps(header | {"sha256": digest(header)}, indent=1) + "\n").encode())
 
 
 def write_failures(out: Path, failures: Iterable[tuple[int, Failure]]) -> None:
@@ -117,6 +116,11 @@ def write_failures(out: Path, failures: Iterable[tuple[int, Failure]]) -> None:
     table.writerow(["case_number", "case", "image", "reason"])
     table.writerows([number, f.case, f.image, f.reason] for number, f in failures)
     write_bytes(out / FAILURES, text.getvalue().encode())
+
+
+def parts(row: Row) -> list[Row]:
+    """What an image has in files of their own: its volume, and its labels where there are any."""
+    return [row, row["labels"]] if row["labels"] else [row]
 
 
 class Journal:
@@ -167,8 +171,7 @@ def clean(out: Path, rows: Iterable[Row]) -> None:
     for old in [*out.glob("images-*.jsonl"), *out.glob("cases-*.jsonl")]:
         if old.name not in keep and _OURS.match(old.name):
             old.unlink()
-    for row in rows:
-        keep |= {row["file"], *([row["labels"]["file"]] if row["labels"] else [])}
+    keep |= {part["file"] for row in rows for part in parts(row)}
     volumes = [f for f in (out / "volumes").glob("*") if _OURS.match(f.name)]
     stray = [f for f in volumes if f"volumes/{f.name}" not in keep]
     for file in [*stray, *out.glob(f"{TEMPORARY}*")]:
@@ -196,6 +199,6 @@ def _check_place(out: Path) -> None:
         raise UseError(
             "this folder holds other files and no store",
             path=out,
-            found=", ".join(sorted(names)[:3]) + (" …" if len(names) > 3 else ""),
+            found=some(sorted(names)),
             expected="an empty or a new folder, or one that holds a store",
         )

@@ -21,12 +21,13 @@ import numpy as np
 
 from smartlab.core.errors import DataError
 from smartlab.core.files import write_bytes
+from smartlab.data.cohort.files import values_in
 from smartlab.data.cohort.privacy import hashed, identifying_words, scrub
 from smartlab.data.images.body import BLOCK, body_box, find_body, occupancy
-from smartlab.data.images.readers import Volume, read_labels, read_volume
+from smartlab.data.images.readers import Volume, read_volume
 from smartlab.data.images.resample import LabelPainter, Mask, resample, target_grid, to_hounsfield, uncovered
-from smartlab.data.store import flat
-from smartlab.data.store.request import Failure, FlatSettings, Job, LabelSource, Outcome
+from smartlab.data.store import flat, index
+from smartlab.data.store.request import Failure, FlatSettings, Job, Outcome
 
 # Blocks are what is decompressed, chunks are what is found in one step. 32³ int16 is 64 kB: source and
 # result stay in a 512 kB L2 cache, and a 128³ region on the block grid is 64 whole blocks, none
@@ -137,14 +138,6 @@ def _place(job: Job, volume: Volume) -> dict[str, Any]:
     for case, lesion in job.lesions:
         try:
             world = lesion.world(volume)
-            beyond = np.maximum(-0.5 - (index := volume.to_index(world)), index + 0.5 - volume.shape)
-            if (beyond > 0).any():
-                away = float((np.maximum(beyond, 0) * volume.spacing).max())
-                raise DataError(
-                    "the lesion lies outside the image",
-                    found=f"a centre {away:.0f} mm beyond its border",
-                    fix="check the centre and its frame in the manifest",
-                )
             placed[case] = [float(v) for v in world]
         except Exception as error:
             placed[case] = _reason(job, error)
@@ -156,30 +149,14 @@ def _masks(job: Job, volume: Volume) -> Iterable[Mask]:
     largest first, so that what is painted last and wins is the small structure inside the large."""
     organs, masks = [], []
     for source in job.labels:
-        labels = _read_mask(source, volume)
+        labels = source.read(volume)
         if source.value is not None:
             masks += [_cut(source.value, labels.array != 0, labels.affine)]
             continue
-        values = [int(v) for v in np.unique(labels.array) if v != 0]
-        if unknown := sorted(set(values) - set(job.organs)):
-            raise DataError(
-                "the label map holds values the manifest does not name",
-                path=source.path,
-                found=unknown[:10],
-                expected=f"0 and the {len(job.organs)} values of `organs`",
-                fix="name them under `organs` in the manifest",
-            )
+        values = values_in(labels, job.organs)
         organs += [_cut(value, labels.array == value, labels.affine) for value in values]
     for group in (organs, masks):
         yield from sorted((m for m in group if m[1].size), key=lambda m: (-int(m[1].sum()), m[0]))
-
-
-def _read_mask(source: LabelSource, volume: Volume) -> Volume:
-    if source.series is None:
-        return read_labels(source.path, binary=source.value is not None, on=volume)
-    from smartlab.data.images.dicom_masks import read_mask
-
-    return read_mask(source.path, volume, source.roi, series=source.series)
 
 
 def _cut(value: int, mask: np.ndarray, affine: np.ndarray) -> Mask:
@@ -224,11 +201,7 @@ def _write_labels(
     stored = write_array(job.out, f"volumes/{name}.labels.b2nd", labels, LABEL_CODEC)
     counts = np.bincount(labels.ravel(), minlength=256)
     voxels = {str(v): int(counts[v]) for v in np.flatnonzero(counts) if v}
-    return {
-        **stored,
-        "voxels": voxels,
-        "array": hashlib.sha256(labels.tobytes()).hexdigest(),
-    }
+    return {**stored, "voxels": voxels, "array": hashlib.sha256(labels.tobytes()).hexdigest()}
 
 
 def _histogram(array: np.ndarray) -> dict[str, int]:
@@ -264,9 +237,8 @@ SPLIT = blosc2.SplitMode.ALWAYS_SPLIT  # low and high bytes have their own Huffm
 
 def files_present(out: Path, row: dict[str, Any]) -> bool:
     """Whether the volumes of a row are there, whole (a rename made them, so size is proof enough)."""
-    parts = [row, *([row["labels"]] if row["labels"] else [])]
     try:
-        return all((out / part["file"]).stat().st_size == part["bytes"] for part in parts)
+        return all((out / part["file"]).stat().st_size == part["bytes"] for part in index.parts(row))
     except OSError:
         return False
 

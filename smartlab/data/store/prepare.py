@@ -17,7 +17,8 @@ from smartlab.core.places import remembered_store
 from smartlab.data.cohort.manifest import Manifest, load_manifest, shipped_manifests
 from smartlab.data.cohort.privacy import salt
 from smartlab.data.store import index
-from smartlab.data.store.build import is_current, made_from, settings_for, state_of
+from smartlab.data.store.build import settings_for
+from smartlab.data.store.current import is_current, made_from, state_of
 from smartlab.data.store.store import Store, build_store, open_store
 
 
@@ -158,25 +159,11 @@ def store_place(man: Manifest, root: Path, spacing: float | None = None, grey: s
 
 
 def _phantom(man: Manifest, root: Path | None, data: DataConfig, progress: bool) -> tuple[Manifest, Path]:
-    from smartlab.data.phantoms.make import kept_in, make_phantom
+    from smartlab.data.phantoms.make import kept_in, make_like
 
-    settings = dict(man.source.parameters)
-    every = int(settings.pop("n"))
+    every, seed = (int(man.source.parameters[name]) for name in ("n", "seed"))
     n = data.phantom_cases or every
-    seed = int(settings.pop("seed"))
     root = root or kept_in(man.name, n, seed)
     if progress and n < every and not (root / "manifest.json").exists():
         print(f"drawing {n} of {every} phantom patients; more: data.phantom_cases={every}", file=sys.stderr)
-    kind = man.source.location.removeprefix("phantom-")
-    shape = settings.get("shape")
-    made = make_phantom(
-        kind,
-        root,
-        n=n,
-        seed=seed,
-        shape=None if shape is None else tuple(shape),
-        spacing=settings.get("spacing"),
-        workers=data.workers,
-        progress=progress,
-    )
-    return made, root
+    return make_like(man, root, n, data.workers, progress), root

@@ -9,16 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from smartlab.core.errors import DataError, UseError
-from smartlab.data.cohort.manifest import Lesion, Manifest
+from smartlab.core.errors import one_of
+from smartlab.data.cohort.case import Lesion
+from smartlab.data.cohort.files import LabelSource
 from smartlab.data.cohort.privacy import hashed
+from smartlab.data.images.readers import TILTS, files_of
 
 FORMAT = 1  # raise it when building would store other bytes
 LABELS = 2  # the same of label volumes, which are then built again; 2: a later mask wins all it covers
@@ -35,8 +35,7 @@ class Settings:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        if self.tilt not in ("refuse", "correct"):
-            raise UseError("unknown tilt setting", found=self.tilt, expected="'refuse' or 'correct'")
+        one_of("tilt setting", self.tilt, TILTS)
 
 
 @dataclass(frozen=True)
@@ -51,20 +50,7 @@ class FlatSettings:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        if self.grey not in ("voi", "percentile"):
-            raise UseError("unknown grey setting", found=self.grey, expected="'voi' or 'percentile'")
-
-
-@dataclass(frozen=True)
-class LabelSource:
-    """A file with labels: a binary mask painted as `value`, or a label map (value None).
-
-    `series` and `roi` choose a DICOM SEG or RTSTRUCT and a structure in it."""
-
-    path: Path
-    value: int | None = None
-    series: str | None = None
-    roi: str | None = None
+        one_of("grey setting", self.grey, ("voi", "percentile"))
 
 
 @dataclass(frozen=True)
@@ -148,54 +134,3 @@ class Outcome:
     failures: tuple[Failure, ...] = ()
     built: bool = False  # False for a row that was kept
     disk_full: bool = False
-
-
-def files_of(source: Path) -> list[Path]:
-    """The files a source is read from; a header with its data beside it is several."""
-    if source.is_dir():
-        return sorted(f for f in source.rglob("*") if f.is_file() and not f.name.startswith("."))
-    if source.suffix.lower() in (".mhd", ".nhdr", ".mha", ".nrrd") and source.is_file():
-        from smartlab.data.images.readers import data_files
-
-        with suppress(DataError, OSError):  # what is wrong with it is said by who reads it
-            return [source, *data_files(source)]
-    return [source]
-
-
-def cohort_state(man: Manifest, root: Path) -> str | None:
-    """Digest of a manifest and of name, size and time of every file it names; None where these cannot be told.
-
-    Of the files of a series, their number and the first and last are looked at, and the time of their folder, which
-    tells when one came, went or was replaced. Opens no image and takes a fraction of a second for 10,000. What lies
-    below `root` under another name than its series UID is known to who has read all headers only.
-    """
-    digest = hashlib.sha256(f"{FORMAT} {LABELS} {man.model_dump_json()}".encode())
-    images = [case.image or case.series_uid for case in man.cases]
-    others = [place for case in man.cases for place in (case.label_map, *case.masks.values())]
-    try:
-        for place in dict.fromkeys(filter(None, images + others)):
-            for facts in _seen(root / place.removeprefix("series:")):
-                digest.update(repr(facts).encode())
-    except OSError:
-        return None
-    return digest.hexdigest()
-
-
-def _seen(source: Path) -> Iterator[tuple[str, int, int]]:
-    if not source.is_dir():
-        for file in files_of(source):
-            yield _facts(file.name, file.stat())
-        return
-    with os.scandir(source) as entries:
-        inside = sorted(entries, key=lambda entry: entry.name)
-    files = [entry for entry in inside if not entry.is_dir()]
-    yield ".", len(files), source.stat().st_mtime_ns
-    for entry in inside:
-        if entry.is_dir():
-            yield from _seen(Path(entry.path))
-        elif entry in (files[0], files[-1]):
-            yield _facts(entry.name, entry.stat())
-
-
-def _facts(name: str, stat: os.stat_result) -> tuple[str, int, int]:
-    return name, stat.st_size, stat.st_mtime_ns

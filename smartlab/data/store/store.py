@@ -26,13 +26,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
-from smartlab.core.errors import DataError, UseError
-from smartlab.data.cohort.manifest import Case
+from smartlab.core.errors import DataError
+from smartlab.data.cohort.case import Case
 from smartlab.data.cohort.privacy import hashed, salt
 from smartlab.data.images.body import BLOCK
 from smartlab.data.store import index
-from smartlab.data.store.build import StoreReport, build_store, digest, salt_check
+from smartlab.data.store.build import StoreReport, build_store
+from smartlab.data.store.current import check_salt
 from smartlab.data.store.request import FORMAT
 
 if TYPE_CHECKING:
@@ -108,7 +110,7 @@ class Store:
         """Hash of what pretraining sees: voxels and geometry, and the lesions of mammograms, but no label and no split."""
         lesions = [(c["image"], c["center_mm"], c["box_mm"], c["diameter_mm"]) for c in self._case_rows]
         images = [(row["array"], row["affine"]) for row in self.rows]
-        return digest([images, lesions if "grey" in self.header["settings"] else []])
+        return index.digest([images, lesions if "grey" in self.header["settings"] else []])
 
     @property
     def spacing(self) -> float:
@@ -143,12 +145,7 @@ class Store:
     def key_of(self, case: Case | str) -> str:
         """The key of a manifest's case (or case id) in `cases`. Needs the salt the store was built with."""
         key = salt()
-        if salt_check(key) != self.header["salt_check"]:
-            raise UseError(
-                "this store was built with another salt",
-                path=self.path,
-                fix="set SMARTLAB_SALT to the salt it was built with",
-            )
+        check_salt(key, self.header, self.path)
         found = hashed(key, "case", case if isinstance(case, str) else case.id)
         if found not in self.cases.index:
             raise DataError(
@@ -163,11 +160,9 @@ class Store:
 
     def verify(self, progress: bool = False) -> list[str]:
         """Files whose content is no longer what was written (a failing disk). Reads every volume."""
-        from tqdm.auto import tqdm
-
         damaged = []
         for row in tqdm(self.rows, desc=f"verify {self.path.name}", unit="image", disable=not progress):
-            for part in [row, *([row["labels"]] if row["labels"] else [])]:
+            for part in index.parts(row):
                 try:
                     content = hashlib.sha256(self._handle(part)[:].tobytes()).hexdigest()
                 except (DataError, RuntimeError):

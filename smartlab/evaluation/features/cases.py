@@ -19,7 +19,7 @@ import pandas as pd
 from smartlab.core.errors import DataError
 from smartlab.core.places import KEYS
 from smartlab.data.cohort.manifest import Manifest, load_manifest
-from smartlab.data.cohort.png_stacks import explain, read_stack
+from smartlab.data.cohort.png_stacks import read_stack
 from smartlab.data.cohort.privacy import hashed, salt, scrub
 from smartlab.data.store.store import Store
 
@@ -92,7 +92,7 @@ class Stacks:
                     raise DataError(case.excluded)
                 stack = read_stack(case.locate(root))
             except DataError as error:
-                reason = explain(error)
+                reason = error.reason
                 failed[hashed(key, "case", case.id)] = scrub(reason, [case.patient, *case.id.split("/")])
                 continue
             inside = np.argwhere(stack)

@@ -27,12 +27,13 @@ from tqdm.auto import tqdm
 
 from smartlab.core.errors import DataError, UseError
 from smartlab.core.places import cache_folder
-from smartlab.data.cohort.manifest import LabelSpec, Manifest, load_manifest
+from smartlab.data.cohort.case import LabelSpec
+from smartlab.data.cohort.manifest import Manifest, load_manifest
 from smartlab.data.cohort.png_stacks import BACKGROUND, to_hounsfield
 from smartlab.data.crops.augment import window
 from smartlab.data.crops.flat import is_flat, lesion_crops
+from smartlab.data.crops.loader import CropLoader
 from smartlab.data.crops.regions import is_lesion
-from smartlab.data.crops.views import CropLoader
 from smartlab.data.images.grid import AIR
 from smartlab.data.images.resample import LabelPainter, resample, target_grid
 from smartlab.data.images.resample import to_hounsfield as rounded

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from smartlab.core.errors import DataError, UseError
-from smartlab.data.cohort.manifest import LabelSpec
+from smartlab.data.cohort.case import LabelSpec
 
 
 @dataclass(frozen=True)

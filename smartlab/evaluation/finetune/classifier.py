@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smartlab.data.crops.augment import augment, window
-from smartlab.data.crops.views import CropDataset, CropLoader
+from smartlab.data.crops.loader import CropLoader
+from smartlab.data.crops.views import CropDataset
 from smartlab.evaluation.features.encoders import network_input
 from smartlab.evaluation.finetune.draws import LesionDraws
 from smartlab.models.build import make_encoder

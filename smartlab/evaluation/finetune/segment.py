@@ -23,7 +23,8 @@ import pandas as pd
 import torch
 
 from smartlab.core.errors import DataError, UseError
-from smartlab.data.cohort.manifest import Case, Manifest, load_manifest
+from smartlab.data.cohort.case import Case
+from smartlab.data.cohort.manifest import Manifest, load_manifest
 from smartlab.data.images.readers import read_volume
 from smartlab.data.store.store import Store
 from smartlab.evaluation.finetune import masks, picture, segmenter

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smartlab.core.errors import UseError
 from smartlab.data.crops.augment import augment, draw_mirrors, mirror, window
-from smartlab.data.crops.views import CropLoader
+from smartlab.data.crops.loader import CropLoader
 from smartlab.evaluation.finetune.draws import ForegroundCrops
 from smartlab.models.encoder import Encoder
 

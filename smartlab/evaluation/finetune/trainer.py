@@ -30,8 +30,8 @@ from tqdm.auto import tqdm
 from smartlab.core.config import TrainConfig
 from smartlab.core.errors import DataError, UseError
 from smartlab.core.files import write_text
-from smartlab.data.crops.loader import GivenUp
-from smartlab.data.crops.views import CropDataset, CropLoader
+from smartlab.data.crops.loader import CropLoader, GivenUp
+from smartlab.data.crops.views import CropDataset
 from smartlab.evaluation.learn.folds import deal
 from smartlab.training import checkpoint, schedules
 from smartlab.training.loop import mix

@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from smartlab.core.errors import DataError, UseError
-from smartlab.data.cohort.manifest import LabelSpec
+from smartlab.data.cohort.case import LabelSpec
 
 Split = Literal["auto", "official", "folds", "cross", "held-out"]
 Rows = np.ndarray  # positions of rows

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from smartlab.core.errors import DataError, UseError
+from smartlab.data.cohort.case import Case, LabelSpec
 from smartlab.data.cohort.case_table import says_missing
-from smartlab.data.cohort.manifest import Case, LabelSpec, Manifest
+from smartlab.data.cohort.manifest import Manifest
 from smartlab.evaluation.features.table import FeatureTable, spec_of
 from smartlab.evaluation.learn.folds import Split, make_plan
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from smartlab.core.errors import DataError, UseError
-from smartlab.data.cohort.manifest import LabelSpec
+from smartlab.data.cohort.case import LabelSpec
 from smartlab.data.crops.regions import is_lesion
 from smartlab.data.store.store import Store
 from smartlab.evaluation.features.encoders import as_encoder, random_encoder

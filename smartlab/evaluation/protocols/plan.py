@@ -10,7 +10,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 
 from smartlab.core.errors import UseError
-from smartlab.data.cohort.manifest import Case, Manifest, load_manifest
+from smartlab.data.cohort.case import Case
+from smartlab.data.cohort.manifest import Manifest, load_manifest
 from smartlab.evaluation.evaluate import check_dimensions, checked
 from smartlab.evaluation.features.encoders import as_encoder
 from smartlab.evaluation.finetune.trainer import Settings, make_settings

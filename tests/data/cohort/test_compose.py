@@ -13,8 +13,11 @@ from scipy.ndimage import distance_transform_edt
 
 from smartlab import DataError, UseError
 from smartlab.data.cohort import idc
-from smartlab.data.cohort.compose import attach_table, cases_from_folder, compose, recipe, sample_path
-from smartlab.data.cohort.manifest import Case, Manifest, Source, load_manifest
+from smartlab.data.cohort.case import Case
+from smartlab.data.cohort.clinical import attach_table
+from smartlab.data.cohort.compose import compose, recipe
+from smartlab.data.cohort.listing import sample_path
+from smartlab.data.cohort.manifest import Manifest, Source, load_manifest
 
 cbis, lidc, open_ct = recipe("cbis"), recipe("lidc"), recipe("open_ct")
 
@@ -246,7 +249,7 @@ def test_msd_cases_are_the_labelled_images_with_their_masks(tmp_path):
     task = "Task06_Lung"
     place(tmp_path, f"{task}/imagesTr/lung_001.nii.gz", f"{task}/imagesTr/lung_010.nii.gz",
           f"{task}/imagesTr/._lung_001.nii.gz", f"{task}/imagesTs/lung_002.nii.gz", f"{task}/dataset.json")  # fmt: skip
-    cases = cases_from_folder(load_manifest("msd-lung"), tmp_path).cases
+    cases = load_manifest("msd-lung").listed(tmp_path).cases
     assert [c.id for c in cases] == ["lung_001", "lung_010"]
     assert cases[0].image == f"{task}/imagesTr/lung_001.nii.gz"
     assert cases[0].masks == {"tumour": f"{task}/labelsTr/lung_001.nii.gz"}
@@ -258,7 +261,7 @@ def test_totalsegmentator_cases_have_every_mask_and_the_authors_split(tmp_path):
     (tmp_path / "meta.csv").write_text(
         "\ufeffimage_id;age;split\ns0001;60;train\ns0002;61;test\n", encoding="utf-8"
     )
-    first, second = cases_from_folder(load_manifest("totalsegmentator"), tmp_path).cases
+    first, second = load_manifest("totalsegmentator").listed(tmp_path).cases
     assert first.masks == {k: f"s0001/segmentations/{k}.nii.gz" for k in ("heart", "liver")}
     assert (first.split, second.split) == ("train", "test")
 
@@ -266,7 +269,7 @@ def test_totalsegmentator_cases_have_every_mask_and_the_authors_split(tmp_path):
 def test_amos_cases_are_ct_only_with_label_maps(tmp_path):
     place(tmp_path, "amos22/imagesTr/amos_0001.nii.gz", "amos22/imagesVa/amos_0500.nii.gz",
           "amos22/imagesTr/amos_0507.nii.gz", "amos22/imagesTs/amos_0002.nii.gz")  # fmt: skip
-    cases = cases_from_folder(load_manifest("amos22"), tmp_path).cases
+    cases = load_manifest("amos22").listed(tmp_path).cases
     assert [(c.id, c.split) for c in cases] == [("amos_0001", "train"), ("amos_0500", "val")]
     assert cases[0].label_map == "amos22/labelsTr/amos_0001.nii.gz"
 
@@ -276,7 +279,7 @@ def test_luna_nodules_are_cases_with_ras_centres_folds_and_lidc_patients(tmp_pat
     place(tmp_path, f"subset3/{uids[0]}.mhd", f"subset3/{uids[0]}.raw", f"subset4/{uids[1]}.mhd")
     rows = "".join(f"{uids[0]},{x},-20,30,6.5\n" for x in (10, 11))
     (tmp_path / "annotations.csv").write_text("seriesuid,coordX,coordY,coordZ,diameter_mm\n" + rows)
-    cases = {c.id: c for c in cases_from_folder(load_manifest("luna16"), tmp_path).cases}
+    cases = {c.id: c for c in load_manifest("luna16").listed(tmp_path).cases}
     assert set(cases) == {f"{uids[0]}-1", f"{uids[0]}-2", uids[1]}
     nodule_case = cases[f"{uids[0]}-1"]
     assert nodule_case.lesion.center_mm == (-10, 20, 30) and nodule_case.fold == 3
@@ -289,19 +292,19 @@ def test_medmnist_cases_carry_the_labels_and_the_official_split(tmp_path):
     layout = man.source.parameters["layout"]
     arrays = {f"{s}_labels": np.array([[0], [10]], np.uint8) for s in ("train", "val", "test")}
     np.savez(tmp_path / layout["npz"], **arrays)
-    cases = cases_from_folder(man, tmp_path).cases
+    cases = man.listed(tmp_path).cases
     assert [c.split for c in cases] == ["train"] * 2 + ["val"] * 2 + ["test"] * 2
     assert cases[1].labels == {"organ": "pancreas"} and cases[1].image == sample_path(layout, "train", 1)
 
 
 def test_an_empty_folder_says_what_to_fetch(tmp_path):
     with pytest.raises(DataError, match="smartlab data fetch amos22"):
-        cases_from_folder(load_manifest("amos22"), tmp_path)
+        load_manifest("amos22").listed(tmp_path)
 
 
 def test_a_manifest_that_lists_its_cases_has_no_folder_rule(tmp_path):
     with pytest.raises(UseError, match="no folder layout"):
-        cases_from_folder(load_manifest("pancreas-ct"), tmp_path)
+        load_manifest("pancreas-ct").listed(tmp_path)
 
 
 # ---- clinical tables ----

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smartlab import DataError, UseError, load_manifest
-from smartlab.data.cohort.manifest import Case, LabelSpec, Lesion, Manifest, Source, manifest_folder, schema
+from smartlab.data.cohort.case import Case, LabelSpec, Lesion
+from smartlab.data.cohort.manifest import Manifest, Source, manifest_folder, schema
 
 
 def make(cases, **fields):

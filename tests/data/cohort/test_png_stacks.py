@@ -13,7 +13,8 @@ from sklearn.metrics import roc_auc_score
 
 import smartlab as sl
 from smartlab import DataError
-from smartlab.data.cohort.png_stacks import natural, read_stack, scan_png_stacks, to_hounsfield
+from smartlab.data.cohort.case import natural
+from smartlab.data.cohort.png_stacks import read_stack, to_hounsfield
 from smartlab.evaluation.features.baselines import stack_baselines
 
 
@@ -48,7 +49,7 @@ def test_the_manifest_lists_a_case_per_nodule_with_its_class_and_its_exam_as_pat
         ("malignant/exam2/1", "exam2", "malignant"),
     ]
     assert man.patients == ["exam1", "exam2", "exam10"]
-    assert scan_png_stacks(folder) == man
+    assert sl.load_manifest("nodules-png").listed(folder) == man
     assert all(case.locate(folder).is_dir() for case in man.cases)
 
 

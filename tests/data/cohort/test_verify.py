@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from smartlab import DataError, build_store, read_volume, verify_manifest
 from smartlab.cli.app import app
-from smartlab.data.cohort.manifest import Case, LabelSpec, Lesion, Manifest, Source
+from smartlab.data.cohort.case import Case, LabelSpec, Lesion
+from smartlab.data.cohort.manifest import Manifest, Source
 from smartlab.data.cohort.verify import summary
 from tests.data.dicom_factory import scan, write_series
 from tests.data.images.test_dicom_masks import circle, write_rtstruct

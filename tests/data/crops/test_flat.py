@@ -19,7 +19,7 @@ from smartlab.core.errors import DataError, UseError
 from smartlab.data.cohort.cbis import find_outline
 from smartlab.data.cohort.manifest import Manifest
 from smartlab.data.crops.flat import ImageDataset, cut, lesion_crops
-from smartlab.data.crops.views import CropLoader
+from smartlab.data.crops.loader import CropLoader
 from smartlab.data.images.mammography import read_mammogram
 from smartlab.data.phantoms.make import make_phantom
 from smartlab.data.store.prepare import prepare_store

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartlab import DataError, UseError, fetch, load_manifest
-from smartlab.data.cohort.manifest import Case, Manifest, Source
+from smartlab.data.cohort.case import Case
+from smartlab.data.cohort.manifest import Manifest, Source
 from smartlab.data.fetch import download, sources
 
 CONTENT = np.random.default_rng(0).bytes(300_000)

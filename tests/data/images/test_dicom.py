@@ -18,7 +18,8 @@ from scipy.spatial.transform import Rotation
 
 from smartlab import read_volume
 from smartlab.core.errors import DataError
-from smartlab.data.images.dicom import HeaderTextError, find_series, index_series, series_in
+from smartlab.data.images.dicom import HeaderTextError, scan_headers
+from smartlab.data.images.dicom_headers import find_series, index_series
 from tests.data.dicom_factory import (
     ANGLES,
     SECONDARY,
@@ -120,8 +121,10 @@ def test_stray_files_localizers_and_captures_are_set_aside_and_told(tmp_path):
         "1 file",
     ):
         assert told in notes
-    kinds = {(s.kind, s.slices) for s in series_in(tmp_path)}
-    assert kinds == {("volume", 6), ("localizer", 2), ("secondary capture", 1), ("SR object", 1)}
+    found = scan_headers(tmp_path, None)
+    assert [len(own) for own in found.volumes.values()] == [6]
+    aside = {kind: len(own) for kind, own in found.aside.items()}
+    assert aside == {"localizer": 2, "secondary capture": 1, "SR object": 1}
 
 
 def test_several_series_are_listed_and_one_can_be_chosen(tmp_path):
@@ -135,7 +138,7 @@ def test_several_series_are_listed_and_one_can_be_chosen(tmp_path):
     assert "lung" not in caught.value.public and "Doe" not in caught.value.public
     volume = read_volume(tmp_path, series="1.2.3.2")
     assert volume.shape == (12, 10, 4)
-    assert "Doe" not in repr(volume.notes) + repr(series_in(tmp_path))
+    assert "Doe" not in repr(volume.notes)
     with pytest.raises(DataError, match=r"1\.2\.3\.1, 1\.2\.3\.2"):
         read_volume(tmp_path, series="9.9")
 
@@ -295,7 +298,7 @@ def test_real_series_agree_with_simpleitk(real_data, name, slices, spacing):
 
 
 def test_real_series_is_found_quickly_below_the_root(real_data):
-    uid = series_in(real_data / "ct_series" / "Pancreas-CT-CB_001")[0].uid
+    (uid,) = index_series(real_data / "ct_series" / "Pancreas-CT-CB_001")
     start = time.perf_counter()
     assert find_series(real_data / "ct_series", uid).name == "Pancreas-CT-CB_001"
     assert time.perf_counter() - start < 1

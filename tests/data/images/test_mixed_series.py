@@ -13,7 +13,7 @@ import pytest
 import smartlab as sl
 from smartlab.core.errors import DataError, UseError
 from smartlab.data.cohort.privacy import salt
-from smartlab.data.images.dicom import series_files
+from smartlab.data.images.dicom_headers import series_files
 from smartlab.data.images.readers import read_volume
 from smartlab.data.store import build as building
 from smartlab.data.store import ingest

@@ -148,10 +148,10 @@ def test_only_smartlab_says_what_is_wrong_with_a_header(tmp_path, caplog):
 def test_an_unreadable_disk_is_told_with_the_path(tmp_path, monkeypatch):
     file = write_nifti(tmp_path / "a.nii", scan())
 
-    def denied(self):
+    def denied(self, mode):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(file), "read_bytes", denied)
+    monkeypatch.setattr(type(file), "open", denied)
     with pytest.raises(DataError, match=r"cannot be opened .*Permission denied"):
         read_volume(file)
 

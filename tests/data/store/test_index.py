@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from smartlab import DataError, UseError, build_store, open_store
-from smartlab.data.cohort.manifest import Case, Manifest, Source
+from smartlab.data.cohort.case import Case
+from smartlab.data.cohort.manifest import Manifest, Source
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from distributed import LocalCluster
 import smartlab as sl
 from smartlab.core import workers
 from smartlab.core.errors import DataError, UseError
-from smartlab.data.cohort.manifest import LabelSpec
+from smartlab.data.cohort.case import LabelSpec
 from smartlab.data.images.readers import read_volume
 from smartlab.data.store import build as building
 from smartlab.data.store import index, store
@@ -561,7 +561,7 @@ def test_no_name_id_uid_date_or_path_is_anywhere_in_the_store(tmp_path):
             assert secret.lower().encode() not in data.lower(), f"{secret} in {name}"
             assert secret.lower() not in name.lower()
     reasons = " ".join(f["reason"] for f in report.failures)
-    for still_useful in ("missing", "2 series in one folder", "not found", "not below the data root"):
+    for still_useful in ("missing", "2 series in one folder", "not found", "is not below this folder"):
         assert still_useful in reasons
     assert not any(secret.lower() in reasons.lower() for secret in SECRETS)
 

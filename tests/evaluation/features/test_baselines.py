@@ -10,7 +10,8 @@ import pytest
 
 import smartlab as sl
 from smartlab import DataError
-from smartlab.data.cohort.manifest import Case, LabelSpec, Lesion, Manifest, Source
+from smartlab.data.cohort.case import Case, LabelSpec, Lesion
+from smartlab.data.cohort.manifest import Manifest, Source
 from smartlab.evaluation.features.baselines import histogram, lesion_baselines
 from smartlab.evaluation.features.encoders import random_encoder
 from smartlab.evaluation.features.features import lesion_features

@@ -9,7 +9,7 @@ import torch
 
 import smartlab as sl
 from smartlab.core.errors import DataError, UseError
-from smartlab.data.cohort.manifest import LabelSpec
+from smartlab.data.cohort.case import LabelSpec
 from smartlab.data.crops.views import LesionDataset
 from smartlab.evaluation.finetune import classifier, draws
 from smartlab.evaluation.finetune import classify as module

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from smartlab import build_store, open_store
-from smartlab.data.cohort.manifest import Case, Manifest, Source
+from smartlab.data.cohort.case import Case
+from smartlab.data.cohort.manifest import Manifest, Source
 from smartlab.evaluation.look.clusters import clusters
 from smartlab.evaluation.look.localize import localize
 from smartlab.evaluation.look.unsupervised import organ_tokens, unsupervised

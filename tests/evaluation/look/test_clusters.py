@@ -12,7 +12,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from smartlab.core.errors import DataError, UseError
-from smartlab.data.cohort.manifest import LabelSpec
+from smartlab.data.cohort.case import LabelSpec
 from smartlab.evaluation.features.table import FeatureTable
 from smartlab.evaluation.look.clusters import clusters, style
 from smartlab.evaluation.look.separation import estimates, knn_purity, separation, spread, standardised

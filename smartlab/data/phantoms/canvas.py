@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from smartlab.data.phantoms.body import Array, Body, Curve, Frame, grid_frame
+from smartlab.data.phantoms.body import Array, Body, Frame, grid_frame
 
 Box = tuple[slice, slice, slice]
 SLAB = 96_000  # voxels
@@ -147,14 +147,6 @@ def _used(near: Array, axis: int, start: int) -> slice:
     """From the first to the last place along an axis where anything is near; empty at 0 where nothing is."""
     used = np.flatnonzero(near.any((0, 3 - axis)))
     return slice(start + int(used[0]), start + int(used[-1]) + 1) if len(used) else slice(0, 0)
-
-
-def path(points: list[tuple[float, ...]], spacing: float) -> Array:
-    """A smooth curve through the rows of `points` (x, y, z, radius, …), resampled every `spacing` mm."""
-    knots = np.asarray(points, float)
-    along = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(knots[:, :3], axis=0), axis=1))])
-    steps = np.linspace(0, along[-1], max(2, int(along[-1] / spacing) + 1))
-    return Curve(along, knots)(steps).astype(np.float32)
 
 
 def grow_tree(root: Array, targets: Array, leaf: float, rng: np.random.Generator) -> tuple[Array, Array]:

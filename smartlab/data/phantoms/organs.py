@@ -10,7 +10,8 @@ import numpy as np
 
 from smartlab.data.phantoms import body as geo
 from smartlab.data.phantoms.body import Array, Body
-from smartlab.data.phantoms.canvas import Canvas, grow_tree, path
+from smartlab.data.phantoms.canvas import Canvas, grow_tree
+from smartlab.data.phantoms.curve import path
 
 ORGANS = {
     1: "lung_left",

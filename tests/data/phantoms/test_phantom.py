@@ -23,7 +23,7 @@ from smartlab.data.cohort.verify import verify_manifest
 from smartlab.data.images.mammography import read_mammogram
 from smartlab.data.images.readers import read_labels, read_volume
 from smartlab.data.phantoms import breast, canvas, ct, mammo
-from smartlab.data.phantoms.body import Curve
+from smartlab.data.phantoms.curve import Curve
 from smartlab.data.phantoms.grid import Grid
 from smartlab.data.phantoms.lesions import BASELINE, reach, render_lump
 from smartlab.data.phantoms.make import kept_in, make_phantom, phantom_manifest

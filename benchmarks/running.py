@@ -31,27 +31,27 @@ PHANTOM = {"data.manifest": "phantom-ct", "data.phantom_cases": 12, "train.pictu
 
 def data_share(config: Config, turns: int) -> dict[str, Any]:
     """The real loop on phantoms and the same step on one batch held ready, in turns."""
-    from smartlab.training.loop import Trainer
+    from smartlab.training.pretrain import Pretraining
 
     data = config.data.model_copy(update={"manifest": "phantom-ct", "phantom_cases": 12})
     config = config.model_copy(update={"data": data})
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, Path(folder) / "run", False, False, None, False)
+        trainer = Pretraining(config, Path(folder) / "run", False, False, None, False)
         try:
-            loaded, held = trainer._batches, next(trainer._batches)
+            loaded, held = trainer.batches, next(trainer.batches)
             seconds: dict[str, list[float]] = {"real loader": [], "held batch": []}
             waits: list[float] = []
             trainer.one_step()
             for _ in range(turns):
                 for name in seconds:
-                    trainer._batches = loaded if name == "real loader" else iter([held])  # type: ignore[assignment]
+                    trainer.batches = loaded if name == "real loader" else iter([held])  # type: ignore[assignment]
                     began, waited = time.perf_counter(), trainer.loader.wait_seconds
                     trainer.one_step()
                     trainer.step += 1
                     seconds[name].append(time.perf_counter() - began)
                     if name == "real loader":
                         waits.append((trainer.loader.wait_seconds - waited) / seconds[name][-1])
-            trainer._batches = loaded
+            trainer.batches = loaded
         finally:
             trainer.close()
     return {

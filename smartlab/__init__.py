@@ -30,7 +30,7 @@ _PUBLIC = {
     "ImageDataset": "smartlab.data.crops.flat",
     "make_phantom": "smartlab.data.phantoms.make",
     "fetch": "smartlab.data.fetch.sources",
-    "pretrain": "smartlab.training.loop",
+    "pretrain": "smartlab.training.pretrain",
     "Run": "smartlab.training.run",
     "load_encoder": "smartlab.interop.weights",
     "export": "smartlab.interop.weights",
@@ -68,7 +68,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.evaluation.judge.result import Result
     from smartlab.evaluation.protocols.plan import plan_protocol
     from smartlab.interop.weights import export, load_encoder
-    from smartlab.training.loop import pretrain
+    from smartlab.training.pretrain import pretrain
     from smartlab.training.run import Run
     from smartlab.viewers.explore import explore
     from smartlab.viewers.slices import view

@@ -15,6 +15,6 @@ import torch.utils.tensorboard  # noqa: F401
 import smartlab as sl
 from smartlab.evaluation.finetune import classify, segment  # noqa: F401
 from smartlab.methods import masked_distillation, multiscale_mae  # noqa: F401
-from smartlab.training import families, loop, picture  # noqa: F401
+from smartlab.training import families, picture, pretrain  # noqa: F401
 
 used = (sl.pretrain, sl.evaluate, sl.build_store, sl.Run)  # each imports its modules when it is first named

@@ -41,7 +41,7 @@ _PRELOAD = [  # without umap, whose first import in a new environment compiles f
     "smartlab.data.crops.views",
     "smartlab.data.phantoms.make",
     "smartlab.data.phantoms.ct",
-    "smartlab.training.loop",
+    "smartlab.training.pretrain",
     "smartlab.evaluation.evaluate",
     "smartlab.evaluation.look.clusters",
     "smartlab.evaluation.finetune.segment",

@@ -150,7 +150,7 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder; from the built-in phantom unless --data says otherwise."""
     from smartlab.core.config import load_config, parse_overrides
-    from smartlab.training.loop import pretrain as train
+    from smartlab.training.pretrain import pretrain as train
 
     settings = parse_overrides(overrides or [])
     if one_of(data, settings.get("data.manifest"), "data.manifest") and data:

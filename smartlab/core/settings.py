@@ -322,6 +322,7 @@ class TrainConfig(_Section):
     keep_every: int | None = Field(None, ge=1)
     log_every: int = Field(10, ge=1)
     picture_every: int = Field(100, ge=1)
+    track: Literal["tensorboard", "wandb", "mlflow", "aim", "none"] = "tensorboard"  # beside metrics.csv
     max_bad_steps: int = Field(10, ge=1)  # non-finite losses in a row before the run stops
 
 

@@ -33,6 +33,7 @@ from smartlab.evaluation.features.encoders import as_encoder, random_encoder
 from smartlab.evaluation.features.table import FeatureTable
 from smartlab.evaluation.judge.result import Result
 from smartlab.evaluation.learn.labels import check_label, check_name
+from smartlab.training.requests import first_alone, ranks
 from smartlab.training.run import Run
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def evaluate(
     result.facts = {**facts, "manifest": given.name, **result.facts}
     if given.source.kind == "local" and job.root is not None and (keys := write_keys(given, Path(job.root))):
         result.facts["names"] = f"{keys} beside the images says which scan each key is"
-    if out is not None:
+    if out is not None and ranks()[0] == 0:
         result.save(out)
     return result
 
@@ -226,7 +227,8 @@ class Job:
     def prepared(self) -> tuple[Manifest, Store]:
         if self.opened is not None:
             return self.given, self.opened
-        return prepare_store(self.data, self.progress, self.located)
+        with first_alone():
+            return prepare_store(self.data, self.progress, self.located)
 
     @property
     def root(self) -> str | Path | None:

@@ -219,6 +219,7 @@ def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
         "train.picture_every",
         "train.checkpoint_every",
         "train.keep_last",
+        "train.track",
         "train.keep_every",
         "data.workers",
         *("data.manifest", "data.root", "data.store"),  # names and places: what lies there has a fingerprint

@@ -92,7 +92,7 @@ def launch(config: Config, out: Path, resume: bool, processes: int) -> Run:
 
 
 def _work(config: Config, out: str, resume: bool) -> None:
-    from smartlab.training.loop import pretrain
+    from smartlab.training.pretrain import pretrain
 
     pretrain(config, out, resume=resume, progress=False)
 

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.csv, events.jsonl, TensorBoard, progress, and alarms.
+"""What a run tells: metrics.csv, events.jsonl, a tracker, progress, and alarms.
 
 `metrics.csv` is append-only, one row per logged step; on resuming, rows after the checkpoint are
 dropped, because those steps are about to be done again. Only the main process writes.
@@ -13,11 +13,15 @@ import math
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smartlab.core.config import Config
 from smartlab.core.files import write_text
 from smartlab.training.live import Live, in_notebook
+from smartlab.training.track import open_tracker
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 COLUMNS = [
     "step",
@@ -76,15 +80,13 @@ class Monitor:
         self._spread: deque[float] = deque(maxlen=5)
         self._started, self._first = time.monotonic(), start
         self._bar: Any = None
-        self._board: Any = None
+        self._tracker: GeneralTracker | None = None
         self._live: Live | None = None
         if not enabled:
             return
         rewind(run / "metrics.csv", start)
         self.columns = columns(config)
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
+        self._tracker = open_tracker(config, run, start)
         if progress and in_notebook():
             self._live = Live(run.name, config.train.steps, start)
         elif progress:
@@ -111,9 +113,9 @@ class Monitor:
         writer.writerow([_text(values.get(name)) for name in self.columns])
         with path.open("a", encoding="utf-8") as file:  # one write per row: a killed run leaves whole rows
             file.write(buffer.getvalue())
-        for name, value in values.items():
-            if name not in ("step", "epoch") and math.isfinite(value):
-                self._board.add_scalar(name, value, int(values["step"]))
+        if self._tracker is not None:
+            told = {k: v for k, v in values.items() if k not in ("step", "epoch") and math.isfinite(v)}
+            self._tracker.log(told, int(values["step"]))
         if self._live is not None:
             self._live.update(values)
         self._alarm(values)
@@ -159,8 +161,8 @@ class Monitor:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._board is not None:
-            self._board.close()
+        if self._tracker is not None:
+            self._tracker.finish()
 
     def _alarm(self, row: dict[str, float]) -> None:
         """Collapse and near-uniform attention, in words."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ import torch
 from smartlab.core.files import held
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Requests:
@@ -53,16 +55,56 @@ class Requests:
             signal.signal(number, handler)
 
 
+def _together() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def from_main(value: T) -> T:
     """What the first process of a run found, on all of them: another may see another state of a shared disk."""
     told = [value]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _together():
         torch.distributed.broadcast_object_list(told)
     return told[0]
 
 
+def ranks() -> tuple[int, int]:
+    """(which of the processes of this run this is, how many there are), as the launcher says."""
+    if _together():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    launched = "LOCAL_RANK" in os.environ  # some schedulers set WORLD_SIZE for whatever they start
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) if launched else 1
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """The first process of a run before the others: what it builds, they find."""
+    if ranks()[1] == 1:
+        yield
+        return
+    from accelerate import PartialState
+
+    with PartialState(cpu=on_cpu()).main_process_first():
+        yield
+
+
+def on_cpu() -> bool:
+    """Whether there is nothing else; accelerate overlooks the processes of torchrun unless told so."""
+    return not (torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
+def shared(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """[function(item) for item in items], of which each process does its share and all get the whole."""
+    if not _together():
+        return [function(item) for item in items]
+    rank, world = ranks()
+    mine = [function(item) for item in items[rank::world]]
+    found: list[Any] = [None] * world
+    torch.distributed.all_gather_object(found, mine)
+    return [found[i % world][i // world] for i in range(len(items))]
+
+
 def only_one(out: Path) -> AbstractContextManager[None]:
     """The run folder for this run alone, until it ends: of several processes of one run the first holds it for all."""
-    if int(os.environ.get("RANK", 0)) > 0:
+    if ranks()[0] > 0:
         return nullcontext()
     return held(out, "another process trains in this folder")

@@ -1,44 +1,49 @@
-"""What a run is made of before it starts: the accelerator, the parameter groups, a check that learning works."""
+"""What a run is made of before it starts: the accelerator, compiled code, the parameter groups."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import math
 import os
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from smartlab.core.clock import Clock
-from smartlab.core.config import Config
 from smartlab.core.errors import UseError
 from smartlab.core.places import cache_folder
-from smartlab.training.families import family_of
+from smartlab.training.requests import on_cpu, ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def make_accelerator(config: Config) -> Accelerator:
-    """accelerate, configured: precision, and DDP where there are several processes."""
+def make_accelerator(precision: str, *, idle: bool, device: str | None = None) -> Accelerator:
+    """accelerate, configured: precision, and DDP where there are several processes.
+
+    idle:   whether a step may leave parameters without a gradient.
+    device: of a single process; None: the GPU where there is one.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, patch_environment
 
-    precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}[config.train.precision]
     if precision == "fp16" and not torch.cuda.is_available():
         raise UseError("train.precision=fp16 needs a GPU", fix="use fp32 or bf16")
-    # without image and coarse loss nothing trains the query of [CLS]
-    idle = config.semantic.enabled and not (config.loss.image or config.loss.coarse)
+    if device not in (None, "cpu") and ranks()[1] > 1:
+        raise UseError(
+            f"device={device} is for one process", fix="leave it out: each process takes its own GPU"
+        )
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=idle)
     if not torch.distributed.is_initialized():
         # a second run in the same notebook may want another precision
         AcceleratorState._reset_state(reset_partial_state=True)
-    plain = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    # said outright, because accelerate overlooks the processes of torchrun on a machine without a GPU
-    return Accelerator(cpu=plain, mixed_precision=precision, kwargs_handlers=[ddp])
+    plain = device == "cpu" or (device is None and on_cpu())
+    asked = {} if plain or device is None else {"ACCELERATE_TORCH_DEVICE": device}
+    with patch_environment(**asked):
+        return Accelerator(
+            cpu=plain, mixed_precision="no" if precision == "fp32" else precision, kwargs_handlers=[ddp]
+        )
 
 
 def keep_freed_memory() -> None:
@@ -89,24 +94,3 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         plain = parameter.dim() < 2 or name.endswith(("bias", "log_scale", "bias_table", *single))
         (spared if plain else decays).append(parameter)
     return [{"params": decays, "decays": True}, {"params": spared, "decays": False}]
-
-
-def overfit_one_batch(config: Config, views: Tensor, steps: int = 200, lr: float = 2e-3) -> list[float]:
-    """The reconstruction of one fixed batch with one fixed mask: a sanity check that must go to a small error.
-
-    views: windowed, as the method takes them. Returns the reconstruction loss of every step.
-    """
-    torch.manual_seed(config.seed)
-    method = family_of(config).method(config)
-    optimiser = torch.optim.AdamW(parameter_groups(method), lr=lr, weight_decay=0.0)
-    history = []
-    for step in range(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-        generator = torch.Generator().manual_seed(config.seed)
-        loss, metrics = method(views, Clock(0, steps, steps), generator)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        history.append(float(metrics.get("loss_amip", loss.detach())))
-    return history

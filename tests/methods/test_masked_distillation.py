@@ -21,7 +21,8 @@ from smartlab.methods.distillation import (
 )
 from smartlab.methods.masked_distillation import Clock, MaskedDistillation
 from smartlab.training.schedules import cosine, momentum
-from smartlab.training.setup import overfit_one_batch, parameter_groups
+from smartlab.training.setup import parameter_groups
+from tests.methods.overfit import overfit_one_batch
 
 SMALL = {
     "encoder.preset": "custom",

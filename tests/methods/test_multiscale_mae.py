@@ -15,7 +15,8 @@ from smartlab.evaluation.look.spectrum import detail, enlarged
 from smartlab.methods.multiscale_mae import MultiscaleMAE
 from smartlab.models.decoder import finer, from_patches
 from smartlab.models.patches import to_patches
-from smartlab.training.setup import overfit_one_batch, parameter_groups
+from smartlab.training.setup import parameter_groups
+from tests.methods.overfit import overfit_one_batch
 
 SMALL = {
     "encoder.patch": 4,

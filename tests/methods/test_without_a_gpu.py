@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import smartlab as sl
 from smartlab.core.clock import Clock
+from smartlab.data.crops.augment import augment, window
+from smartlab.evaluation.features.encoders import network_input
+from smartlab.evaluation.finetune import classifier, segmenter
+from smartlab.evaluation.finetune.trainer import layer_groups
+from smartlab.models.build import make_encoder
 from smartlab.models.reach import reach
 from smartlab.training.families import family_of
 from smartlab.training.setup import parameter_groups
+from tests.evaluation.finetune.test_trainer import TINY
 
 SCANS = {
     "encoder.preset": "custom",
@@ -118,6 +125,26 @@ def whole_step(config, shape, device, precision=None):
     reach((method.teacher or method.student).encoder, x[0] if x.dim() == 6 else x)
     values = [v for v in (metrics | told).values() if isinstance(v, torch.Tensor)]
     assert all(v.device == device for v in (loss, *values))
+
+
+@pytest.mark.parametrize("task", ["classify", "segment"])
+def test_a_whole_step_of_fine_tuning(task, meta):
+    encoder = make_encoder(sl.load_config("tiny", TINY))
+    crop, classes = torch.zeros(2, 64, 64, 64, dtype=torch.int16, device=meta), torch.zeros(2, 3, device=meta)
+    if task == "classify":
+        net, prefix = classifier.build(encoder, 3, pretrained=True, seed=0).to(meta), classifier.ENCODER
+        measure = classifier.measure_of("multiclass", torch.tensor([0.2, 0.3, 0.5]).to(meta))
+        x = augment(window(crop, -175, 250), torch.Generator().manual_seed(0))
+        loss = measure(net(network_input(x)), classes)
+    else:
+        net, prefix = segmenter.build(encoder, 3, pretrained=True, seed=0).to(meta), segmenter.ENCODER
+        loss = segmenter.loss_of(net, (-175, 250), weights=np.ones(3), flip=True)
+        loss = loss({"view": crop, "labels": crop.to(torch.uint8)}, torch.Generator().manual_seed(0))
+    optimiser = torch.optim.AdamW(layer_groups(net, prefix, 0.75), lr=1e-4)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimiser.step()
+    assert loss.device == meta
 
 
 def test_a_wait_for_the_device_is_noticed(meta):

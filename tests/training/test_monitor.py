@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 import smartlab as sl
+from smartlab.core.errors import UseError
 from smartlab.training.monitor import Monitor
 
 
@@ -24,3 +27,41 @@ def test_collapse_is_said_once_it_lasts_and_not_for_one_noisy_batch(tmp_path):
         log(10 * number, 0.004)
     assert said().count("collapse") == 1
     monitor.close()
+
+
+def test_a_tracker_is_told_every_number_and_one_that_is_not_installed_is_refused_at_once(
+    tmp_path, monkeypatch
+):
+    import accelerate.tracking as known
+
+    told = {}
+
+    class Wandb:
+        def __init__(self, run_name, **given):
+            told.update(given)
+
+        def start(self):
+            told["started"] = True
+
+        def store_init_configuration(self, values):
+            told["ratio"] = values["mask.ratio"]
+
+        def log(self, values, step):
+            told[step] = values
+
+        def finish(self):
+            told["finished"] = True
+
+    config = sl.load_config("tiny", {"train.track": "wandb", "data.manifest": "nowhere.json"})
+    monkeypatch.setattr(known, "get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(
+        UseError, match=r"train\.track=wandb is not installed here .*Install it .pip install wandb"
+    ):
+        sl.pretrain(config, tmp_path / "a", progress=False)
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setitem(known.LOGGER_TYPE_TO_CLASS, "wandb", Wandb)
+    monitor = Monitor(tmp_path, config, enabled=True, progress=False, start=0)
+    monitor.row({"step": 4, "epoch": 0.5, "loss": 1.5, "momentum": float("nan"), "guided": 0.0})
+    monitor.close()
+    assert told.pop("dir") == str(tmp_path) and told.pop("mode") == "offline" and told.pop("ratio") == 0.7
+    assert told[4] == {"loss": 1.5, "guided": 0.0} and told["started"] and told["finished"]

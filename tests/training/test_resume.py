@@ -41,10 +41,10 @@ def assert_same_run(a, b, step):
 
 def train(settings, out, slow=0.0):
     """What a training process does; `slow` seconds are added to each step."""
-    from smartlab.training.loop import Trainer
+    from smartlab.training.engine import Engine
 
-    step = Trainer.one_step
-    Trainer.one_step = lambda self: (time.sleep(slow), step(self))[1]
+    step = Engine.one_step
+    Engine.one_step = lambda self: (time.sleep(slow), step(self))[1]
     sl.pretrain(sl.load_config("tiny", settings), out, resume=True, progress=False)
 
 
@@ -124,19 +124,19 @@ def test_stopping_in_the_middle_of_an_epoch_changes_nothing(preset, more, settin
     """Same process, same thread count: stop after 4 of 8 steps, resume, compare."""
     config = sl.load_config(preset, settings | more)
     sl.pretrain(config, tmp_path / "whole", progress=False)
-    from smartlab.training.loop import Trainer
+    from smartlab.training.engine import Engine
 
-    original, count = Trainer.one_step, iter(range(100))
+    original, count = Engine.one_step, iter(range(100))
 
     def stop_at_four(self):
         if next(count) == 3:
             self.requests.asked = "stop"
         return original(self)
 
-    monkeypatch.setattr(Trainer, "one_step", stop_at_four)
+    monkeypatch.setattr(Engine, "one_step", stop_at_four)
     run = sl.pretrain(config, tmp_path / "stopped", progress=False)
     assert run.step == 4 and not run.finished
-    monkeypatch.setattr(Trainer, "one_step", original)
+    monkeypatch.setattr(Engine, "one_step", original)
     assert sl.pretrain(config, tmp_path / "stopped", resume=True, progress=False).finished
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", 8)
 
@@ -295,16 +295,17 @@ def test_a_bad_batch_is_skipped_counted_and_named(settings, tmp_path, monkeypatc
 
 def test_one_infinite_gradient_costs_one_step_and_no_weights(settings, tmp_path, monkeypatch):
     """The loss may be finite all the same: the step is not taken, and what was learned stays."""
-    from smartlab.training.loop import Trainer
+    from smartlab.training.engine import Engine
 
-    freeze, calls = Trainer._freeze, iter(range(1000))
+    norm, calls = Engine.trained, iter(range(1000))
 
-    def spoil(self, clock):
-        freeze(self, clock)
+    def spoil(self):
+        found = norm(self)
         if next(calls) == 1:
-            self._trained()[0].grad.view(-1)[0] = float("inf")
+            found[0].grad.view(-1)[0] = float("inf")
+        return found
 
-    monkeypatch.setattr(Trainer, "_freeze", spoil)
+    monkeypatch.setattr(Engine, "trained", spoil)
     run = sl.pretrain(sl.load_config("tiny", settings | {"train.steps": 4}), tmp_path / "r", progress=False)
     skipped = [e for e in run.events if e["event"] == "skipped"]
     assert [e["step"] for e in skipped] == [2] and skipped[0]["reason"] == "non-finite gradient"

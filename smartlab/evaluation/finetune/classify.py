@@ -37,15 +37,13 @@ from smartlab.evaluation.features.table import FeatureTable
 from smartlab.evaluation.finetune import classifier, picture
 from smartlab.evaluation.finetune.draws import LesionDraws, Places, crops_of, places
 from smartlab.evaluation.finetune.trainer import (
+    Call,
     Mode,
-    Settings,
     check_fractions,
     check_modes,
     device_of,
-    fit,
     hold_out,
     make_settings,
-    weights_hash,
 )
 from smartlab.evaluation.judge import stats
 from smartlab.evaluation.judge.compare import estimate, score
@@ -53,6 +51,7 @@ from smartlab.evaluation.judge.predictions import to_table
 from smartlab.evaluation.judge.report import comparisons, differences
 from smartlab.evaluation.judge.result import Estimate, Result
 from smartlab.evaluation.learn.folds import Part, Plan, Split, averaged, make_plan, nested, present_classes
+from smartlab.training.requests import ranks
 
 if TYPE_CHECKING:
     from smartlab.evaluation.features.encoders import AnyEncoder
@@ -77,26 +76,19 @@ class Amount:
         return f"{mode}-{share if self.shots is None else f'{self.shots}shot-draw{draw}'}"
 
 
-@dataclass(frozen=True)
-class Task:
+@dataclass(frozen=True, kw_only=True)
+class Task(Call):
     """The labelled cases, and everything that the trainings of one call share."""
 
     encoder: AnyEncoder
-    store: Store
-    size: int
     spacing: float | None
     about: pd.DataFrame
     where: Places | None  # in each case; None: at its lesion, or a whole image
     y: np.ndarray  # (n,) positions in classes, or (n, classes) 0/1 of multi-label
     kind: str
     classes: list[str]
-    out: Path
     balance: Balance
     augmentation: dict[str, Any]  # of `augment`
-    seed: int
-    settings: Settings
-    resume: bool
-    progress: bool
 
     def part(self, rows: np.ndarray) -> CropDataset:
         """The crops of some of the cases."""
@@ -195,16 +187,10 @@ def classify(
 
 def _facts(task: Task) -> dict[str, Any]:
     """What a reader needs to believe the numbers."""
-    crops = {"size": task.size, "spacing": task.spacing, "balance": task.balance}
+    crops = {"spacing": task.spacing, "balance": task.balance, **task.augmentation}
     crops |= {"margin": task.encoder.config.data.margin} if is_flat(task.store) else {}
-    return {
-        "encoder": weights_hash(task.encoder),
-        "data": task.store.fingerprint,
-        "classes": task.classes,
-        "n": {"cases": len(task.about), "patients": int(task.about.patient.nunique())},
-        "seed": task.seed,
-        "settings": crops | task.augmentation | task.settings.model_dump(),
-    }
+    n = {"cases": len(task.about), "patients": int(task.about.patient.nunique())}
+    return task.told(crops) | {"classes": task.classes, "n": n}
 
 
 def _compare(
@@ -312,7 +298,7 @@ def _one(
     by_sampling = task.balance == "sampling" and not by_loss
     draws = LesionDraws(
         task.part(train),
-        s.steps * s.batch,
+        s.items,
         seed=task.seed,
         weights=1 / share[task.y[train]] if by_sampling else None,
         owner=task.owner(train),
@@ -325,7 +311,7 @@ def _one(
     learn, stop = (torch.from_numpy(task.targets[rows]).float().to(device) for rows in (train, held_out))
 
     def loss(batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        x = augment(window(batch["crop"], *hu_window), generator, **task.augmentation)
+        x = augment(window(batch["crop"], *hu_window), generator, shard=ranks(), **task.augmentation)
         return measure(net(network_input(x)).float(), learn[batch["row"]])
 
     def said(rows: np.ndarray) -> Tensor:  # several windows of a scan count by their mean
@@ -334,19 +320,15 @@ def _one(
         total = torch.zeros(len(rows), found.shape[1], device=found.device).index_add_(0, owner, found)
         return total / owner.bincount()[:, None]
 
-    fitted = fit(
+    fitted = task.fit(
+        name,
         net,
         draws,
         loss,
-        task.out / name,
-        s,
+        _depends_on(task, train, held_out),
         mode=mode,
-        encoder=classifier.ENCODER,
-        seed=task.seed,
-        facts=_depends_on(task, train, held_out),
+        prefix=classifier.ENCODER,
         validate=(lambda: -float(measure(said(held_out), stop))) if len(held_out) else None,
-        resume=task.resume,
-        progress=task.progress,
     )
     learned = np.full(len(task.classes), 0.5 if task.kind == "multilabel" else 1 / len(task.classes))
     learned = share if task.balance == "none" else learned
@@ -358,11 +340,8 @@ def _depends_on(task: Task, train: np.ndarray, held_out: np.ndarray) -> dict[str
     """What a training follows from, besides its settings."""
     keys = task.about.case.to_numpy()
     return {
-        "data": task.store.fingerprint,
-        "encoder": weights_hash(task.encoder),
         "classes": task.classes,
         "told": hashlib.sha256(np.ascontiguousarray(task.y).tobytes()).hexdigest()[:16],
-        "size": task.size,
         "spacing": task.spacing,
         "balance": task.balance,
         "margin": task.encoder.config.data.margin if is_flat(task.store) else None,

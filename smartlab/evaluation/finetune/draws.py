@@ -1,6 +1,6 @@
 """Which crop is seen in which step: item i of a fine-tuning follows from the seed and i alone.
 
-Both datasets have as many items as the run has steps × batch, read in order, so that a resumed run
+Both datasets have as many items as all steps of the run read, in order, so that a resumed run
 sees what it has not seen yet.
 """
 

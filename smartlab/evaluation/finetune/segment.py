@@ -30,43 +30,35 @@ from smartlab.data.store.store import Store
 from smartlab.evaluation.finetune import masks, picture, segmenter
 from smartlab.evaluation.finetune.draws import ForegroundCrops
 from smartlab.evaluation.finetune.trainer import (
+    Call,
     Fitted,
     Mode,
-    Settings,
     check_fractions,
     check_modes,
     device_of,
-    fit,
     hold_out,
     make_settings,
-    weights_hash,
 )
 from smartlab.evaluation.judge import metrics
 from smartlab.evaluation.judge.means import patient_means
 from smartlab.evaluation.judge.result import Estimate, Result
 from smartlab.evaluation.learn.folds import Plan, Split, make_plan, nested
+from smartlab.training.requests import shared
 
 if TYPE_CHECKING:
     from smartlab.models.encoder import Encoder
 
 
-@dataclass(frozen=True)
-class Job:
+@dataclass(frozen=True, kw_only=True)
+class Job(Call):
     """Everything that the trainings of one call share."""
 
     encoder: Encoder
-    store: Store
-    out: Path
     names: dict[int, str]  # value in the label volumes -> structure, those to segment
     sources: dict[int, tuple[Case, Path]]  # image -> its case and data root; empty: write no predictions
-    size: int
     flip: bool
     intensity: float
     overlap: float
-    seed: int
-    settings: Settings
-    resume: bool
-    progress: bool
 
     @property
     def table(self) -> np.ndarray:
@@ -114,19 +106,19 @@ def segment(
     _check(modes, fractions, size, encoder)
     names = _names(store, man, labels)
     job = Job(
-        encoder,
-        store,
-        Path(out),
-        names,
-        {} if root is None else _sources(store, man, Path(root)),
-        size,
-        flip,
-        intensity,
-        overlap,
-        seed,
-        make_settings(**settings),
-        resume,
-        progress,
+        encoder=encoder,
+        store=store,
+        out=Path(out),
+        names=names,
+        sources={} if root is None else _sources(store, man, Path(root)),
+        size=size,
+        flip=flip,
+        intensity=intensity,
+        overlap=overlap,
+        seed=seed,
+        settings=make_settings(**settings),
+        resume=resume,
+        progress=progress,
     )
     about, unlabelled = _images(store, set(names))
     plan = make_plan(about, np.zeros(len(about)), [], split=split, folds=folds, seed=seed)
@@ -156,17 +148,12 @@ def _every(
 
 def _facts(job: Job, man: Manifest, about: pd.DataFrame) -> dict[str, Any]:
     """What a reader needs to believe the numbers."""
-    crops = {"size": job.size, "flip": job.flip, "intensity": job.intensity, "overlap": job.overlap}
-    return {
-        "encoder": weights_hash(job.encoder),
-        "data": job.store.fingerprint,
+    return job.told({"flip": job.flip, "intensity": job.intensity, "overlap": job.overlap}) | {
         "manifest": man.name,
         "labels": list(job.names.values()),
         "spacing_mm": job.store.spacing,
         "n": {"images": len(about), "patients": int(about.patient.nunique())},
         "predictions": "on the voxels of the sources" if job.sources else "not written: give root",
-        "seed": job.seed,
-        "settings": crops | job.settings.model_dump(),
     }
 
 
@@ -183,7 +170,7 @@ def _one(
     net = segmenter.build(job.encoder, 1 + len(job.names), pretrained=mode != "scratch", seed=job.seed)
     crops = {
         "train": ForegroundCrops(
-            store, images[train], job.table, size=job.size, items=s.steps * s.batch, seed=job.seed
+            store, images[train], job.table, size=job.size, items=s.items, seed=job.seed
         ),
         "held out": ForegroundCrops(
             store, images[held_out], job.table, size=job.size, items=2 * len(held_out), seed=job.seed + 1
@@ -192,36 +179,28 @@ def _one(
     score = segmenter.score_of(
         net, crops["held out"], 1 + len(job.names), hu_window, device_of(s), s.precision
     )
-    fitted = fit(
+    weights = segmenter.class_weights(_voxels(store, images[train], job.names))
+    more: dict[str, Any] = {"flip": job.flip, "intensity": job.intensity}
+    facts = more | {
+        "labels": list(job.names.values()),
+        "train": [int(i) for i in images[train]],
+        "held_out": [int(i) for i in images[held_out]],
+    }
+    fitted = job.fit(
+        name,
         net,
         crops["train"],
-        segmenter.loss_of(
-            net,
-            hu_window,
-            weights=segmenter.class_weights(_voxels(store, images[train], job.names)),
-            flip=job.flip,
-            intensity=job.intensity,
-        ),
-        job.out / name,
-        s,
+        segmenter.loss_of(net, hu_window, weights=weights, **more),
+        facts,
         mode=mode,
-        encoder=segmenter.ENCODER,
-        seed=job.seed,
-        facts={
-            "data": store.fingerprint,
-            "encoder": weights_hash(job.encoder),
-            "labels": list(job.names.values()),
-            "size": job.size,
-            "flip": job.flip,
-            "intensity": job.intensity,
-            "train": [int(i) for i in images[train]],
-            "held_out": [int(i) for i in images[held_out]],
-        },
+        prefix=segmenter.ENCODER,
         validate=score if len(held_out) else None,
-        resume=job.resume,
-        progress=job.progress,
     )
-    rows = [_measure(job, net, about.iloc[row], job.out / name) for row in test]
+
+    def measured(row: Any) -> pd.DataFrame:
+        return _measure(job, net, about.iloc[row], job.out / name)
+
+    rows = shared(measured, list(test))
     return fitted, pd.concat(rows, ignore_index=True).assign(trained_on=about.patient.iloc[train].nunique())
 
 

@@ -18,6 +18,7 @@ from smartlab.data.crops.augment import augment, draw_mirrors, mirror, window
 from smartlab.data.crops.loader import CropLoader
 from smartlab.evaluation.finetune.draws import ForegroundCrops
 from smartlab.models.encoder import Encoder
+from smartlab.training.requests import ranks
 
 ENCODER = "swinViT."  # prefix of the encoder's parameters in SwinUNETR
 
@@ -70,9 +71,9 @@ def loss_of(
     def loss(batch: dict[str, Any], generator: torch.Generator) -> Tensor:
         x, labels = window(batch["view"], *hu_window), batch["labels"]
         if flip:
-            mirrors = draw_mirrors(x, generator)
+            mirrors = draw_mirrors(x, generator, ranks())
             x, labels = mirror(x, mirrors), mirror(labels, mirrors)
-        x = augment(x, generator, flip=False, intensity=intensity)
+        x = augment(x, generator, flip=False, intensity=intensity, shard=ranks())
         logits = net(x[:, None].contiguous(memory_format=torch.channels_last_3d))
         of_voxels = F.cross_entropy(
             logits.float(), labels.long(), weight=None if weight is None else weight.to(logits.device)

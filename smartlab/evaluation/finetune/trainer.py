@@ -1,13 +1,12 @@
-"""One small loop for every fine-tuning task, that loses nothing.
+"""How a network is fine-tuned, through the one loop of training (`training/engine.py`), which loses nothing.
 
-- As in pretraining, everything random in step t follows from (seed, t): which crops, augmentation,
-  stochastic depth. So a checkpoint holds weights, optimiser and history, and resuming a killed run
-  gives what never stopping would have given. SIGTERM and Ctrl-C save after the current step.
 - A pretrained encoder is changed with care: it stands still in the first steps, until the new head
   asks for something sensible, and its early layers learn more slowly than its late ones (layer-wise
   decay; Bao et al., "BEiT", 2021).
 - The weights that are kept are those with the best score on the validation patients; without such
   patients the last ones. The loop stops when the score has not improved for `patience` looks.
+- Several processes share every batch, and the scans to predict. Each validates on all patients, and the first one's
+  score counts.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import hashlib
 import json
 import math
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -30,17 +30,20 @@ from tqdm.auto import tqdm
 from smartlab.core.config import TrainConfig
 from smartlab.core.errors import DataError, UseError
 from smartlab.core.files import write_text
-from smartlab.data.crops.loader import CropLoader, GivenUp
+from smartlab.data.crops.loader import CropLoader
 from smartlab.data.crops.views import CropDataset
 from smartlab.evaluation.learn.folds import deal
-from smartlab.training import checkpoint, schedules
-from smartlab.training.loop import mix
-from smartlab.training.requests import Requests, only_one
-from smartlab.training.setup import keep_freed_memory, parameter_groups
+from smartlab.methods.distillation import mean_over_ranks
+from smartlab.training import schedules
+from smartlab.training.engine import Engine, mix, refuse_run
+from smartlab.training.requests import from_main, only_one, ranks
+from smartlab.training.setup import make_accelerator, parameter_groups
 
 if TYPE_CHECKING:
     import pandas as pd
+    from accelerate import Accelerator
 
+    from smartlab.data.store.store import Store
     from smartlab.evaluation.features.encoders import AnyEncoder
 
 Mode = Literal["full", "frozen", "scratch"]
@@ -55,7 +58,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     steps: int = Field(300, ge=1)
-    batch: int = Field(2, ge=1)
+    batch: int = Field(2, ge=1)  # per process
+    accumulate: int = Field(1, ge=1)  # batches per step
     lr: float = Field(1e-3, gt=0)  # of the head; the encoder's layers by layer_decay
     lr_end: float = Field(1e-6, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
@@ -69,6 +73,17 @@ class Settings(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str | None = None  # None: the GPU where there is one
     workers: int = Field(0, ge=0)
+
+    @property
+    def items(self) -> int:
+        """What all steps of all processes read."""
+        return self.steps * self.batch * self.accumulate * ranks()[1]
+
+    @property
+    def train(self) -> TrainConfig:
+        """The same as the loop takes it; a loss that is no number ends a fine-tuning at once."""
+        own = self.model_dump(include=TrainConfig.model_fields.keys() & Settings.model_fields.keys())
+        return TrainConfig(**own | {"lr_times": "one", "keep_last": 2, "max_bad_steps": 1})
 
 
 def make_settings(**given: Any) -> Settings:
@@ -131,7 +146,7 @@ def fit(
     resume: bool = False,
     progress: bool = True,
 ) -> Fitted:
-    """Train `model` on `data`, whose items are those of all steps in order (steps × batch).
+    """Train `model` on `data`, which has the items of all steps in order (`settings.items`).
 
     loss:     (batch on the device, generator for augmentation) -> scalar.
     mode:     "full" trains everything, "frozen" all but the encoder; "scratch" is for an encoder that
@@ -141,20 +156,69 @@ def fit(
     validate: a score, higher is better, of the model as it is (in eval mode).
     """
     with only_one(out):
-        if checkpoint.steps(out) and not resume:
-            raise UseError(
-                "the folder holds a fine-tuning already",
-                path=out,
-                fix="resume it with resume=True (--resume), or choose another folder",
-            )
-        trainer = Trainer(model, data, loss, out, settings, mode, encoder, seed, facts, validate)
+        refuse_run(out, resume, "fine-tuning")
+        tuning = FineTuning(model, data, loss, out, settings, mode, encoder, seed, facts, validate, progress)
         try:
-            return trainer.run(progress)
+            if not tuning.run():
+                raise Stopped(out, tuning.step)
         finally:
-            trainer.close()
+            tuning.close()
+    return tuning.fitted()
 
 
-class Trainer:
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What all trainings of one call share."""
+
+    encoder: Any
+    store: Store
+    out: Path
+    size: int  # of the crops
+    seed: int
+    settings: Settings
+    resume: bool
+    progress: bool
+
+    def fit(
+        self,
+        name: str,
+        net: nn.Module,
+        data: CropDataset,
+        loss: Loss,
+        facts: dict[str, Any],
+        *,
+        mode: Mode,
+        prefix: str,
+        validate: Callable[[], float] | None,
+    ) -> Fitted:
+        """One of them, in the folder `name`; see `fit`."""
+        known = {"data": self.store.fingerprint, "encoder": weights_hash(self.encoder), "size": self.size}
+        how: dict[str, Any] = {"mode": mode, "encoder": prefix, "seed": self.seed, "validate": validate}
+        how |= {"facts": known | facts, "resume": self.resume, "progress": self.progress}
+        return fit(net, data, loss, self.out / name, self.settings, **how)
+
+    def told(self, crops: dict[str, Any]) -> dict[str, Any]:
+        """What a reader needs to believe the numbers."""
+        return {
+            "encoder": weights_hash(self.encoder),
+            "data": self.store.fingerprint,
+            "seed": self.seed,
+            "settings": {"size": self.size} | crops | self.settings.model_dump(),
+        }
+
+
+class Learner(nn.Module):
+    """A network and its loss as one module, which is what several processes can share."""
+
+    def __init__(self, network: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.network, self.loss = network, loss
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        return self.loss(batch, generator)
+
+
+class FineTuning(Engine):
     """The state of one fine-tuning. `fit` is its only user."""
 
     def __init__(
@@ -169,165 +233,111 @@ class Trainer:
         seed: int,
         facts: dict[str, Any],
         validate: Callable[[], float] | None,
+        progress: bool,
     ) -> None:
-        self.out, self.loss, self.validate, self.mode, self.seed = out, loss, validate, mode, seed
-        self.settings = s = settings
-        self.device = device_of(settings)
-        self.model = model.to(self.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
+        super().__init__(out, settings.train, seed, accelerator_of(settings))
+        self.settings, self.mode, self.validate = settings, mode, validate
         self.encoder = model.get_submodule(encoder.rstrip("."))
-        decay = s.layer_decay if mode == "full" else 1.0
-        self.optimiser = torch.optim.AdamW(layer_groups(model, encoder, decay), lr=s.lr, fused=True)
-        self.loader = CropLoader(data, s.batch, workers=s.workers, seed=seed, shuffle=False)
-        self.schedule = TrainConfig(steps=s.steps, lr=s.lr, lr_end=s.lr_end, warmup=s.warmup)
-        kept = settings.model_dump(exclude={"workers", "device"})
-        self.header = {
-            "config": json.dumps({"train": kept, "task": facts | {"mode": mode, "seed": seed}}),
-            "data": str(facts.get("data", "")),
-        }
-        self.step, self.best_step, self.best_score, self.done = 0, 0, -math.inf, False
-        self.best: dict[str, Tensor] = {}
+        self.best_step, self.best_score, self.best = 0, -math.inf, dict[str, Tensor]()
         self.history: list[list[float]] = []
-        if checkpoint.steps(out):
-            self._load()
-        self.requests = Requests(self.device, 1)
-        self.loader.stopped = lambda: self.requests.asked == "stop"
-
-    def run(self, progress: bool) -> Fitted:
-        """From where we are to the end; leaves the kept weights in the model."""
-        bar = tqdm(
-            total=self.settings.steps,
+        kept = settings.model_dump(exclude={"workers", "device"})
+        told = {"train": kept, "task": facts | {"mode": mode, "seed": seed}}
+        header = {"config": json.dumps(told), "data": str(facts.get("data", ""))}
+        self.find(header, allow_changes=False, fix="use the old settings, or another folder")
+        batch, shard = settings.batch, {"rank": self.rank, "world": self.world}
+        loader = CropLoader(data, batch, workers=settings.workers, seed=seed, shuffle=False, **shard)
+        if self.state:  # runs of 0.1 did not note where the loader was
+            self.state.setdefault("loader", loader.state_dict() | {"position": self.state["step"]})
+        decay = settings.layer_decay if mode == "full" else 1.0
+        parts = self.keeps("history", "best", "best_step", "best_score", "done")
+        groups = partial(layer_groups, encoder=encoder, decay=decay)
+        self.place(model, loader, groups, parts, Learner(model, loss))
+        self.bar = tqdm(
+            total=self.train.steps,
             initial=self.step,
             desc=self.out.name,
             unit="step",
             mininterval=1.0,
-            disable=not progress or self.done,
+            disable=not (progress and self.main) or self.done,
         )
-        with bar:
-            for batch in self._batches():
-                bar.set_postfix(loss=f"{self.one_step(batch):.3f}", refresh=False)
-                bar.update()
-                request = self.requests.agreed()
-                if self.done or request or self.step % self.settings.checkpoint_every == 0:
-                    self.save()
-                if request == "stop" and not self.done:
-                    raise Stopped(self.out, self.step)
-        if self.best:
-            self.model.load_state_dict(self.best)
-        self.model.eval()
-        return Fitted(self._table(), self.best_step, self.best_score if self.best else math.nan)
 
-    def one_step(self, batch: dict[str, Any]) -> float:
-        """One update, and a look at the validation score where it is due."""
+    # ---- what is trained
+
+    def before_step(self) -> None:
+        """Learning rates, the encoder's by its layers; in its first steps, or always, it stands still."""
         s, step = self.settings, self.step
-        lr = schedules.learning_rate(step, self.schedule, 1)
+        self.lr = schedules.learning_rate(step, self.train, 1)
         alone = round(s.head_only * s.steps) if self.mode == "full" else 0  # steps of the head
         # the encoder joins gently: its first steps, of an optimiser without a memory, are its coarsest
         ramp = min(1.0, (step - alone + 1) / max(1, round(s.warmup * s.steps))) if alone else 1.0
         for group in self.optimiser.param_groups:
-            group["lr"] = lr * group["scale"] * (ramp if group["encoder"] else 1.0)
+            group["lr"] = self.lr * group["scale"] * (ramp if group["encoder"] else 1.0)
             group["weight_decay"] = s.weight_decay * group["decays"]
         still = self.mode == "frozen" or step < alone
         self.encoder.requires_grad_(not still)
-        self.model.train()
         self.encoder.train(not still)
-        torch.manual_seed(mix(self.seed, step))
-        generator = torch.Generator().manual_seed(mix(self.seed, step, 1))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
-            loss = self.loss(_on(batch, self.device), generator)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise DataError(
-                "the loss is no longer a number",
-                path=self.out,
-                found=f"step {step + 1}, learning rate {lr:.2g}, precision {s.precision}",
-                fix="lower lr, or use precision=fp32",
-            )
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], s.clip)
-        self.optimiser.step()
-        self.step += 1
-        score = self._look() if self.validate and self._due() else math.nan
-        self.history.append([self.step, lr, value, score])
-        self.done = self.done or self.step == s.steps
-        return value
 
-    def _due(self) -> bool:
-        return self.step % self.settings.validate_every == 0 or self.step == self.settings.steps
+    def loss(self, batch: dict[str, Any], micro: int) -> tuple[Tensor, dict[str, Tensor]]:
+        own = (2, micro, self.rank) if micro or self.rank else ()  # runs of 0.1 had one batch in one process
+        torch.manual_seed(mix(self.seed, self.step, *own))
+        generator = torch.Generator().manual_seed(mix(self.seed, self.step, 1, *([micro] if micro else [])))
+        on_device = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        with self.accelerator.autocast():
+            return self.model(on_device, generator), {}
+
+    def not_finite(self, drawn: list[tuple[Any, Tensor]]) -> None:
+        raise DataError(
+            "the loss is no longer a number",
+            path=self.out,
+            found=f"step {self.step + 1}, learning rate {self.lr:.2g}, precision {self.settings.precision}",
+            fix="lower lr, or use precision=fp32",
+        )
+
+    # ---- what is told
+
+    def after_step(self, metrics: dict[str, Any]) -> None:
+        """A row of the history; a look at the validation score where it is due."""
+        due = self.step % self.settings.validate_every == 0 or self.step == self.train.steps
+        score = self._look() if self.validate and due else math.nan
+        self.best_step = self.best_step if self.validate else self.step
+        value = float(mean_over_ranks(metrics["loss"]))
+        self.history.append([self.step, self.lr, value, score])
+        self.bar.set_postfix(loss=f"{value:.3f}", refresh=False)
+        self.bar.update()
 
     @torch.no_grad()
     def _look(self) -> float:
         """Score the model; keep its weights if it is the best so far, stop after too many that are not."""
         assert self.validate is not None
-        self.model.eval()
-        score = float(self.validate())
+        self.network.eval()
+        score = from_main(float(self.validate()))
         if score > self.best_score:
             self.best_score, self.best_step = score, self.step
-            self.best = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
-        self.done = self.step - self.best_step >= self.settings.patience * self.settings.validate_every
+            self.best = {k: v.detach().cpu().clone() for k, v in self.network.state_dict().items()}
+        self.done |= self.step - self.best_step >= self.settings.patience * self.settings.validate_every
         return score
 
     def save(self) -> None:
-        """Write a whole checkpoint of the current step, and the history for people to look at."""
-        if not self.validate:
-            self.best_step = self.step
-        state = {
-            "optimiser": self.optimiser.state_dict(),
-            "history": self.history,
-            "best": self.best,
-            "best_step": self.best_step,
-            "best_score": self.best_score,
-            "done": self.done,
-        }
-        checkpoint.save(self.out, self.step, self.model.state_dict(), state, self.header)
-        checkpoint.prune(self.out, 2, None)
-        write_text(self.out / "history.csv", self._table().to_csv(index=False))
+        """And the history, for people to look at."""
+        super().save()
+        if self.main:
+            write_text(self.out / "history.csv", self._table().to_csv(index=False))
 
-    def close(self) -> None:
-        self.requests.close()
-        self.loader.close()
-
-    def _load(self) -> None:
-        weights, state, damaged = checkpoint.newest_whole(self.out)
-        if changed := checkpoint.differences(state["header"], self.header):
-            raise UseError(
-                "cannot resume: the settings, the encoder or the data changed since",
-                path=self.out,
-                found="; ".join(changed),
-                fix="use the old settings, or another folder",
-            )
-        self.model.load_state_dict(weights)
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.loader.position = self.step = state["step"]
-        self.best, self.best_step, self.best_score = state["best"], state["best_step"], state["best_score"]
-        self.history, self.done = state["history"], state["done"]
-        checkpoint.set_aside(damaged)
-        if damaged:
-            names = ", ".join(path.name for path in damaged)
-            print(
-                f"{self.out}: {names} cannot be read and was set aside: going on from step {self.step}",
-                file=sys.stderr,
-            )
-
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        """Those of the steps that are left."""
-        if self.done:
-            return
-        try:
-            for batch in self.loader:
-                yield batch
-                if self.done:
-                    return
-        except GivenUp:
-            self.save()
-            raise Stopped(self.out, self.step) from None
+    def fitted(self) -> Fitted:
+        """Leave the kept weights in the model."""
+        if self.best:
+            self.network.load_state_dict(self.best)
+        self.network.eval()
+        return Fitted(self._table(), self.best_step, self.best_score if self.best else math.nan)
 
     def _table(self) -> pd.DataFrame:
         import pandas as pd
 
         return pd.DataFrame(self.history, columns=["step", "lr", "loss", "score"]).astype({"step": int})
+
+    def close(self) -> None:
+        super().close()
+        self.bar.close()
 
 
 def layer_groups(model: nn.Module, encoder: str, decay: float) -> list[dict[str, Any]]:
@@ -400,8 +410,9 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def device_of(settings: Settings) -> torch.device:
-    return torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return accelerator_of(settings).device
 
 
-def _on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+def accelerator_of(settings: Settings) -> Accelerator:
+    """The encoder may stand still, and parts of it may serve pretraining only: gradients of all are never there."""
+    return make_accelerator(settings.precision, idle=True, device=settings.device)

@@ -247,21 +247,22 @@ def test_weights_balance_what_is_drawn():
 
 
 def test_interrupted_and_resumed_is_the_same(tmp_path, monkeypatch):
-    from smartlab.evaluation.finetune.trainer import Stopped, Trainer
+    from smartlab.evaluation.finetune.trainer import Stopped
+    from smartlab.training.engine import Engine
 
     def go(out, resume=False):
         store = FakeStore(truth_of())
         return classify(make_encoder(), store, manifest(), out, label="kind", folds=2, resume=resume, **QUICK)
 
     whole = go(tmp_path / "whole")
-    original, count = Trainer.one_step, iter(range(100))
+    original, count = Engine.one_step, iter(range(100))
 
-    def stop(self, batch):
+    def stop(self):
         if next(count) == 5:  # in the second fold
             self.requests.asked = "stop"
-        return original(self, batch)
+        return original(self)
 
-    monkeypatch.setattr(Trainer, "one_step", stop)
+    monkeypatch.setattr(Engine, "one_step", stop)
     with pytest.raises(Stopped):
         go(tmp_path / "stopped")
     monkeypatch.undo()

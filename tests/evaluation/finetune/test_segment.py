@@ -158,12 +158,12 @@ def test_no_scan_of_a_tested_patient_is_ever_drawn_from(cohort, tmp_path, monkey
             [{"case": row.key, "patient": row.patient, "structure": "x", "dice": 1.0, "hd95": 0.0}]
         )
 
-    def fit(net, data, loss, out, *rest, **more):
+    def fit(job, *rest, **more):
         return Fitted(pd.DataFrame(), 0, 0.0)
 
     monkeypatch.setattr(module, "ForegroundCrops", Spy)
     monkeypatch.setattr(module, "_measure", measure)
-    monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(module.Job, "fit", fit)
     store = sl.open_store(cohort[2])
     segment(make_encoder(), store, cohort[0], tmp_path, split=split, folds=3, **QUICK)
     folds = 1 if split == "official" else 3
@@ -276,10 +276,10 @@ def test_a_dicom_source_gets_a_seg_that_reads_back_as_the_nifti(tmp_path):
 
 def fine_tune(manifest, store, out, slow=0.0):
     """What a fine-tuning process does; `slow` seconds are added to each step."""
-    from smartlab.evaluation.finetune.trainer import Trainer
+    from smartlab.training.engine import Engine
 
-    step = Trainer.one_step
-    Trainer.one_step = lambda self, batch: (time.sleep(slow), step(self, batch))[1]
+    step = Engine.one_step
+    Engine.one_step = lambda self: (time.sleep(slow), step(self))[1]
     more = QUICK | {"steps": 6, "head_only": 0.3}
     result = segment(make_encoder(), sl.open_store(store), manifest, out, resume=True, **more)
     result.table.to_csv(out / "table.csv", index=False)

@@ -17,7 +17,6 @@ from smartlab.evaluation.finetune.classifier import Classifier
 from smartlab.evaluation.finetune.draws import rounds
 from smartlab.evaluation.finetune.trainer import (
     Stopped,
-    Trainer,
     fit,
     hold_out,
     layer_groups,
@@ -26,6 +25,7 @@ from smartlab.evaluation.finetune.trainer import (
 )
 from smartlab.models.encoder import Encoder
 from smartlab.training import checkpoint
+from smartlab.training.engine import Engine
 
 TINY = {  # SwinUNETR needs a multiple of 12 channels
     "data.region": 32,
@@ -100,16 +100,17 @@ def test_stopping_in_the_middle_changes_nothing(tmp_path, monkeypatch, hung):
 
     def one(out, stop, resume=False):
         if stop:
-            original = Trainer.one_step
+            original = Engine.one_step
 
-            def step(self, batch):
+            def step(self):
+                if self.step == 4 and not hung:
+                    self.requests.asked = "stop"
+                metrics = original(self)
                 if self.step == 4 and hung:
                     self.loader.indices = give_up
-                elif self.step == 4:
-                    self.requests.asked = "stop"
-                return original(self, batch)
+                return metrics
 
-            monkeypatch.setattr(Trainer, "one_step", step)
+            monkeypatch.setattr(Engine, "one_step", step)
         model, looked = make_model(), iter([scores[s] for s in ((6, 8) if resume else (2, 4, 6, 8))])
         try:
             return run(out, model=model, validate=lambda: next(looked), resume=resume)
@@ -129,7 +130,7 @@ def test_stopping_in_the_middle_changes_nothing(tmp_path, monkeypatch, hung):
 
 def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
     first, fitted = run(tmp_path)
-    monkeypatch.setattr(Trainer, "one_step", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(Engine, "one_step", lambda *_: pytest.fail("trained again"))
     second, again = run(tmp_path, resume=True)
     assert same(first, second) and again.step == fitted.step == 8
     pd.testing.assert_frame_equal(fitted.history, again.history, check_exact=True)

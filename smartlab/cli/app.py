@@ -6,41 +6,26 @@ that `smartlab --help` answers at once.
 
 from __future__ import annotations
 
-import os
-import select
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 from smartlab.cli.batch import batch, results
 from smartlab.cli.data import WHAT, AsJson, Data, Place, one_of, say
 from smartlab.cli.data import data as data_commands
-from smartlab.core.errors import SmartlabError, UseError
+from smartlab.cli.prompt import Program, WithSettings, answer
+from smartlab.core.errors import UseError
 from smartlab.core.files import check_writable
 
 if TYPE_CHECKING:
     from smartlab.core.config import Config
 
 
-class _Program(TyperGroup):
-    """Tells a pipe that broke inside the program from one whose reader has read enough: the latter is no error."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError as error:
-            if _nobody_reads():
-                raise
-            raise RuntimeError(f"{error}").with_traceback(error.__traceback__) from None
-
-
 app = typer.Typer(
     name="smartlab",
-    cls=_Program,
+    cls=Program,
     help="Attention-guided masked image modelling on medical images.\n\nStart with: smartlab doctor",
     no_args_is_help=True,
     add_completion=False,
@@ -69,35 +54,6 @@ def _options(
 app.add_typer(data_commands, name="data")
 app.command(epilog="Example: smartlab batch components seeds=1 steps=100 --dry-run")(batch)
 app.command(epilog="Example: smartlab results runs/components --metric auc --to auc.parquet")(results)
-
-
-class _WithSettings(TyperCommand):
-    """Tells who writes a setting as an option how it is written."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except Exception as error:
-            if (
-                type(error).__name__ != "NoSuchOption"
-            ):  # click's, or that of the click which newer typers contain
-                raise
-            name = error.option_name.lstrip("-").replace("-", "_")  # type: ignore[attr-defined]
-            full = next((key for key in _known(ctx.info_name) if name in (key, key.rpartition(".")[2])), None)
-            if full is None:
-                raise
-            raise UseError(f"no option --{name}", fix=f"settings have no dashes: {full}=…") from None
-
-
-def _known(command: str) -> Iterable[str]:
-    """The settings that a command takes."""
-    if command == "pretrain":
-        from smartlab.core.config import known_keys
-
-        return known_keys()
-    from smartlab.evaluation.evaluate import known_settings
-
-    return known_settings()
 
 
 @app.command(epilog="Example: smartlab doctor --json")
@@ -135,7 +91,7 @@ def demo(
 
 @app.command(
     epilog="Example: smartlab pretrain tiny train.steps=600 mask.strategy=random --out runs/x --resume",
-    cls=_WithSettings,
+    cls=WithSettings,
 )
 def pretrain(
     preset: Annotated[str, typer.Argument(help="Preset name or YAML file.")],
@@ -203,13 +159,8 @@ def explore(
 
     given = parse_overrides(settings or [])
     page = look(scan, encoder, **given).save_html(out)
-    named = ", ".join(
-        [
-            repr(str(scan)),
-            *([] if encoder is None else [repr(str(encoder))]),
-            *(f"{k}={v!r}" for k, v in given.items()),
-        ]
-    )
+    places = [repr(str(place)) for place in (scan, encoder) if place is not None]
+    named = ", ".join([*places, *(f"{k}={v!r}" for k, v in given.items())])
     live = ["import smartlab as sl", f"sl.explore({named})"]
     size = page.stat().st_size
     text = (
@@ -278,7 +229,7 @@ Stopped, it goes on with --resume and gives what it would have given.
 """
 
 
-@app.command(epilog=EVALUATE, cls=_WithSettings)
+@app.command(epilog=EVALUATE, cls=WithSettings)
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
     task: Annotated[
@@ -305,42 +256,25 @@ def evaluate(
     source = one_of(data, manifest, "--manifest")
     if task is not None and protocol is not None:
         raise UseError("what to evaluate?", expected="either --task or --protocol")
-    if protocol is not None:
-        _follow(run, protocol, source, settings, root, store, label, out, dry_run, as_json)
-    elif dry_run:
-        raise UseError("--dry-run is of protocols", found=f"--task {task or 'probe'}")
-    else:
-        _judge(run, task or "probe", source, settings, root, store, label, out, as_json)
-
-
-def _follow(
-    run: Path,
-    protocol: str,
-    data: str | None,
-    settings: list[str] | None,
-    root: Path | None,
-    store: Path | None,
-    label: str | None,
-    out: Path | None,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+    if protocol is None:
+        if dry_run:
+            raise UseError("--dry-run is of protocols", found=f"--task {task or 'probe'}")
+        return _judge(run, task or "probe", source, settings, root, store, label, out, as_json)
     from smartlab.evaluation.protocols.plan import plan_protocol
 
     given = _settings(settings, {"data", "manifest", "root", "store", "label", "out"})
     out = out or _home(run) / "evaluation" / protocol
-    plan = plan_protocol(run, protocol, data, root=root, label=label, **given)
+    plan = plan_protocol(run, protocol, source, root=root, label=label, **given)
     check_writable(out)
     if dry_run:
-        say(as_json, plan.as_json(), str(plan))
-        return
+        return say(as_json, plan.as_json(), str(plan))
     print(plan, file=sys.stderr)
     result = plan.run(out, store=store, progress=not as_json)
     figures = result.facts["figures"]
     _tell(as_json, {"out": str(out), "figures": figures}, f"{result}\n{out / 'figure.png'}")
 
 
-@app.command(epilog=FINETUNE, cls=_WithSettings)
+@app.command(epilog=FINETUNE, cls=WithSettings)
 def finetune(
     run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
     task: Annotated[str, typer.Option(help="classify or segment.")],
@@ -361,18 +295,8 @@ def finetune(
 
     if task not in FINE_TUNING:
         raise UseError(f"no task {task!r}", expected=" or ".join(FINE_TUNING))
-    _judge(
-        run,
-        task,
-        one_of(data, manifest, "--manifest"),
-        settings,
-        root,
-        store,
-        label,
-        out,
-        as_json,
-        resume=resume,
-    )
+    source = one_of(data, manifest, "--manifest")
+    _judge(run, task, source, settings, root, store, label, out, as_json, resume=resume)
 
 
 def _judge(
@@ -468,60 +392,8 @@ def config(
 
 
 def main() -> None:
-    """Entry point: errors become one line on standard error and an exit code."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 must not stop the work
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    try:
-        app(standalone_mode=True)
-    except SmartlabError as error:
-        _end(error, str(error), error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `smartlab … | head` has read enough
-        sys.exit(1)
-    except OSError as error:  # a folder that cannot be written, a disk that is gone
-        place = f"{error.filename or 'the system'}: {error.strerror or error}. "
-        _end(error, place + "Check that the folder exists, may be written and has space.")
-    except (KeyboardInterrupt, SystemExit) as end:  # typer turns the one into the other
-        if isinstance(end, SystemExit) and end.code != 130:
-            raise
-        print("smartlab: stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        _end(error, _unforeseen(error))
-
-
-TRACEBACK = "SMARTLAB_TRACEBACK"  # set it to see where an error came from
-
-
-def _end(error: Exception, text: str, code: int = 1) -> NoReturn:
-    if os.environ.get(TRACEBACK):
-        raise error
-    print(f"smartlab: {text}", file=sys.stderr)
-    if isinstance(error, UseError):
-        print("Try `smartlab --help`.", file=sys.stderr)
-    sys.exit(code)
-
-
-def _unforeseen(error: Exception) -> str:
-    """An error that nobody foresaw, in one line: what, and the last place in smartlab that it passed."""
-    import traceback
-
-    home = Path(__file__).parents[1]
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).is_relative_to(home)]
-    place = f"{Path(frames[-1].filename).relative_to(home)}:{frames[-1].lineno}" if frames else "the start"
-    what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-    return f"{what} (at {place}). This is a fault of smartlab: please report it with what {TRACEBACK}=1 shows"
-
-
-def _nobody_reads() -> bool:
-    """Whether the other end of standard output is closed."""
-    output = select.poll()
-    try:
-        output.register(sys.stdout.fileno(), 0)
-    except OSError:  # it is no file
-        return False
-    return any(event & select.POLLERR for _, event in output.poll(0))
+    """Entry point."""
+    answer(app)
 
 
 if __name__ == "__main__":

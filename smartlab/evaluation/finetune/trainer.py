@@ -415,4 +415,5 @@ def device_of(settings: Settings) -> torch.device:
 
 def accelerator_of(settings: Settings) -> Accelerator:
     """The encoder may stand still, and parts of it may serve pretraining only: gradients of all are never there."""
-    return make_accelerator(settings.precision, idle=True, device=settings.device)
+    device = settings.device or (None if torch.cuda.is_available() else "cpu")
+    return make_accelerator(settings.precision, idle=True, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -133,6 +134,19 @@ def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "one_step", lambda *_: pytest.fail("trained again"))
     second, again = run(tmp_path, resume=True)
     assert same(first, second) and again.step == fitted.step == 8
+    pd.testing.assert_frame_equal(fitted.history, again.history, check_exact=True)
+
+
+def test_a_run_that_did_not_note_where_the_loader_was_goes_on(tmp_path):
+    """As those of 0.1."""
+    whole, fitted = run(tmp_path)
+    shutil.rmtree(checkpoint.folder(tmp_path, 8))
+    path = checkpoint.folder(tmp_path, 6) / "state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["loader"]
+    torch.save(state, path)
+    resumed, again = run(tmp_path, resume=True)
+    assert same(whole, resumed)
     pd.testing.assert_frame_equal(fitted.history, again.history, check_exact=True)
 
 

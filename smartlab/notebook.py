@@ -1,33 +1,33 @@
-"""The little that every notebook shares: validated parameters in, data and encoder, one honest `result.json` out.
+"""The little that every notebook shares: checked parameters in, data and encoder, one honest `result.json` out.
 
-A notebook declares its parameters as plain scalars in a cell tagged `parameters`, then reads them
-into one model before any work:
+A notebook declares its parameters once, in the cell tagged `parameters`, each with its type:
 
->>> class Parameters(NotebookParameters):
-...     patients: int = Field(ge=1)
-...     out: str
->>> p = Parameters.read({"patients": 8, "out": "runs/a"})  # in a notebook: Parameters.read(globals())
+    patients: AtLeast[2] = 12  # of the phantom
+    ratio: Share = 0.7  # share of the units that a mask hides
+    out: Folder = "runs/a"
 
-A wrong type or value stops there, and so does a parameter nobody knows: papermill would inject a
-misspelt name without a word.
+and reads them in the next, `p = parameters(globals())`, where a wrong type or value stops, and so does a name
+that the cell does not have: papermill would inject it without a word. A plan reads the same cell from the file
+(`smartlab.batch.notebooks`) and refuses the same values before any kernel starts. Types are words, with whole
+numbers in brackets, because these are what `papermill --help-notebook` shows; what else pydantic knows, such as
+`Annotated[float, Field(gt=0)]` and `Literal["a", "b"]`, is checked as well.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 import smartlab
-from smartlab.core.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError, near
 from smartlab.core.files import write_bytes, write_text
 
 if TYPE_CHECKING:
@@ -38,32 +38,65 @@ if TYPE_CHECKING:
     from smartlab.training.run import Run
 
 _JUPYTER = {"In", "Out", "exit", "quit", "get_ipython", "open"}
+_READ = "_smartlab_parameters"  # in a namespace: the names that were read from it before
+_PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
 SPACING = 2.0  # mm: that of `tiny`, and so of every notebook's phantom
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 
+# ---- what a parameter may be
+
+
+class AtLeast:
+    """A whole number from this one on: `AtLeast[2]`."""
+
+    def __class_getitem__(cls, least: int) -> Any:
+        return Annotated[int, Field(ge=least)]
+
+
+class Between:
+    """A whole number from the first to the second: `Between[8, 128]`."""
+
+    def __class_getitem__(cls, ends: tuple[int, int]) -> Any:
+        return Annotated[int, Field(ge=ends[0], le=ends[1])]
+
+
+class Multiple:
+    """A multiple of the first, from the second on: `Multiple[32, 64]`."""
+
+    def __class_getitem__(cls, given: tuple[int, int]) -> Any:
+        return Annotated[int, Field(multiple_of=given[0], ge=given[1])]
+
+
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+PixelSize = Annotated[float, Field(gt=0, le=1.5)]  # mm, of a mammogram
+Words = Annotated[str, Field(min_length=1)]
+Folder = Annotated[Path, Field(strict=False)]  # written as text, read as a path
+Part = Literal["", "train", "val", "test"]  # a split of the manifest; empty: all
+Folds = Literal["cross", "official", "folds", "auto"]  # how patients are dealt out
+Starts = Annotated[str, Field(pattern=r"^(full|frozen|scratch)(, *(full|frozen|scratch))*$")]
+Autoencoder = Literal["miram", "mae"]
+
 
 class NotebookParameters(BaseModel):
-    """Base of a notebook's parameters; subclass it with one field per parameter."""
+    """Base of a notebook's parameters, with a field for each."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @classmethod
     def read(cls, namespace: Mapping[str, Any]) -> Self:
-        """Validate the plain values of `namespace` (the notebook's globals) against the fields."""
-        plain = (str, int, float, bool, list, tuple, dict, type(None))
-        given = {
-            name: value
-            for name, value in namespace.items()
-            if not name.startswith("_") and name not in _JUPYTER and isinstance(value, plain)
-        }
-        unknown = [name for name in given if name not in cls.model_fields]
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], list(cls.model_fields), 1)
-            raise UseError(
-                f"unknown notebook parameter {unknown[0]!r}",
-                expected=f"one of {', '.join(cls.model_fields)}",
-                fix=f"did you mean {near[0]!r}?" if near else None,
-            )
+        """Check the plain values of `namespace` (the notebook's globals) against the fields."""
+        known = cls.model_fields
+        given = {name: value for name, value in namespace.items() if name in known or _is_value(name, value)}
+        for name, value in given.items():
+            if name not in known:
+                typed = f"{name}: {type(value).__name__} = {value!r}"
+                raise UseError(
+                    f"unknown notebook parameter {name!r}",
+                    expected=f"one of {', '.join(known)}",
+                    fix=near(name, known) or f"to have it, write its type in the tagged cell: {typed}",
+                )
         try:
             return cls.model_validate(given)
         except ValidationError as error:
@@ -72,6 +105,30 @@ class NotebookParameters(BaseModel):
             raise UseError(
                 f"notebook parameter {name!r}: {first['msg']}", found=repr(first["input"])
             ) from None
+
+
+def parameters(namespace: MutableMapping[str, Any]) -> Any:
+    """What a notebook's tagged cell declares, checked: `p = parameters(globals())`, then `p.ratio`.
+
+    Read again in the same kernel, after a change in that cell, it leaves alone what the notebook has made since.
+    """
+    before: tuple[str, ...] = namespace.get(_READ, ())
+    types: dict[str, Any] = {
+        name: (kind, ...)
+        for name, kind in namespace.get("__annotations__", {}).items()
+        if name in before or (name in namespace and _is_value(name, namespace[name]))
+    }
+    given = {name: namespace[name] for name in types} if before else namespace
+    read = create_model("Parameters", __base__=NotebookParameters, **types).read(given)
+    namespace[_READ] = tuple(types)
+    return read
+
+
+def _is_value(name: str, value: Any) -> bool:
+    return not name.startswith("_") and name not in _JUPYTER and isinstance(value, _PLAIN)
+
+
+# ---- data and encoder
 
 
 class Cohort(NamedTuple):
@@ -184,6 +241,9 @@ def train(config: Config, out: str | Path, *, resume: bool = True, processes: in
     from smartlab.training.follow import launch
 
     return launch(config, Path(out), resume, processes)
+
+
+# ---- files
 
 
 def notebook_folder() -> Path:

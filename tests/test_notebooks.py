@@ -5,7 +5,6 @@ The ordered notebooks run twice through `run_demo`, as shipped and with every pa
 
 from __future__ import annotations
 
-import ast
 import base64
 import html
 import json
@@ -25,14 +24,16 @@ from papermill.exceptions import PapermillExecutionError
 from pydantic import Field
 
 from smartlab import UseError
+from smartlab.batch.notebooks import declared, notebook_parameters
 from smartlab.cli.demo import run_demo
-from smartlab.notebook import NotebookParameters
+from smartlab.notebook import AtLeast, Folder, NotebookParameters, Part, parameters
 from smartlab.notebook_files import main, problems
 from tests.conftest import REPO
 
 NOTEBOOKS = sorted((REPO / "notebooks").glob("*.ipynb"))
 STEMS = [path.stem for path in NOTEBOOKS]
 TOUR = sorted((REPO / "notebooks" / "tour").glob("*.ipynb"))
+PLANNED = sorted((REPO / "notebooks" / "plans").glob("*.ipynb"))
 
 # every parameter but `out`, each with another value than the notebook's own
 CHANGED: dict[str, dict] = {
@@ -152,18 +153,6 @@ WRONG = {  # values of the right type that make no sense
 }
 
 
-def parameters_of(path: Path) -> dict:
-    """Name -> default, read from the tagged cell."""
-    cell = next(
-        c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])
-    )
-    return {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in ast.parse(cell.source).body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
-
-
 # ---- in git
 
 
@@ -174,9 +163,9 @@ def test_a_notebook_is_clean_in_git(path):
     assert cells[0].source.startswith("# "), "a title first"
     assert re.search(r"You will .+\. .+\.", cells[0].source, re.S), "two sentences on what you will learn"
     kinds = [c for c in cells if c.cell_type == "code"]
-    assert (
-        "parameters" in kinds[0].metadata.get("tags", []) and "Parameters.read(globals())" in kinds[1].source
-    )
+    assert "parameters" in kinds[0].metadata.get("tags", [])
+    assert "\np = parameters(globals())\n" in kinds[1].source + "\n", "one line reads and checks them"
+    assert "class " not in kinds[1].source, "what a parameter may be stands once, beside its value"
     assert "finish(" in cells[-1].source, "the last cell writes result.json"
     assert "**What to see.**" in "".join(c.source for c in cells) or path.stem.startswith("0") is False
     assert "**Try next.**" in "".join(c.source for c in cells) or path in TOUR
@@ -282,7 +271,7 @@ def check_outputs(executed: Path) -> None:
 
 def test_every_parameter_is_changed_somewhere():
     for path in NOTEBOOKS:
-        known = parameters_of(path)
+        known = notebook_parameters(path)
         changed = CHANGED[path.stem]
         assert set(known) - COMMON - {"out"} - ELSEWHERE.get(path.stem, set()) == set(changed) - COMMON, path
         assert all(known[name] != value for name, value in changed.items()), path.stem
@@ -309,7 +298,7 @@ def test_the_demo_runs_every_notebook_with_every_parameter_changed(tmp_path, mon
     common = {"encoder": str(tmp_path / "run"), "data": str(data / "own.json"), "root": str(data)}
     given = {}
     for path in NOTEBOOKS:
-        known, changed = parameters_of(path), dict(CHANGED[path.stem])
+        known, changed = notebook_parameters(path), dict(CHANGED[path.stem])
         if path.stem not in NO_CT:
             changed = {k: v for k, v in (common | {"patients": 8}).items() if k in known} | changed
         if "preset" in changed:
@@ -334,19 +323,33 @@ def test_the_demo_runs_every_notebook_with_every_parameter_changed(tmp_path, mon
         assert step.figures and step.headline in result.table()
 
 
-def run_cells(path: Path, changed: dict) -> None:
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *TOUR, *PLANNED], ids=lambda path: path.stem)
+def test_parameters_are_the_same_to_the_notebook_to_plans_and_to_papermill(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    read, planned = type(run_cells(path, {"out": "fine"})["p"]), declared(path)
+    assert {n: (f.annotation, f.metadata) for n, f in read.model_fields.items()} == {
+        n: (f.annotation, f.metadata) for n, f in planned.model_fields.items()
+    }
+    shown = papermill.inspect_notebook(path)
+    assert set(shown) == set(planned.model_fields), "`papermill --help-notebook` shows them all, and no other"
+    assert all(one["inferred_type_name"] != "None" for one in shown.values())
+    planned.model_validate({n: f.default for n, f in planned.model_fields.items()})
+
+
+def run_cells(path: Path, changed: dict) -> dict:
     """The parameters cell, other values after it, and the validation cell, as a kernel would run them."""
     code = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
     namespace: dict = {"__name__": "__main__"}
     exec(compile(code[0], "parameters", "exec", dont_inherit=True), namespace)
     namespace.update(changed)
     exec(compile(code[1], "validation", "exec", dont_inherit=True), namespace)
+    return namespace
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=STEMS)
 def test_a_wrong_parameter_stops_at_the_validation_cell_and_is_named(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    known = parameters_of(path)
+    known = notebook_parameters(path)
     run_cells(path, {"out": str(tmp_path / "fine")})
     for name in known:
         with pytest.raises(UseError, match=f"unknown notebook parameter '{name}x'.*mean '{name}'"):
@@ -407,18 +410,51 @@ class Toy(NotebookParameters):
     out: str
 
 
+TOY = {"patients": AtLeast[1], "split": Part, "out": Folder}
+
+
 @pytest.mark.parametrize(
     ("given", "hint"),
     [
         ({"patients": 1, "out": "x", "patient": 2}, "unknown notebook parameter 'patient'.*patients"),
         ({"patients": "many", "out": "x"}, "'patients'.*'many'"),
         ({"patients": 0, "out": "x"}, "'patients'.*greater than"),
+        ({"patients": True, "out": "x"}, "'patients'.*True"),
         ({"patients": 1}, "'out'"),
     ],
 )
 def test_wrong_parameters_are_named(given, hint):
     with pytest.raises(UseError, match=hint):
         Toy.read(given)
+    cell = {"patients": 1, "split": "", "out": "x", "__annotations__": TOY}
+    with pytest.raises(UseError, match=hint):
+        parameters(cell | given | ({"out": 1} if "out" not in given else {}))
+
+
+def test_a_parameter_without_a_type_is_told_how_to_get_one():
+    with pytest.raises(
+        UseError, match=r"unknown notebook parameter 'depth'.*its type in the tagged cell: depth: int = 3"
+    ):
+        parameters({"patients": 1, "split": "", "out": "x", "__annotations__": TOY, "depth": 3})
+
+
+def test_what_a_notebook_annotates_later_is_no_parameter():
+    later = {"table": dict[str, list], "volume": Path}
+    p = parameters(
+        {"patients": 1, "split": "val", "out": "x", "volume": Path(), "__annotations__": TOY | later}
+    )
+    assert (p.patients, p.split, p.out) == (1, "val", Path("x"))
+
+
+def test_a_changed_parameter_is_read_again_in_the_same_kernel():
+    """Beside whatever the notebook has made since, and with the same checks."""
+    kernel = {"patients": 1, "split": "", "out": "x", "__annotations__": TOY}
+    parameters(kernel)
+    kernel |= {"which": "an encoder", "ratios": [0.5], "patients": 3}
+    assert parameters(kernel).patients == 3
+    for name, value in (("patients", 0), ("split", "trian"), ("out", 3), ("split", Path())):
+        with pytest.raises(UseError, match=f"notebook parameter '{name}'"):
+            parameters(kernel | {name: value})
 
 
 def test_modules_and_private_names_are_not_parameters():

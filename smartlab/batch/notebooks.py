@@ -5,39 +5,67 @@ from __future__ import annotations
 import ast
 import json
 import string
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, create_model
+
+from smartlab import notebook
 from smartlab.core.errors import UseError, near
+from smartlab.notebook import NotebookParameters, notebook_folder
 
 Scalar = bool | int | float | str | None
 
 
-def locate(notebook: str, plan: Path) -> Path:
+def locate(name: str, plan: Path) -> Path:
     """A shipped notebook by name, or a path relative to the plan."""
-    from smartlab.notebook import notebook_folder
-
-    candidates = [plan.parent / notebook, notebook_folder() / f"{notebook}.ipynb"]
+    candidates = [plan.parent / name, notebook_folder() / f"{name}.ipynb"]
     for path in candidates:
         if path.suffix == ".ipynb" and path.is_file():
             return path.resolve()
     known = sorted(p.stem for p in notebook_folder().glob("*.ipynb"))
     raise UseError(
-        f"no notebook {notebook!r}",
+        f"no notebook {name!r}",
         path=plan,
         expected=f"one of {', '.join(known)}, or the path of an .ipynb file relative to the plan",
-        fix=near(notebook, known),
+        fix=near(name, known),
     )
 
 
 def notebook_parameters(path: Path) -> dict[str, Any]:
     """Name -> default of the plain values in the cell tagged `parameters`."""
-    return dict(_parameters(path, path.stat().st_mtime_ns))
+    return {name: field.default for name, field in declared(path).model_fields.items()}
+
+
+def declared(path: Path) -> type[NotebookParameters]:
+    """The parameters that a notebook declares, with types and limits, by reading its tagged cell and running nothing."""
+    return _declared(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=64)
-def _parameters(path: Path, changed: int) -> dict[str, Any]:
+def _declared(path: Path, changed: int) -> type[NotebookParameters]:
+    fields: dict[str, Any] = {}
+    for node in _tagged_cell(path):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        value = getattr(node, "value", None)
+        for target in targets:
+            if isinstance(target, ast.Name) and value is not None:
+                try:
+                    default = ast.literal_eval(value)
+                except (ValueError, TypeError, RecursionError, MemoryError):
+                    default = None  # not a plain value: any type will do
+                kind = None
+                with suppress(
+                    ValueError, TypeError
+                ):  # a type that takes a kernel to know: that of the default
+                    kind = _type(node.annotation) if isinstance(node, ast.AnnAssign) else None
+                fields[target.id] = (kind or (Any if default is None else type(default)), default)
+    return create_model("Parameters", __base__=NotebookParameters, **fields)
+
+
+def _tagged_cell(path: Path) -> list[ast.stmt]:
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
@@ -53,7 +81,7 @@ def _parameters(path: Path, changed: int) -> dict[str, Any]:
         )
     lines = ["" if line.lstrip().startswith(("%", "!")) else line for line in sources[0].splitlines()]
     try:  # without IPython's own commands, such as %matplotlib inline
-        body = ast.parse("\n".join(lines)).body
+        return ast.parse("\n".join(lines)).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise UseError(
             "the cell tagged `parameters` is not Python",
@@ -61,17 +89,22 @@ def _parameters(path: Path, changed: int) -> dict[str, Any]:
             found=error,
             expected="lines such as steps = 100",
         ) from None
-    found = {}
-    for node in body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        value = getattr(node, "value", None)
-        for target in targets:
-            if isinstance(target, ast.Name) and value is not None:
-                try:
-                    found[target.id] = ast.literal_eval(value)
-                except (ValueError, TypeError, RecursionError, MemoryError):
-                    found[target.id] = None  # not a plain value: any type will do
-    return found
+
+
+_BUILT_IN = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict)}
+
+
+def _type(annotation: ast.expr) -> Any:
+    """What an annotation means that is written with `smartlab.notebook`'s words or pydantic's; None for any other."""
+    match annotation:
+        case ast.Name(name):
+            return _BUILT_IN.get(name) or (getattr(notebook, name, None) if name[0].isupper() else None)
+        case ast.Subscript(ast.Name("Annotated"), ast.Tuple([kind, ast.Call(ast.Name("Field"), [], limits)])):
+            given = {limit.arg: ast.literal_eval(limit.value) for limit in limits if limit.arg}
+            return Annotated[_type(kind), Field(**given)]
+        case ast.Subscript(ast.Name(name), inside) if name[0].isupper() and hasattr(notebook, name):
+            return getattr(notebook, name)[ast.literal_eval(inside)]
+    return None
 
 
 def references(value: Scalar, known: list[str], step: str, path: Path) -> list[str]:

@@ -15,9 +15,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from smartlab.batch.notebooks import Scalar, locate, notebook_parameters, references
+from pydantic import ValidationError
+
+from smartlab.batch.notebooks import Scalar, declared, locate, references
 from smartlab.batch.plan_file import PlanFile, Resources, StepEntry, read_plan
 from smartlab.core.errors import UseError, near
+from smartlab.notebook import NotebookParameters
 
 Assignment = dict[str, Scalar]  # factor -> value
 MOST_RUNS = 100_000
@@ -31,6 +34,7 @@ class Step:
     notebook: Path
     parameters: dict[str, Scalar]  # fixed values, and references such as "{pretrain}/run"
     known: dict[str, Any]  # parameter -> default in the notebook
+    model: type[NotebookParameters]  # what they may be
     resources: Resources
     after: tuple[str, ...]  # names of the steps it refers to
     templates: dict[str, tuple[str, ...]]  # parameter -> the factors that its text takes in
@@ -100,7 +104,8 @@ def _make_step(
     step: StepEntry, file: PlanFile, before: Mapping[str, Step], varied: list[str], path: Path
 ) -> Step:
     notebook = locate(step.notebook, path)
-    known = notebook_parameters(notebook)
+    model = declared(notebook)
+    known = {parameter: field.default for parameter, field in model.model_fields.items()}
     if "out" not in known:
         raise UseError("has no parameter `out`", path=notebook, expected="the folder for result.json")
     own = {}
@@ -114,7 +119,8 @@ def _make_step(
     templates = {n: tuple(name for name in names if name in varied) for n, names in uses.items()}
     needs = file.resources.model_copy(update=step.resources.model_dump(exclude_none=True))
     resources = Resources.model_validate(needs.model_dump())
-    return Step(step.name, notebook, own, known, resources, after, {n: t for n, t in templates.items() if t})
+    templates = {n: names for n, names in templates.items() if names}
+    return Step(step.name, notebook, own, known, model, resources, after, templates)
 
 
 def _owners(name: str, steps: Mapping[str, Step], path: Path) -> tuple[str, ...]:
@@ -190,7 +196,7 @@ def _check_fixed(step: Step, varied: set[str], path: Path) -> None:
         _owners(f"{step.name}.{name}", {step.name: step}, path)
         if name in varied:
             raise UseError(f"{step.name}.{name} is both fixed and varied", path=path, fix="keep one")
-        _check_type(step, name, value, path)
+        _check_value(step, name, value, path)
 
 
 def _check_values(
@@ -198,27 +204,34 @@ def _check_values(
 ) -> None:
     for name, value in ((n, v) for group in groups for row in group for n, v in row.items()):
         for step, bare in _targets(name, factors[name]):
-            _check_type(steps[step], bare, value, path)
+            _check_value(steps[step], bare, value, path)
             if references(value, ["plan", *steps], name, path) not in ([], ["plan"]):
                 raise UseError(f"{name}: a varied value cannot refer to a step", path=path, found=repr(value))
 
 
-def _check_type(step: Step, name: str, value: Scalar, path: Path) -> None:
-    """A value must be of the type of the notebook's default; a whole number may stand for a fraction."""
+def _check_value(step: Step, name: str, value: Scalar, path: Path) -> None:
+    """A value must be one that the notebook itself would take; a text with references, once it is filled in."""
     if name not in step.known:  # a factor that only texts take in
         return
-    default = step.known[name]
-    fits = type(value) is type(default) or (type(default) is float and type(value) is int)
-    if default is not None and not fits:
-        fix = "write 1.0e-4, not 1e-4, in YAML" if isinstance(value, str) and "e-" in value else None
-        expected = f"{type(default).__name__}, such as {default!r}"
-        raise UseError(
-            f"{step.name}.{name} has the wrong type", path=path, found=repr(value), expected=expected, fix=fix
-        )
+    try:
+        step.model.model_validate({name: value})
+    except ValidationError as error:
+        first, default = error.errors()[0], step.known[name]
+        if first["type"].endswith("_type"):
+            fix = "write 1.0e-4, not 1e-4, in YAML" if isinstance(value, str) and "e-" in value else None
+            raise UseError(
+                f"{step.name}.{name} has the wrong type",
+                path=path,
+                found=repr(value),
+                expected=f"{type(default).__name__}, such as {default!r}",
+                fix=fix,
+            ) from None
+        if "{" not in str(value):
+            raise UseError(f"{step.name}.{name}: {first['msg']}", path=path, found=repr(value)) from None
 
 
 def _check_texts(steps: Mapping[str, Step], combinations: Sequence[Assignment], path: Path) -> None:
-    """Every text must find its words in every combination."""
+    """Every text must find its words in every combination, and make of them what the notebook takes."""
     for step in steps.values():
         for parameter, names in step.templates.items():
             for combination in combinations:
@@ -229,6 +242,10 @@ def _check_texts(steps: Mapping[str, Step], combinations: Sequence[Assignment], 
                         found=combination,
                         fix=f"give {lacking[0]} in every row",
                     )
+            text, words = str(step.parameters[parameter]), {"plan": path.parent}
+            if not set(references(text, [*step.after, "plan", *names], step.name, path)) & {*step.after}:
+                for filled in {text.format_map(words | combination) for combination in combinations}:
+                    _check_value(step, parameter, filled, path)
 
 
 def _combine(

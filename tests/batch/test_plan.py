@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -111,6 +112,59 @@ def test_a_wrong_plan_is_one_clear_error(tmp_path, content, hint):
         load_plan(write_plan(tmp_path, **content))
 
 
+TYPED = """\
+from typing import Annotated, Literal
+from pydantic import Field
+from smartlab.notebook import AtLeast, Folder, Multiple, Share
+x: AtLeast[1] = 2
+view: Multiple[32, 32] = 64
+noise: Share = 0.5  # by a word of smartlab's
+rate: Annotated[float, Field(gt=0, le=2)] = 0.5  # or as pydantic writes it
+kind: Literal["a", "b"] = "a"
+own: SomethingElse = 3  # a type that only the kernel knows: that of the default
+seed = 0
+out: Folder = "runs/x"
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        ({"parameters": {"noise": 1.5}}, r"p\.yaml: toy\.noise: .*less than 1 \(found 1\.5\)"),
+        ({"grid": {"noise": [0.5, 1.5]}}, r"toy\.noise: .*less than 1 \(found 1\.5\)"),
+        ({"list": [{"x": 2}, {"x": 0}]}, r"toy\.x: .*greater than or equal to 1 \(found 0\)"),
+        ({"paired": {"x": [1, 2], "rate": [1, 3]}}, r"toy\.rate: .*less than or equal to 2 \(found 3\)"),
+        ({"grid": {"toy.view": [64, 40]}}, r"toy\.view: .*multiple of 32 \(found 40\)"),
+        ({"grid": {"kind": ["a", "c"]}}, r"toy\.kind: .*'a' or 'b' \(found 'c'\)"),
+        ({"parameters": {"kind": "{word}"}, "grid": {"word": ["a", "c"]}}, r"toy\.kind: .*\(found 'c'\)"),
+        ({"parameters": {"noise": "much"}}, r"toy\.noise has the wrong type \(found 'much'; expected float"),
+        ({"parameters": {"x": True}}, r"toy\.x has the wrong type \(found True; expected int, such as 2"),
+        ({"parameters": {"own": "many"}}, r"toy\.own has the wrong type \(found 'many'; expected int"),
+        ({"parameters": {"nois": 0.5}}, "no parameter 'nois'.*id you mean 'noise'"),
+    ],
+)
+def test_a_value_that_the_notebook_refuses_is_refused_by_the_plan(tmp_path, content, hint):
+    toy_notebook(tmp_path, first=TYPED)
+    fine = write_plan(
+        tmp_path, parameters={"noise": 0.1, "rate": 2, "own": 4}, grid={"kind": ["b"], "view": [96]}
+    )
+    assert len(load_plan(fine).combinations) == 1
+    with pytest.raises(UseError, match=hint):
+        load_plan(write_plan(tmp_path, **content))
+
+
+def test_a_text_made_of_an_earlier_run_waits_for_it(tmp_path):
+    toy_notebook(tmp_path, first=TYPED)
+    steps = [
+        {"name": "a", "notebook": "toy.ipynb"},
+        {"name": "b", "notebook": "toy.ipynb", "parameters": {"kind": "{a}"}},
+    ]
+    assert load_plan(write_plan(tmp_path, steps=steps)).steps[1].after == ("a",)
+    steps[1]["parameters"] = {"noise": "{a}"}
+    with pytest.raises(UseError, match=r"b\.noise has the wrong type"):
+        load_plan(write_plan(tmp_path, steps=steps))
+
+
 def test_a_notebook_without_parameters_tag_is_an_error(tmp_path):
     toy_notebook(tmp_path, tags=())
     with pytest.raises(UseError, match=r"exactly one cell tagged `parameters`.*found 0"):
@@ -191,3 +245,12 @@ def test_the_command_line_refuses_a_misspelt_plan_and_lists_a_good_one(tmp_path)
     assert good.returncode == 0 and "2 runs, 2 to do" in good.stdout, good.stderr
     bad = subprocess.run([*ask, "component", "--dry-run"], capture_output=True, text=True)
     assert bad.returncode == 2 and "id you mean" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_the_command_line_refuses_a_wrong_value_before_torch_is_imported():
+    ask = [sys.executable, "-X", "importtime", "-m", "smartlab", "batch", "noise", "--dry-run"]
+    done = subprocess.run([*ask, "attention.noise=1.5"], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    said = r"noise\.yaml: attention\.noise: .*less than 1 \(found 1\.5\)"
+    assert re.search(said, " ".join(done.stderr.splitlines()[-3:])), done.stderr[-600:]
+    assert not re.search(r"\| +(torch|dask|papermill)$", done.stderr, re.M)

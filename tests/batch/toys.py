@@ -43,10 +43,10 @@ pathlib.Path(out, "result.json").write_text(json.dumps({"metrics": metrics}))
 
 
 def toy_notebook(
-    folder: Path, *cells: str, name: str = "toy", tags: tuple[str, ...] = ("parameters",)
+    folder: Path, *cells: str, name: str = "toy", tags: tuple[str, ...] = ("parameters",), first: str = TOY
 ) -> Path:
     book = nbformat.v4.new_notebook(metadata={"language_info": {"name": "python"}})
-    sources = [TOY, *(cells or (WORK, FAIL, RESULT))]
+    sources = [first, *(cells or (WORK, FAIL, RESULT))]
     book.cells = [nbformat.v4.new_code_cell(source) for source in sources]
     book.cells[0].metadata["tags"] = list(tags)
     nbformat.write(book, folder / f"{name}.ipynb")

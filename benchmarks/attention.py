@@ -25,12 +25,12 @@ from scipy import stats
 
 import smartlab as sl
 from benchmarks.harness import machine
+from smartlab.core.places import code_version
 from smartlab.data.crops.regions import is_lesion, unit_shares
 from smartlab.data.store.prepare import prepare_store
 from smartlab.data.store.store import Store
 from smartlab.masking import informativeness, lift
 from smartlab.models.encoder import Encoder
-from smartlab.notebook import code_version
 from smartlab.training import checkpoint
 
 PATIENTS, STEPS = 60, 2400

@@ -29,6 +29,7 @@ import smartlab as sl
 from benchmarks.harness import machine
 from benchmarks.real_data import DATA
 from smartlab.batch.results import effects, load_runs, one_metric, summarise
+from smartlab.core.places import code_version
 from smartlab.data.store.prepare import prepare_store
 from smartlab.evaluation.features.encoders import random_encoder
 from smartlab.evaluation.features.features import organ_features
@@ -37,7 +38,6 @@ from smartlab.evaluation.judge.result import clean
 from smartlab.evaluation.judge.stats import paired_mean, t_interval
 from smartlab.evaluation.look.clusters import clusters
 from smartlab.evaluation.look.heads import heads
-from smartlab.notebook import code_version
 
 FACTORS = ["semantic", "dropout", "strategy"]
 LEVELS = ("random", "attention_high")  # the first is what the other is compared with

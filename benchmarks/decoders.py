@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import machine
+from smartlab.core.places import code_version
 from smartlab.core.plots import OKABE_ITO
 from smartlab.core.settings import Decoding, MaeConfig
 from smartlab.models.decoder import Decoder
-from smartlab.notebook import code_version
 
 INPUTS, PATCH, SCALE, CHANNELS = (128, 192, 256, 384, 512, 768, 1024), 16, 2, 96
 KINDS = ("softmax", "softmax_written_out", "nystrom", "linformer", "performer")

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.harness import machine
+from smartlab.core.places import code_version
 from smartlab.data.cohort.case import LabelSpec
 from smartlab.evaluation.features.table import FeatureTable
 from smartlab.evaluation.judge import metrics, stats
@@ -30,7 +31,6 @@ from smartlab.evaluation.learn.fewshot import fewshot
 from smartlab.evaluation.learn.outcome import outcome
 from smartlab.evaluation.learn.probe import knn, probe
 from smartlab.evaluation.look.clusters import clusters
-from smartlab.notebook import code_version
 
 RESULTS = Path(__file__).parent / "results" / "evaluation.json"
 SITES = [f"organ {i}" for i in range(10)]

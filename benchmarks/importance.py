@@ -26,6 +26,7 @@ from benchmarks.attention import interval
 from benchmarks.components import FACTORS
 from benchmarks.harness import machine
 from smartlab.batch.results import load_runs
+from smartlab.core.places import code_version
 from smartlab.data.crops.augment import window
 from smartlab.data.crops.regions import unit_shares
 from smartlab.data.store.prepare import prepare_store
@@ -34,7 +35,6 @@ from smartlab.evaluation.features.grids import scans
 from smartlab.evaluation.judge.result import clean
 from smartlab.evaluation.look.heads import dropped_patches
 from smartlab.masking import hidden_share, informativeness, lift, make_mask
-from smartlab.notebook import code_version
 
 NOISE = (0.0, 0.3, 0.7)  # share of the teacher's units that are dropped; the first is the clean teacher
 RATIOS = (0.3, 0.5, 0.7, 0.9)

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 import smartlab as sl
 from benchmarks.harness import machine
 from smartlab.core.config import Config
+from smartlab.core.places import code_version
 from smartlab.core.plots import OKABE_ITO
 from smartlab.data.crops.augment import window
 from smartlab.data.crops.flat import ImageDataset
@@ -48,7 +49,6 @@ from smartlab.evaluation.judge.predictions import areas, from_table, to_table
 from smartlab.evaluation.judge.result import Estimate
 from smartlab.evaluation.learn.probe import probe
 from smartlab.evaluation.look.spectrum import detail, enlarged
-from smartlab.notebook import code_version
 
 RESULTS = Path(__file__).parent / "results" / "miram.json"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "miram.png"

@@ -30,13 +30,13 @@ from benchmarks.harness import machine
 from benchmarks.shipped import tensors
 from smartlab.core.config import load_config
 from smartlab.core.errors import SmartlabError
+from smartlab.core.places import code_version
 from smartlab.data.cohort.case import Case
 from smartlab.data.cohort.manifest import Manifest, Source
 from smartlab.evaluation.features.encoders import as_encoder, random_encoder
 from smartlab.evaluation.judge.result import Result, clean
 from smartlab.evaluation.look.clusters import clusters
 from smartlab.evaluation.look.unsupervised import organ_tokens, unsupervised
-from smartlab.notebook import code_version
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("SMARTLAB_REAL_DATA", HERE.parents[1] / "shared" / "data"))

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 import smartlab as sl
 from benchmarks.harness import machine
+from smartlab.core.places import WEIGHTS, code_version
 from smartlab.data.store.prepare import prepare_store
 from smartlab.evaluation.features.encoders import random_encoder
 from smartlab.evaluation.features.features import lesion_features, organ_features
@@ -27,7 +28,6 @@ from smartlab.evaluation.judge.result import Result, clean
 from smartlab.evaluation.learn.probe import probe
 from smartlab.evaluation.look.clusters import clusters
 from smartlab.evaluation.look.localize import localize
-from smartlab.notebook import WEIGHTS, code_version
 
 RECIPE = {
     "data.phantom_cases": 240,

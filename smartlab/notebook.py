@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 import smartlab
 from smartlab.core.errors import DataError, UseError, near
 from smartlab.core.files import write_bytes, write_text
+from smartlab.core.places import code_version, default_encoder
 
 if TYPE_CHECKING:
     from smartlab.core.config import Config
@@ -41,7 +41,6 @@ _JUPYTER = {"In", "Out", "exit", "quit", "get_ipython", "open"}
 _READ = "_smartlab_parameters"  # in a namespace: the names that were read from it before
 _PLAIN = (str, int, float, bool, list, tuple, dict, type(None))
 SPACING = 2.0  # mm: that of `tiny`, and so of every notebook's phantom
-WEIGHTS = Path(__file__).resolve().parent / "weights"
 
 # ---- what a parameter may be
 
@@ -190,18 +189,6 @@ def open_cohort(
     return Cohort(made, store, located[1])
 
 
-def default_encoder() -> Path:
-    """The small pretrained encoder that the package carries and notebooks use unless told otherwise."""
-    path = WEIGHTS / "tiny-teacher.safetensors"
-    if not path.is_file():
-        raise DataError(
-            "the small encoder of the package is missing",
-            path=path,
-            fix="install smartlab again, or give `encoder` a run folder or an exported file",
-        )
-    return path
-
-
 def open_encoder(source: str = "") -> tuple[AnyEncoder, str]:
     """The encoder a notebook works with, and one line that says which; "" is `default_encoder`.
 
@@ -246,30 +233,10 @@ def train(config: Config, out: str | Path, *, resume: bool = True, processes: in
 # ---- files
 
 
-def notebook_folder() -> Path:
-    """The shipped notebooks: inside the wheel, or beside the package in a checkout."""
-    package = Path(__file__).resolve().parent
-    inside = package / "notebooks"
-    return inside if inside.is_dir() else package.parent / "notebooks"
-
-
 def keep_copy(picture: Path, to: Path) -> Path:
     """Copy a picture beside the notebook's own, whole or not at all."""
     write_bytes(to, picture.read_bytes())
     return to
-
-
-def code_version() -> str:
-    """Package version, with the commit when this is a checkout ("0.1.0+abc1234", "-changed" if edited)."""
-    folder = Path(__file__).resolve().parents[1]
-    if not (folder / ".git").exists():
-        return smartlab.__version__
-    try:
-        ask = ["git", "-C", str(folder), "describe", "--always", "--dirty=-changed", "--abbrev=8"]
-        commit = subprocess.run(ask, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return smartlab.__version__
-    return f"{smartlab.__version__}+{commit}"
 
 
 def finish(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smartlab.core.files import write_text
+from smartlab.core.places import notebook_folder
 
 LARGEST = 60_000  # bytes of a notebook without outputs
 METADATA = {
@@ -63,8 +64,6 @@ def problems(path: Path) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Clean the files, or with --check only say what is not clean; the exit code."""
-    from smartlab.notebook import notebook_folder
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

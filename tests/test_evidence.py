@@ -42,7 +42,7 @@ def test_a_verdict_is_what_its_interval_says(maker):
 
 def test_what_is_said_of_the_shipped_encoder_was_measured_on_it():
     from benchmarks.shipped import tensors
-    from smartlab.notebook import WEIGHTS
+    from smartlab.core.places import WEIGHTS
 
     here = tensors(WEIGHTS / "tiny-teacher.safetensors")
     results = REPO / "benchmarks" / "results"
@@ -154,7 +154,7 @@ def test_the_counts_of_the_datasets_are_those_of_the_manifests(names):
 
 
 def test_the_weights_that_come_along_are_as_small_as_is_said():
-    from smartlab.notebook import WEIGHTS
+    from smartlab.core.places import WEIGHTS
 
     assert "student and teacher, 2 MB each" in DATASETS.read_text(encoding="utf-8")
     assert all(

@@ -34,10 +34,10 @@ from torch import Tensor
 import smartlab as sl
 from benchmarks.harness import machine
 from smartlab.core.clock import Clock
+from smartlab.core.places import code_version
 from smartlab.evaluation.judge.result import clean
 from smartlab.masking import hidden_count, upsample
 from smartlab.methods.masked_distillation import MaskedDistillation
-from smartlab.notebook import code_version
 from smartlab.training.setup import parameter_groups
 
 ARMS = ("random", "oracle", "both", "attention")

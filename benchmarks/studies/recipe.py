@@ -25,10 +25,10 @@ import torch
 import smartlab as sl
 from benchmarks.harness import machine
 from smartlab.core.config import DataConfig, parse_overrides
+from smartlab.core.places import code_version
 from smartlab.data.store.prepare import prepare_store
 from smartlab.evaluation.judge.result import clean
 from smartlab.evaluation.look.units import units
-from smartlab.notebook import code_version
 
 RECIPE: dict[str, Any] = {
     "data.phantom_cases": 120,

@@ -24,7 +24,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from smartlab.batch import records
 from smartlab.batch.runs import code_digest
-from smartlab.notebook import code_version
+from smartlab.core.places import code_version
 
 BUSY, CHANGED = 75, 76  # exit codes: another process has the run; the source is not the planned one
 STARTS = 3  # times a kernel that dies before its first cell is started

@@ -14,7 +14,8 @@ from pydantic import Field, create_model
 
 from smartlab import notebook
 from smartlab.core.errors import UseError, near
-from smartlab.notebook import NotebookParameters, notebook_folder
+from smartlab.core.places import notebook_folder
+from smartlab.notebook import NotebookParameters
 
 Scalar = bool | int | float | str | None
 

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smartlab.batch.notebooks import Scalar
 from smartlab.core.errors import UseError, near
+from smartlab.core.places import notebook_folder
 
 
 class _Strict(BaseModel):
@@ -72,8 +73,6 @@ class PlanFile(_Strict):
 
 
 def plan_folder() -> Path:
-    from smartlab.notebook import notebook_folder
-
     return notebook_folder() / "plans"
 
 

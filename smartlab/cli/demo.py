@@ -27,7 +27,7 @@ from typing import Any
 
 from smartlab.core.errors import DataError, UseError
 from smartlab.core.files import write_text
-from smartlab.notebook import notebook_folder
+from smartlab.core.places import notebook_folder
 
 JOBS = 2  # notebooks at a time: what two cores can do
 FIRST = ("1_masks", "3_segment")  # started before others: what one waits to see, and what takes longest

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from smartlab.viewers.slices import view as view
 
 _PUBLIC = {"Explorer": "explore", "Panel": "scene", "SliceViewer": "slices", "view": "slices"}
-_MODULES = ("embedding", "masks", "plots", "slices")
+_MODULES = {name: f"{__name__}.{name}" for name in ("embedding", "masks", "slices")}
+_MODULES |= {"plots": "smartlab.core.plots"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
     if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{name}")
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

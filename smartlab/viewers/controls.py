@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from smartlab.core.config import MaskConfig, TeacherConfig, load_config, parse_overrides
 from smartlab.core.errors import UseError
 from smartlab.masking import STRATEGIES
-from smartlab.viewers.slices import front_end
+from smartlab.viewers.front import front_end
 
 if TYPE_CHECKING:
     from smartlab.viewers.subject import Model

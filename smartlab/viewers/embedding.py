@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anywidget
@@ -17,9 +14,9 @@ import traitlets
 from smartlab.core import plots
 from smartlab.core.errors import UseError
 from smartlab.viewers import render
+from smartlab.viewers.front import FRONT_END, Pictured, front_end
 from smartlab.viewers.scene import Panel, Scene, as_array, build, window_of
 from smartlab.viewers.sending import describe, everything
-from smartlab.viewers.slices import FRONT_END, alone, front_end
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,7 +25,7 @@ Crops = Sequence[Any] | np.ndarray | Callable[[int], Any]
 MARKS = ("circle", "square", "triangle", "diamond")  # with eight colours: told apart without colour too
 
 
-class EmbeddingViewer(anywidget.AnyWidget):
+class EmbeddingViewer(Pictured, anywidget.AnyWidget):
     """A scatter of points beside the slices of the chosen point's crop; `chosen` is the point's number."""
 
     _esm = front_end(*FRONT_END, "embedding.js") + "\nexport default { render: renderEmbedding };\n"
@@ -43,6 +40,7 @@ class EmbeddingViewer(anywidget.AnyWidget):
     ) -> None:
         self.points, self.labels, self.names, self.title = points, labels, names, title
         self._crops, self._window, self.name = crops, window, uuid.uuid4().hex[:12]
+        self.told = f"Scatter of {len(points)} points"
         self.kinds = sorted(set(labels))
         super().__init__(
             meta={
@@ -128,28 +126,6 @@ class EmbeddingViewer(anywidget.AnyWidget):
             ax.imshow(pixels, aspect=plots.pixel_aspect(scene.spacing, plane))
             title = self.labels[some[i]] if len(some) > 1 else plane
             ax.set_title(title, fontsize=9)
-
-    def save_png(self, path: str | Path) -> Path:
-        """Write the figure as PNG, whole or not at all."""
-        return plots.save(self.figure(), path)
-
-    def still(self) -> str:
-        """The figure as an HTML image, which the widget hides once it is drawn itself."""
-        data = io.BytesIO()
-        self.figure().savefig(data, format="png", dpi=80, facecolor="white")
-        text = base64.b64encode(data.getvalue()).decode()
-        return alone(self.name) + (
-            f'<img class="smartlab-still smartlab-still-{self.name}" style="max-width:100%" '
-            f'alt="Scatter of {len(self.points)} points" src="data:image/png;base64,{text}">'
-        )
-
-    def _ipython_display_(self, **_: Any) -> None:
-        from IPython.display import display
-
-        display({"text/html": self.still(), "text/plain": repr(self)}, raw=True)
-        bundle = super()._repr_mimebundle_()
-        if bundle is not None:
-            display(bundle[0], metadata=bundle[1], raw=True)
 
     def __repr__(self) -> str:
         return f"EmbeddingViewer({len(self.points)} points, {len(self.kinds)} labels)"

@@ -9,30 +9,31 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 import numpy as np
-import torch
 from torch import Tensor
 
 from smartlab.core.errors import UseError
-from smartlab.masking import head_diversity, hidden_count, hidden_share, informativeness, make_mask
+from smartlab.core.files import write_text
+from smartlab.masking import hidden_count, hidden_share
+from smartlab.viewers import saved
 from smartlab.viewers.controls import SHOWN, Choice, Controls, CopyButton
+from smartlab.viewers.front import Pictured
+from smartlab.viewers.looking import Looking
 from smartlab.viewers.scene import Panel
 from smartlab.viewers.slices import SliceViewer, view
-from smartlab.viewers.subject import Model, Subject, View, subject_of
+from smartlab.viewers.subject import Model, Subject, subject_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SEEN_AT_LEAST = 64  # voxels a side: less shows no anatomy
-TOGETHER = 10  # units a side up to which attention received is looked at with the other: all pairs of units
 
 
-class Explorer:
+class Explorer(Looking, Pictured):
     """Controls, a viewer and numbers, in a notebook; the same by code, and as a picture.
 
     choice:    what the controls say; `set` moves them.       settings: the same as words for `smartlab pretrain`.
@@ -43,13 +44,8 @@ class Explorer:
     def __init__(
         self, subject: Subject, model: Model, side: int, choice: Choice, title: str, look: Mapping[str, Any]
     ) -> None:
-        self.subject, self.model, self.side, self.title = subject, model, side, title
-        self.center = subject.center
-        self._view = lru_cache(8)(
-            lambda center: subject.view(center, side, model.stride, model.config.data.window)
-        )
-        self._look = lru_cache(256)(lambda center, *how: model.look(self._view(center).input, *how))
-        self._told = lru_cache(256)(self._tell_of)
+        super().__init__(subject, model, side)
+        self.title = title
         self._table, self._copy = widgets.HTML(), CopyButton()
         self.controls = Controls(model, choice, self._table)
         self._masks = self._draw()
@@ -92,47 +88,14 @@ class Explorer:
         self._locate()
         return self
 
-    @property
-    def view(self) -> View:
-        """The crop: image, affine, labels, and which part of each unit is body, organ or lesion."""
-        return self._view(tuple(self.center.tolist()))
-
-    def look(self, choice: Choice) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What guides by a choice: attention (1, heads, N), received (1, N), and the importance that is made of them,
-        (1, heads, N) whose mean counts, or (1, N). None without semantic attention."""
-        noise = (choice.dropout, choice.draw) if choice.guide == "noisy" else (0.0, 0)
-        by_received = choice.importance == "received"
-        few = self.model.receives and self.view.input.shape[2] // self.model.stride <= TOGETHER
-        attention, received = self._look(tuple(self.center.tolist()), *noise, by_received or few)
-        if attention is None or choice.importance == "mean":
-            return attention, received, attention
-        one = received if by_received else attention[:, int(choice.importance[5:]) - 1]
-        return attention, received, one
-
-    def hide(self, choice: Choice) -> Tensor:
-        """(1, N) bool: what the choice's strategy hides, from a generator of its own with the choice's seed."""
-        grid = self.model.units(self.view)
-        return make_mask(
-            choice.strategy,
-            self.look(choice)[2] if choice.strategy.startswith("attention") else None,
-            choice.ratio,
-            (1,) * (3 - len(grid)) + grid,  # type: ignore[arg-type]
-            generator=torch.Generator().manual_seed(choice.seed),
-            batch=1,
-            **choice.drawing(self.model.config.mask),
-        )
-
     def _draw(self) -> dict[str, Tensor]:
         c = self.choice
         return {name: self.hide(replace(c, strategy=name)) for name in (c.strategy, c.against) if name}
 
-    def _on_grid(self, units: Tensor | None) -> np.ndarray | None:
-        return None if units is None else units.unflatten(-1, self.model.units(self.view))[0].numpy()
-
     @property
     def masks(self) -> dict[str, np.ndarray]:
         """Strategy -> (d, h, w) bool, or (h, w) of a mammogram."""
-        return {name: self._on_grid(mask) for name, mask in self._masks.items()}  # type: ignore[misc]
+        return {name: self.on_grid(mask) for name, mask in self._masks.items()}
 
     @property
     def mask(self) -> np.ndarray:
@@ -142,13 +105,6 @@ class Explorer:
     def attention(self) -> np.ndarray | None:
         """(heads, d, h, w), each summing to 1; of received attention the same for every head."""
         return self.seen(self.choice)
-
-    def seen(self, choice: Choice) -> np.ndarray | None:
-        """`attention` by a choice."""
-        attention, received, _ = self.look(choice)
-        if attention is not None and received is not None and choice.importance == "received":
-            attention = received[:, None].expand_as(attention)
-        return self._on_grid(attention)
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -167,24 +123,6 @@ class Explorer:
             found["overlap"] = float((first & second).sum() / first.sum().clamp_min(1))
             found["overlap_chance"] = float(second.float().mean())
         return found
-
-    def told(self, choice: Choice) -> dict[str, float]:
-        """How informative the look that guides by a choice is, and how the heads differ; empty without attention."""
-        looks = Choice(
-            guide=choice.guide, dropout=choice.dropout, draw=choice.draw, importance=choice.importance
-        )
-        return self._told(tuple(self.center.tolist()), looks)
-
-    def _tell_of(self, center: tuple[int, ...], choice: Choice) -> dict[str, float]:
-        attention, _, importance = self.look(choice)
-        if attention is None or importance is None:
-            return {}
-        apart = head_diversity(attention)
-        return {
-            "informativeness": float(informativeness(importance)),
-            "head_diversity": float(apart["cosine"]),
-            "head_divergence": float(apart["jensen_shannon"]),
-        }
 
     @property
     def settings(self) -> list[str]:
@@ -330,7 +268,7 @@ class Explorer:
             + f"<td>{found['chance']:.0%}</td></tr>"
             for region in self.view.shares
         ]
-        facts = spell(found)
+        facts = self.facts(self.choice)
         if "overlap" in found:
             facts.append(
                 f"of what {names[0]} hides, {names[1]} hides {found['overlap']:.0%} (chance {found['overlap_chance']:.0%})"
@@ -343,37 +281,23 @@ class Explorer:
         """What is shown now as a Matplotlib figure, as `SliceViewer.figure`."""
         return self.viewer.figure(index)
 
-    def save_png(self, path: str | Path) -> Path:
-        """Write the figure as PNG, whole or not at all."""
-        return self.viewer.save_png(path)
-
     def save_html(self, path: str | Path) -> Path:
         """Write a page that needs neither kernel nor network: the viewer as it is now, and masks of every strategy by
         some ratios and draws, of the clean and the noisy teacher."""
-        from smartlab.viewers import saved
+        title = self.title or "What is hidden"
+        write_text(Path(path), saved.html(self, self.viewer, self.choice, title, self.controls.about))
+        return Path(path)
 
-        return saved.save(self, path)
+    def still(self) -> str:
+        """The viewer's."""
+        return self.viewer.still()
 
-    def _ipython_display_(self, **_: Any) -> None:
-        from IPython.display import display
-
-        display({"text/html": self.viewer.still(), "text/plain": repr(self)}, raw=True)
-        bundle: Any = self.box._repr_mimebundle_()
-        display({**bundle, "text/plain": repr(self)}, raw=True)
+    def _widget(self) -> Any:
+        return self.box._repr_mimebundle_()
 
     def __repr__(self) -> str:
         grid = self.model.units(self.view)
         return f"Explorer({' × '.join(map(str, self.view.image.shape))}, {' × '.join(map(str, grid))} units, {self.choice.strategy})"
-
-
-def spell(told: Mapping[str, float]) -> list[str]:
-    """`Explorer.told` in words."""
-    if "informativeness" not in told:
-        return []
-    return [
-        f"attention informativeness {told['informativeness']:.3f} (0 even, 1 a single unit)",
-        f"heads differ by {told['head_diversity']:.2f} (cosine), {told['head_divergence']:.2f} (Jensen–Shannon)",
-    ]
 
 
 def explore(

@@ -7,18 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from smartlab.core.files import write_text
 from smartlab.viewers import sending
+from smartlab.viewers.front import FRONT_END, front_end
 from smartlab.viewers.scene import Layer, Packed, Scene
-from smartlab.viewers.slices import FRONT_END, STATE, front_end
-
-if TYPE_CHECKING:
-    from smartlab.viewers.slices import SliceViewer
 
 FEW = 8_000_000  # voxels of a page at most, whatever they compress to
 START = "renderSlices({ model: new Page(pageData()), el: document.querySelector('main') });"
@@ -40,22 +35,6 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
-
-
-def save(viewer: SliceViewer, path: str | Path, limit: int) -> Path:
-    """Write the page of a viewer: all of its voxels, or as many as `limit` bytes hold."""
-    scene, cursor = viewer.scene, list(viewer.cursor)
-    small, message, buffers = fitting(scene, limit)
-    shrink = [n / m for n, m in zip(scene.shape, small.shape, strict=True)]
-    state: dict[str, Any] = {name: getattr(viewer, name) for name in STATE}
-    state["cursor"] = [min(int(c / s), m - 1) for c, s, m in zip(cursor, shrink, small.shape, strict=True)]
-    state["meta"] = {
-        **sending.describe(small, viewer.meta["bounds"], viewer.title, viewer.name),
-        "pick": False,
-    }
-    text = html(viewer.title or "Slices", state, message, buffers)
-    write_text(Path(path), text)
-    return Path(path)
 
 
 def html(

@@ -6,52 +6,38 @@ import base64
 import zlib
 from copy import copy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from smartlab.core.errors import UseError
-from smartlab.core.files import write_text
 from smartlab.masking import hidden_count
 from smartlab.viewers import page, sending
 from smartlab.viewers.controls import SHOWN, Choice
-from smartlab.viewers.explore import Explorer, spell
-from smartlab.viewers.scene import Panel
-from smartlab.viewers.scene import _stand as stand
-from smartlab.viewers.slices import STATE, front_end
+from smartlab.viewers.front import front_end
+from smartlab.viewers.looking import Looking
+from smartlab.viewers.scene import Panel, stand
+from smartlab.viewers.slices import SliceViewer
 
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SEEDS, DRAWS = 5, 3  # of masks; of noise
 START = "const data = pageData();\nnew Saved(new Page(data), document.querySelector('main'), data.saved);"
 
 
-def save(explorer: Explorer, path: str | Path) -> Path:
-    """Write the page: what is explored now, with everything else drawn beforehand."""
-    viewer, choice = explorer.viewer, explorer.choice
+def html(looking: Looking, viewer: SliceViewer, choice: Choice, title: str, about: str) -> str:
+    """The page as text: what is explored now, with everything else drawn beforehand."""
     content, buffers = sending.everything(viewer.scene)
-    state = {name: getattr(viewer, name) for name in STATE}
-    state["meta"] = {**viewer.meta, "pick": False}
-    title = explorer.title or "What is hidden"
-    text = page.html(
-        title, state, content, buffers, scripts=("explore.js",), start=START, saved=drawn(explorer, choice)
-    )
-    write_text(Path(path), text)
-    return Path(path)
+    state = viewer.state() | {"meta": {**viewer.meta, "pick": False}}
+    more = {"scripts": ("explore.js",), "start": START, "saved": drawn(looking, viewer, choice, about)}
+    return page.html(title, state, content, buffers, **more)  # type: ignore[arg-type]
 
 
-def drawn(explorer: Explorer, choice: Choice) -> dict[str, Any]:
+def drawn(looking: Looking, viewer: SliceViewer, choice: Choice, about: str) -> dict[str, Any]:
     """All that the page's controls can choose."""
-    model = explorer.model
+    model = looking.model
     options = Choice.options(model)
-    strategies, shown = (
-        options["strategy"],
-        [
-            name
-            for name in options["shown"]
-            if "reconstruction" not in SHOWN[name][0] and "error" not in SHOWN[name][0]
-        ],
-    )
+    strategies = options["strategy"]
+    shown = [name for name in options["shown"] if not {"reconstruction", "error"} & {*SHOWN[name][0]}]
     ratios, seeds = sorted({*RATIOS, choice.ratio}), sorted({*range(SEEDS), choice.seed})
     looks = [replace(choice, guide="clean")]
     if "noisy" in options["guide"]:
@@ -61,10 +47,10 @@ def drawn(explorer: Explorer, choice: Choice) -> dict[str, Any]:
     for number, look in enumerate(looks):
         every = [replace(look, strategy=name) for name in strategies]
         masks.append([
-            [[_bits(explorer, explorer.hide(replace(one, ratio=ratio, seed=seed))) for seed in seeds] for ratio in ratios] if by_look or not number else []
+            [[_bits(looking, looking.hide(replace(one, ratio=ratio, seed=seed))) for seed in seeds] for ratio in ratios] if by_look or not number else []
             for one, by_look in zip(every, guided, strict=True)
         ])  # fmt: skip
-    units = int(np.prod(model.units(explorer.view)))
+    units = int(np.prod(model.units(looking.view)))
     now = choice if choice.guide == "noisy" else looks[0]
     return {
         "strategies": strategies,
@@ -72,13 +58,13 @@ def drawn(explorer: Explorer, choice: Choice) -> dict[str, Any]:
         "ratios": ratios,
         "seeds": seeds,
         "chance": [hidden_count(ratio, units) / units for ratio in ratios],
-        "grid": list(explorer.viewer.scene.grid or ()),
+        "grid": list(viewer.scene.grid or ()),
         "masks": masks,
-        "looks": [_look(explorer, look) for look in looks],
-        "words": [[_words(explorer, replace(look, strategy=name)) for name in strategies] for look in looks],
+        "looks": [_look(looking, viewer, look) for look in looks],
+        "words": [[_words(looking, replace(look, strategy=name)) for name in strategies] for look in looks],
         "shares": {
-            region: np.round(_in_scene(explorer, share), 4).ravel().tolist()
-            for region, share in explorer.view.shares.items()
+            region: np.round(_in_scene(looking, share), 4).ravel().tolist()
+            for region, share in looking.view.shares.items()
         },
         "shown": [[name, *SHOWN[name]] for name in shown],
         "at": {
@@ -92,45 +78,44 @@ def drawn(explorer: Explorer, choice: Choice) -> dict[str, Any]:
             "shown": shown.index(choice.shown) if choice.shown in shown else 0,
         },
         "css": front_end("explore.css"),
-        "about": explorer.controls.about
-        + (f" The noisy teacher misses {choice.dropout:.0%}." if len(looks) > 1 else ""),
+        "about": about + (f" The noisy teacher misses {choice.dropout:.0%}." if len(looks) > 1 else ""),
     }
 
 
-def _in_scene(explorer: Explorer, units: Any) -> np.ndarray:
+def _in_scene(looking: Looking, units: Any) -> np.ndarray:
     """(1, N) as the viewer has it: the units of a mammogram stand as its image does."""
-    grid = units.unflatten(-1, explorer.model.units(explorer.view))[0].numpy()
-    return stand(grid) if explorer.model.flat else grid
+    grid = looking.on_grid(units)
+    return stand(grid) if looking.model.flat else grid
 
 
-def _bits(explorer: Explorer, mask: Any) -> str:
-    bits = np.packbits(np.ascontiguousarray(_in_scene(explorer, mask)).ravel(), bitorder="little")
+def _bits(looking: Looking, mask: Any) -> str:
+    bits = np.packbits(np.ascontiguousarray(_in_scene(looking, mask)).ravel(), bitorder="little")
     return base64.b64encode(zlib.compress(bits.tobytes(), 9)).decode()
 
 
-def _look(explorer: Explorer, choice: Choice) -> dict[str, Any]:
+def _look(looking: Looking, viewer: SliceViewer, choice: Choice) -> dict[str, Any]:
     """A look of the teacher: its name, what is told of it, and the messages that bring it into every panel."""
-    scene, messages = copy(explorer.viewer.scene), []
+    scene, messages = copy(viewer.scene), []
     scene.layers = list(scene.layers)
-    attention = explorer.seen(choice)
+    attention = looking.seen(choice)
     for panel in range(len(scene.layers) if attention is not None else 0):
         names = scene.change(panel, Panel(attention=attention))
-        content, buffers = sending.changed(scene, panel, names, explorer.viewer.cursor)
-        spans = sending.describe(scene, explorer.viewer.window, "", "")["spans"]
+        content, buffers = sending.changed(scene, panel, names, viewer.cursor)
+        spans = sending.describe(scene, viewer.window, "", "")["spans"]
         messages.append(
             [{**content, "meta": {"spans": spans}}, *(base64.b64encode(b).decode() for b in buffers)]
         )
     return {
         "name": f"noisy, draw {choice.draw}" if choice.guide == "noisy" else "clean",
-        "facts": spell(explorer.told(choice)),
+        "facts": looking.facts(choice),
         "messages": messages,
     }
 
 
-def _words(explorer: Explorer, choice: Choice) -> str:
+def _words(looking: Looking, choice: Choice) -> str:
     """The settings, with a place for the ratio; or why there are none."""
     try:
-        words = choice.words(explorer.model)
+        words = choice.words(looking.model)
     except UseError as error:
         return str(error)
     return " ".join("mask.ratio={ratio}" if word.startswith("mask.ratio=") else word for word in words)

@@ -200,7 +200,7 @@ def build(
     """Check what was given and bring it into one form."""
     array, spacing, affine, value_name, known = _image(image, spacing, affine)
     flat = array.ndim == 2
-    whole = _stand(array) if flat else array
+    whole = stand(array) if flat else array
     if flat:
         spacing = (float(spacing[1]), float(spacing[0]), 1.0)
     sx, sy, sz = (float(s) for s in spacing)
@@ -271,7 +271,7 @@ def _image(image: Any, spacing: Any, affine: Any) -> tuple[np.ndarray, Any, np.n
     return array, spacing, affine, name, measured
 
 
-def _stand(array: np.ndarray) -> np.ndarray:
+def stand(array: np.ndarray) -> np.ndarray:
     """(…, rows, columns) -> (…, X, Y, 1), so that the axial slice is the image as given."""
     return np.swapaxes(array[..., ::-1, ::-1], -1, -2)[..., None]
 
@@ -329,12 +329,12 @@ def _layer(panel: Panel, scene: Scene) -> Layer:
     layer, flat, shape = Layer(panel.title, note=panel.note), scene.flat, scene.given
     if panel.mask is not None:
         mask = _squeeze(as_array(panel.mask), 2 if flat else 3)
-        layer.mask = np.ascontiguousarray(_stand(mask) if flat else mask).astype(bool)
+        layer.mask = np.ascontiguousarray(stand(mask) if flat else mask).astype(bool)
     if panel.attention is not None:
         heads = _squeeze(as_array(panel.attention), 3 if flat else 4).astype(np.float64)
         if not np.isfinite(heads).all() or heads.min() < 0:
             raise UseError("attention has values that are not shares", found="negative, NaN or infinity")
-        heads = _stand(heads) if flat else heads
+        heads = stand(heads) if flat else heads
         layer.attention = np.concatenate([heads.mean(0, keepdims=True), heads]).astype(np.float32)
     if panel.reconstruction is not None:
         guess = _squeeze(as_array(panel.reconstruction), len(shape))
@@ -344,7 +344,7 @@ def _layer(panel: Panel, scene: Scene) -> Layer:
                 found=guess.shape,
                 expected=f"{shape}, finite, in the unit of the image",
             )
-        layer.reconstruction = Packed.of(_stand(guess) if flat else guess)
+        layer.reconstruction = Packed.of(stand(guess) if flat else guess)
     return layer
 
 
@@ -359,7 +359,7 @@ def _labels(labels: Any, names: Any, scene: Scene) -> tuple[np.ndarray, dict[int
             expected=f"whole numbers of shape {shape}, 0 where there is none",
         )
     known = dict(enumerate(names, 1)) if isinstance(names, Sequence) else dict(names or {})
-    small = (_stand(array) if scene.flat else array).astype(
+    small = (stand(array) if scene.flat else array).astype(
         np.uint8 if array.max() < 256 else np.uint16, copy=False
     )
     flat, size = small.ravel(order="K"), int(small.max()) + 1

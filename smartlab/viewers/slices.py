@@ -8,12 +8,8 @@ Where no kernel answers (HTML export, a reopened notebook) the static picture sh
 
 from __future__ import annotations
 
-import base64
-import io
 import uuid
 from collections.abc import Mapping, Sequence
-from functools import cache
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +19,9 @@ import traitlets
 
 from smartlab.core import plots
 from smartlab.core.errors import UseError
-from smartlab.viewers import render, sending
+from smartlab.core.files import write_text
+from smartlab.viewers import page, render, sending
+from smartlab.viewers.front import FRONT_END, Pictured, front_end
 from smartlab.viewers.scene import Panel, Scene, build, window_of
 
 if TYPE_CHECKING:
@@ -31,31 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Panel", "SliceViewer", "view"]
 
-FRONT_END = ("draw.js", "slices.js", "tools.js", "hand.js", "link.js")
-STATE = (
-    "meta",
-    "cursor",
-    "window",
-    "plane",
-    "only",
-    "shown",
-    "opacity",
-    "head",
-    "span",
-    "hidden",
-    "contours",
-    "picked",
-)
+LOOK = ("window", "shown", "opacity", "head", "span", "hidden", "contours")  # as in `render.Look`
+STATE = ("meta", "cursor", "plane", "only", "picked", *LOOK)
 
 
-@cache
-def front_end(*names: str) -> str:
-    """The files of `static/` as one text."""
-    folder = Path(__file__).parent / "static"
-    return "\n".join((folder / name).read_text(encoding="utf-8") for name in names)
-
-
-class SliceViewer(anywidget.AnyWidget):
+class SliceViewer(Pictured, anywidget.AnyWidget):
     """Slices with overlays: a widget, and the same state as a Matplotlib figure.
 
     cursor: voxel (i, j, k) that all planes go through;  plane: axial, coronal, sagittal or all.
@@ -87,10 +65,10 @@ class SliceViewer(anywidget.AnyWidget):
         if plane not in (*plots.PLANES, "all"):
             raise UseError(f"no plane {plane!r}", expected=", ".join((*plots.PLANES, "all")))
         self.scene, self.title, self.name, self._pick = scene, title, uuid.uuid4().hex[:12], pick
-        self._bounds = window_of(window, scene)
+        self._bounds, self.told = window_of(window, scene), title or "Slices of the image with their overlays"
         alone = len(scene.layers) == 1 and not scene.flat
         super().__init__(
-            meta=self._describe(),
+            meta=self._describe(scene),
             cursor=[n // 2 for n in scene.shape],
             window=list(self._bounds),
             plane="axial" if scene.flat else "all" if alone else plane,
@@ -100,8 +78,8 @@ class SliceViewer(anywidget.AnyWidget):
         self._focus = plane if plane != "all" else "axial"
         self.on_msg(self._answer)
 
-    def _describe(self) -> dict[str, Any]:
-        return {**sending.describe(self.scene, self._bounds, self.title, self.name), "pick": self._pick}
+    def _describe(self, scene: Scene) -> dict[str, Any]:
+        return {**sending.describe(scene, self._bounds, self.title, self.name), "pick": self._pick}
 
     def _answer(self, _: Any, message: Any, __: Any) -> None:
         """Send voxels to the front end that asks for them."""
@@ -131,7 +109,7 @@ class SliceViewer(anywidget.AnyWidget):
         names = self.scene.change(panel, Panel(title, mask, attention, reconstruction, note))
         if self.head >= self.scene.heads():
             self.head = -1
-        now = self._describe()
+        now = self._describe(self.scene)
         new = {name: value for name, value in now.items() if value != self.meta[name]}
         self.meta.update(new)  # in place: who comes later reads it, who is there gets the difference
         content, buffers = sending.changed(self.scene, panel, names, self.cursor)
@@ -144,20 +122,8 @@ class SliceViewer(anywidget.AnyWidget):
 
         index: slice of the plane, or voxel (i, j, k) to go through; mm: the same place in world RAS mm.
         """
-        return render.picture(
-            self.scene,
-            self._place(index, mm),
-            plane=self.plane,
-            title=self.title,
-            only=self.only,
-            window=self.window,
-            shown=self.shown,
-            opacity=self.opacity,
-            head=self.head,
-            hidden=self.hidden,
-            span=self.span,
-            contours=self.contours,
-        )
+        how = {name: getattr(self, name) for name in (*LOOK, "plane", "only", "title")}
+        return render.picture(self.scene, self._place(index, mm), **how)
 
     def _place(self, index: int | Sequence[int] | None, mm: Sequence[float] | None) -> list[int]:
         place, shape = list(self.cursor), self.scene.shape
@@ -172,48 +138,26 @@ class SliceViewer(anywidget.AnyWidget):
             raise UseError("this place is outside the image", found=place, expected=f"voxels 0 to {shape}")
         return place
 
-    def save_png(self, path: str | Path) -> Path:
-        """Write the figure as PNG, whole or not at all."""
-        return plots.save(self.figure(), path)
-
     def save_html(self, path: str | Path, *, megabytes: float = 5) -> Path:
         """Write a page that needs neither kernel nor network: the viewer with its voxels, as it is now.
 
         A scan that would make the page larger than this is averaged over some voxels, and the page says so.
         """
-        from smartlab.viewers import page
+        small, message, buffers = page.fitting(self.scene, int(megabytes * 1e6))
+        shrink = [n / m for n, m in zip(self.scene.shape, small.shape, strict=True)]
+        place = zip(self.cursor, shrink, small.shape, strict=True)
+        state = self.state() | {"cursor": [min(int(c / s), m - 1) for c, s, m in place]}
+        state["meta"] = {**self._describe(small), "pick": False}
+        write_text(Path(path), page.html(self.title or "Slices", state, message, buffers))
+        return Path(path)
 
-        return page.save(self, path, int(megabytes * 1e6))
-
-    def still(self) -> str:
-        """The figure as an HTML image, which the widget hides once it is drawn itself."""
-        data = io.BytesIO()
-        self.figure().savefig(data, format="png", dpi=80, facecolor="white")
-        text = base64.b64encode(data.getvalue()).decode()
-        name = self.title or "Slices of the image with their overlays"
-        return alone(self.name) + (
-            f'<img class="smartlab-still smartlab-still-{self.name}" alt="{escape(name)}" '
-            f'style="max-width:100%" src="data:image/png;base64,{text}">'
-        )
-
-    def _ipython_display_(self, **_: Any) -> None:
-        from IPython.display import display
-
-        display({"text/html": self.still(), "text/plain": repr(self)}, raw=True)
-        bundle = super()._repr_mimebundle_()
-        if bundle is not None:
-            data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
-            display(data, metadata=metadata, raw=True)
+    def state(self) -> dict[str, Any]:
+        """The settings that a page begins with."""
+        return {name: getattr(self, name) for name in STATE}
 
     def __repr__(self) -> str:
         panels = f", {len(self.scene.layers)} panels" if len(self.scene.layers) > 1 else ""
         return f"SliceViewer({self.scene.shape}{panels})"
-
-
-def alone(name: str) -> str:
-    """Hides what JupyterLab says below the picture of a reopened notebook, whose widgets are gone with the kernel."""
-    after = f".jp-OutputArea-child:has(.smartlab-still-{name}) + .jp-OutputArea-child"
-    return f"<style>{after} .jupyter-widgets:not(:has(*)) {{ display: none }}</style>"
 
 
 def view(
@@ -236,7 +180,7 @@ def view(
     """Look at an image and what a method makes of it: a widget with a static picture.
 
     image:   a `Volume`, a `Mammogram`, an array (X, Y, Z) in HU and RAS order, or a 2D image (rows, columns).
-    window:  a name of `viewers.plots.WINDOWS` ("lung", "soft tissue", "bone", "liver", …; add your own), or
+    window:  a name of `smartlab.core.plots.WINDOWS` ("lung", "soft tissue", "bone", "liver", …; add your own), or
              (low, high); default soft tissue for HU, else the whole range.
     plane:   the plane that several panels show; one panel shows all three.
     labels:  a segmentation: what `read_labels` and `read_mask` give, or whole numbers of the image's shape, 0 for none;

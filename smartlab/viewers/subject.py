@@ -18,6 +18,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from smartlab.core.errors import DataError, UseError
+from smartlab.core.places import default_encoder
 from smartlab.data.crops.augment import window
 from smartlab.data.crops.regions import is_lesion, unit_shares
 from smartlab.data.images.body import find_body
@@ -245,7 +246,6 @@ class Model:
 
     def __init__(self, source: Any = None) -> None:
         from smartlab.interop.weights import load_encoder
-        from smartlab.notebook import default_encoder
 
         self.method: Any = None
         if isinstance(source, Run) or (isinstance(source, (str, Path)) and Path(source).is_dir()):

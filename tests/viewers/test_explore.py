@@ -10,13 +10,13 @@ import torch
 
 import smartlab as sl
 from smartlab.core.config import parse_overrides
+from smartlab.core.places import default_encoder
 from smartlab.data.crops.augment import window
 from smartlab.data.crops.regions import is_lesion
 from smartlab.masking import STRATEGIES, head_diversity, informativeness, make_mask
 from smartlab.methods.masked_distillation import MaskedDistillation
 from smartlab.methods.multiscale_mae import MultiscaleMAE
 from smartlab.models.encoder import dropped_patches
-from smartlab.notebook import default_encoder
 from smartlab.training import checkpoint
 from smartlab.viewers.subject import Model, subject_of
 from tests.shared import once, phantoms

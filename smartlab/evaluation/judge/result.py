@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smartlab.core.files import write_text
+from smartlab.core.places import code_version
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +66,6 @@ class Result:
     def save(self, out: str | Path) -> Path:
         """Write result.json, table.csv and figure.png into the folder `out`."""
         from smartlab.core import plots
-        from smartlab.notebook import code_version
 
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)

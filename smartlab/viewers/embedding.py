@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Crops = Sequence[Any] | np.ndarray | Callable[[int], Any]
-MARKS = ("circle", "square", "triangle", "diamond")  # with eight colours: told apart without colour too
+# with eight colours told apart without colour, too: in the browser, and in Matplotlib
+MARKS = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D"}
 
 
 class EmbeddingViewer(Pictured, anywidget.AnyWidget):
@@ -42,14 +43,18 @@ class EmbeddingViewer(Pictured, anywidget.AnyWidget):
         self._crops, self._window, self.name = crops, window, uuid.uuid4().hex[:12]
         self.told = f"Scatter of {len(points)} points"
         self.kinds = sorted(set(labels))
+        self._which = np.array([self.kinds.index(label) for label in labels], np.uint16)
+        places = range(len(self.kinds))
+        self._marks = [[*MARKS][i // 8 % len(MARKS)] for i in places]
+        self._colours = [plots.OKABE_ITO[i % 8] for i in places]
         super().__init__(
             meta={
                 "name": self.name,
                 "title": title,
                 "count": len(points),
                 "kinds": self.kinds,
-                "marks": [MARKS[i // 8 % len(MARKS)] for i in range(len(self.kinds))],
-                "colours": [plots.OKABE_ITO[i % 8] for i in range(len(self.kinds))],
+                "marks": self._marks,
+                "colours": self._colours,
             },
         )
         self.on_msg(self._answer)
@@ -63,8 +68,7 @@ class EmbeddingViewer(Pictured, anywidget.AnyWidget):
         """Send the points, or the crop of one point, to the front end that asks."""
         kind = message.get("kind") if isinstance(message, dict) else None
         if kind == "points":
-            which = [self.kinds.index(label) for label in self.labels]
-            buffers = [self.points.astype(np.float32).tobytes(), np.array(which, np.uint16).tobytes()]
+            buffers = [self.points.astype(np.float32).tobytes(), self._which.tobytes()]
             text = "\n".join(name.replace("\n", " ") for name in self.names).encode()
             self.send({"kind": "points"}, [zlib.compress(b, 1) for b in (*buffers, text)])
         elif kind == "crop":
@@ -87,16 +91,11 @@ class EmbeddingViewer(Pictured, anywidget.AnyWidget):
         figure = plt.figure(figsize=(11, 4.6), layout="constrained")
         left, right = figure.subfigures(1, 2, width_ratios=[1, 1.15])  # type: ignore[misc]
         ax = left.subplots()
-        kind_of = np.array([self.kinds.index(label) for label in self.labels])
-        for number, kind in enumerate(self.kinds):
-            mark = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D"}[MARKS[number // 8 % 4]]
-            ax.scatter(
-                *self.points[kind_of == number].T,
-                s=14,
-                marker=mark,
-                color=plots.OKABE_ITO[number % 8],
-                label=kind,
-            )
+        for number, (kind, mark, colour) in enumerate(
+            zip(self.kinds, self._marks, self._colours, strict=True)
+        ):
+            mine = self.points[self._which == number]
+            ax.scatter(*mine.T, s=14, marker=MARKS[mark], color=colour, label=kind)
         ax.scatter(*self.points[some].T, s=70, facecolors="none", edgecolors="black", linewidths=1.2)
         ax.set(xticks=[], yticks=[])
         ax.spines[["top", "right"]].set_visible(False)

@@ -72,7 +72,7 @@ def label_colours() -> np.ndarray:
 
 def grey(packed: Packed, plane: Plane, index: int, window: Sequence[float]) -> np.ndarray:
     """(H, W) float 0..255 of one slice under a window."""
-    values = slice_of(packed.raw, plane, index) * packed.scale + packed.offset
+    values = packed.values(slice_of(packed.raw, plane, index))
     return np.clip((values - window[0]) / (window[1] - window[0]) * 255, 0, 255)
 
 
@@ -113,7 +113,7 @@ def paint(scene: Scene, layer: Layer, plane: Plane, index: int, **how: Any) -> n
         lay(palette("heat")[np.rint(level * 255).astype(int)], strength[..., None], share >= low)
     if guess is not None and "error" in shown:
         half = (window[1] - window[0]) / 2
-        image, other = (slice_of(p.raw, plane, index) * p.scale + p.offset for p in (scene.image, guess))
+        image, other = (p.values(slice_of(p.raw, plane, index)) for p in (scene.image, guess))
         wrong = np.clip(np.abs(other - image) / half, 0, 1)
         lay(palette("viridis")[np.rint(wrong * 255).astype(int)], look.strength("error"))
     style = look.style(layer)

@@ -46,8 +46,9 @@ class Packed:
     scale: float = 1.0
     offset: float = 0.0
 
-    def values(self) -> np.ndarray:
-        return self.raw * self.scale + self.offset
+    def values(self, raw: np.ndarray | None = None) -> np.ndarray:
+        """Of some of its raw numbers, or of all."""
+        return (self.raw if raw is None else raw) * self.scale + self.offset
 
     @cached_property
     def span(self) -> tuple[float, float]:
@@ -171,8 +172,9 @@ class Scene:
         changed = [name for name, value in given.items() if value is not None]
         gone = [name for name in changed if given[name] is False]
         panel = replace(panel, **dict.fromkeys(gone))  # type: ignore[arg-type]
-        _set_grid(self, [panel], None)
         new = _layer(panel, self)
+        if self.grid is not None and self.unit is None:
+            self.unit = _unit(self, None)
         self.layers[number] = replace(
             old,
             title=panel.title or old.title,
@@ -218,8 +220,8 @@ def build(
                 found=shape,
                 fix="give a segmentation as labels=; hidden units of one voxel with unit=1",
             )
-    _set_grid(scene, panels, unit)
     scene.layers = [_layer(panel, scene) for panel in panels]
+    scene.unit = None if scene.grid is None else _unit(scene, unit)
     if labels is not None:
         apart = np.abs(getattr(labels, "affine", affine) - affine)
         if apart.max() > 0.5 * min(spacing):
@@ -234,16 +236,10 @@ def _image(image: Any, spacing: Any, affine: Any) -> tuple[np.ndarray, Any, np.n
     if hasattr(image, "affine") and hasattr(image, "array"):  # a Volume
         affine = image.affine if affine is None else affine
         name = "HU" if image.modality == "CT" else "value"
-        image = image.array
-    elif hasattr(image, "spacing_mm") and hasattr(
-        image, "array"
-    ):  # a Mammogram, which may not know its spacing
+    elif hasattr(image, "spacing_mm"):  # a Mammogram, which may not know its spacing
         known = np.isfinite(image.spacing_mm).all()
         spacing = image.spacing_mm if spacing is None and known else spacing
-        image = image.array
-    array = as_array(image)
-    while array.ndim > 3 and array.shape[0] == 1:
-        array = array[0]
+    array = _squeeze(as_array(getattr(image, "array", image)), 3)
     if array.ndim not in (2, 3) or array.dtype.kind not in "biuf" or array.size == 0:
         raise UseError(
             "cannot view this image",
@@ -276,28 +272,23 @@ def stand(array: np.ndarray) -> np.ndarray:
     return np.swapaxes(array[..., ::-1, ::-1], -1, -2)[..., None]
 
 
-def _set_grid(scene: Scene, panels: Sequence[Panel], unit: Any) -> None:
-    """The unit grid that all panels share, and the voxels per unit."""
-    for panel in panels:
-        for name, extra in (("mask", 0), ("attention", 1)):
-            value = getattr(panel, name)
-            if value is None:
-                continue
-            array = _squeeze(as_array(value), (2 if scene.flat else 3) + extra)
-            if array.ndim != (2 if scene.flat else 3) + extra:
-                expected = "(rows, columns)" if scene.flat else "(d, h, w)"
-                raise UseError(
-                    f"{name} of panel {panel.title!r} is not on a grid of units",
-                    found=array.shape,
-                    expected=("(heads, " + expected[1:]) if extra else expected,
-                    fix="reshape the units to the encoder's grid",
-                )
-            grid = (array.shape[-1], array.shape[-2], 1) if scene.flat else array.shape[extra:]
-            if scene.grid is not None and grid != scene.grid:
-                raise UseError("panels have different grids of units", found=grid, expected=scene.grid)
-            scene.grid = grid  # type: ignore[assignment]
-    if scene.grid is not None and scene.unit is None:
-        scene.unit = _unit(scene, unit)
+def _on_units(value: Any, name: str, panel: Panel, scene: Scene) -> np.ndarray:
+    """A panel's mask (d, h, w) or attention (heads, d, h, w) on the grid of units that all panels share."""
+    size = (2 if scene.flat else 3) + (name == "attention")
+    array = _squeeze(as_array(value), size)
+    if array.ndim != size:
+        expected = "rows, columns)" if scene.flat else "d, h, w)"
+        raise UseError(
+            f"{name} of panel {panel.title!r} is not on a grid of units",
+            found=array.shape,
+            expected=("(heads, " if name == "attention" else "(") + expected,
+            fix="reshape the units to the encoder's grid",
+        )
+    array = stand(array) if scene.flat else array
+    if scene.grid not in (None, array.shape[-3:]):
+        raise UseError("panels have different grids of units", found=array.shape[-3:], expected=scene.grid)
+    scene.grid = array.shape[-3:]
+    return array
 
 
 def _unit(scene: Scene, unit: Any) -> tuple[float, float, float]:
@@ -326,15 +317,13 @@ def _unit(scene: Scene, unit: Any) -> tuple[float, float, float]:
 
 
 def _layer(panel: Panel, scene: Scene) -> Layer:
-    layer, flat, shape = Layer(panel.title, note=panel.note), scene.flat, scene.given
+    layer, shape = Layer(panel.title, note=panel.note), scene.given
     if panel.mask is not None:
-        mask = _squeeze(as_array(panel.mask), 2 if flat else 3)
-        layer.mask = np.ascontiguousarray(stand(mask) if flat else mask).astype(bool)
+        layer.mask = np.ascontiguousarray(_on_units(panel.mask, "mask", panel, scene)).astype(bool)
     if panel.attention is not None:
-        heads = _squeeze(as_array(panel.attention), 3 if flat else 4).astype(np.float64)
+        heads = _on_units(panel.attention, "attention", panel, scene).astype(np.float64)
         if not np.isfinite(heads).all() or heads.min() < 0:
             raise UseError("attention has values that are not shares", found="negative, NaN or infinity")
-        heads = stand(heads) if flat else heads
         layer.attention = np.concatenate([heads.mean(0, keepdims=True), heads]).astype(np.float32)
     if panel.reconstruction is not None:
         guess = _squeeze(as_array(panel.reconstruction), len(shape))
@@ -344,7 +333,7 @@ def _layer(panel: Panel, scene: Scene) -> Layer:
                 found=guess.shape,
                 expected=f"{shape}, finite, in the unit of the image",
             )
-        layer.reconstruction = Packed.of(stand(guess) if flat else guess)
+        layer.reconstruction = Packed.of(stand(guess) if scene.flat else guess)
     return layer
 
 

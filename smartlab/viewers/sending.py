@@ -28,12 +28,8 @@ def describe(scene: Scene, bounds: Sequence[float], title: str, name: str) -> di
     presets: list[tuple[str, tuple[float, float]]] = list(plots.WINDOWS.items())
     if scene.value_name != "HU":
         low, high = window_of(None, scene)
-        middle = (low + high) / 2
-        presets = [
-            ("whole range", (low, high)),
-            ("lower half", (low, middle)),
-            ("upper half", (middle, high)),
-        ]
+        half = (low + high) / 2
+        presets = [("whole range", (low, high)), ("lower half", (low, half)), ("upper half", (half, high))]
     if all(tuple(bounds) != tuple(known) for _, known in presets):
         presets.append(("given", (bounds[0], bounds[1])))
     units = scene.grid is not None
@@ -75,9 +71,7 @@ def beginning(scene: Scene, cursor: Sequence[int]) -> Message:
         return everything(scene)
     if scene.flat:
         return _begin(scene, [_stretch(n, v, 0, rows) for n, v in volumes.items()], rows)
-    return _begin(
-        scene, [_plane(n, v, axis, cursor[axis]) for axis in (2, 1, 0) for n, v in volumes.items()], rows
-    )
+    return _begin(scene, _planes(volumes, cursor), rows)
 
 
 def block(scene: Scene, first: int, rows: int) -> Message:
@@ -99,47 +93,27 @@ def changed(scene: Scene, number: int, names: Sequence[str], cursor: Sequence[in
             parts += _whole(scene, own)
         else:
             rows = _rows(scene)
-            parts += [
-                _plane(n, v, axis, cursor[axis])
-                for axis in (2, 1, 0)
-                for n, v in own.items()
-                if not scene.flat
-            ]
+            parts += [] if scene.flat else _planes(own, cursor)
     return _message("update", scene, parts, {}, panel=number, gone=gone, block=rows)
 
 
 def _begin(scene: Scene, voxels: list[Part], rows: int) -> Message:
-    tables = (
-        ("heat", render.palette("heat")),
-        ("viridis", render.palette("viridis")),
-        ("colours", render.label_colours()),
-    )
-    parts = [_part(name, table) for name, table in tables]
+    parts = [_part(name, render.palette(name)) for name in ("heat", "viridis")]
+    parts.append(_part("colours", render.label_colours()))
     for number in range(len(scene.layers)):
         parts += _units(scene, number, ("mask", "attention"))
     return _message("arrays", scene, voxels + parts, _volumes(scene)[1], block=rows)
 
 
 def _message(kind: str, scene: Scene, parts: list[Part], same: dict[str, str], **more: Any) -> Message:
-    content = {
-        "kind": kind,
-        "shape": list(scene.shape),
-        "arrays": [part for part, _ in parts],
-        "same": same,
-        **more,
-    }
+    arrays = [part for part, _ in parts]
+    content = {"kind": kind, "shape": list(scene.shape), "arrays": arrays, "same": same, **more}
     return content, [zlib.compress(np.ascontiguousarray(array).data, 1) for _, array in parts]
 
 
 def _part(name: str, array: np.ndarray, scale: float = 1.0, offset: float = 0.0, **more: Any) -> Part:
-    described = {
-        "name": name,
-        "type": str(array.dtype),
-        "shape": list(array.shape),
-        "scale": scale,
-        "offset": offset,
-    }
-    return {**described, **more}, array
+    described = {"name": name, "type": str(array.dtype), "shape": list(array.shape)}
+    return {**described, "scale": scale, "offset": offset, **more}, array
 
 
 def _units(scene: Scene, number: int, names: Iterable[str]) -> Iterable[Part]:
@@ -188,6 +162,10 @@ def _stretch(name: str, packed: Packed, first: int, last: int) -> Part:
     return _part(name, rows, packed.scale, packed.offset, first=first)
 
 
-def _plane(name: str, packed: Packed, axis: int, index: int) -> Part:
-    cut = np.take(packed.raw, [index], axis=axis).T
-    return _part(name, cut, packed.scale, packed.offset, axis=axis, at=index)
+def _planes(volumes: dict[str, Packed], cursor: Sequence[int]) -> list[Part]:
+    """The three planes through the cursor."""
+    return [
+        _part(n, np.take(v.raw, [cursor[a]], axis=a).T, v.scale, v.offset, axis=a, at=cursor[a])
+        for a in (2, 1, 0)
+        for n, v in volumes.items()
+    ]

@@ -41,7 +41,7 @@ class EmbeddingViewer(Pictured, anywidget.AnyWidget):
     ) -> None:
         self.points, self.labels, self.names, self.title = points, labels, names, title
         self._crops, self._window, self.name = crops, window, uuid.uuid4().hex[:12]
-        self.told = f"Scatter of {len(points)} points"
+        self.alt = f"Scatter of {len(points)} points"
         self.kinds = sorted(set(labels))
         self._which = np.array([self.kinds.index(label) for label in labels], np.uint16)
         places = range(len(self.kinds))

@@ -28,7 +28,7 @@ class Pictured:
     """A viewer whose picture stands beside it, and remains where no kernel answers."""
 
     name: str  # of this viewer alone
-    told: str  # what the picture shows, for who cannot see it
+    alt: str  # what the picture shows, for who cannot see it
 
     def figure(self) -> Figure:
         """What is shown now as a Matplotlib figure."""
@@ -46,7 +46,7 @@ class Pictured:
         # JupyterLab puts a line below the picture of a reopened notebook, whose widgets are gone with the kernel
         after = f".jp-OutputArea-child:has(.smartlab-still-{self.name}) + .jp-OutputArea-child"
         return f"<style>{after} .jupyter-widgets:not(:has(*)) {{ display: none }}</style>" + (
-            f'<img class="smartlab-still smartlab-still-{self.name}" alt="{escape(self.told)}" '
+            f'<img class="smartlab-still smartlab-still-{self.name}" alt="{escape(self.alt)}" '
             f'style="max-width:100%" src="data:image/png;base64,{text}">'
         )
 

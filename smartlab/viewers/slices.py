@@ -65,7 +65,7 @@ class SliceViewer(Pictured, anywidget.AnyWidget):
         if plane not in (*plots.PLANES, "all"):
             raise UseError(f"no plane {plane!r}", expected=", ".join((*plots.PLANES, "all")))
         self.scene, self.title, self.name, self._pick = scene, title, uuid.uuid4().hex[:12], pick
-        self._bounds, self.told = window_of(window, scene), title or "Slices of the image with their overlays"
+        self._bounds, self.alt = window_of(window, scene), title or "Slices of the image with their overlays"
         alone = len(scene.layers) == 1 and not scene.flat
         super().__init__(
             meta=self._describe(scene),

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
@@ -81,7 +82,16 @@ Autoencoder = Literal["miram", "mae"]
 class NotebookParameters(BaseModel):
     """Base of a notebook's parameters, with a field for each."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> type[Self]:
+        """A model with these fields: name -> (type, default, or ... where a value must be given)."""
+        with (
+            warnings.catch_warnings()
+        ):  # a parameter may have a name that pydantic has for itself, such as copy
+            warnings.filterwarnings("ignore", message="Field name")
+            return create_model("Parameters", __base__=cls, **fields)
 
     @classmethod
     def read(cls, namespace: Mapping[str, Any]) -> Self:
@@ -118,7 +128,7 @@ def parameters(namespace: MutableMapping[str, Any]) -> Any:
         if name in before or (name in namespace and _is_value(name, namespace[name]))
     }
     given = {name: namespace[name] for name in types} if before else namespace
-    read = create_model("Parameters", __base__=NotebookParameters, **types).read(given)
+    read = NotebookParameters.of(types).read(given)
     namespace[_READ] = tuple(types)
     return read
 

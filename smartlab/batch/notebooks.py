@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, create_model
+from pydantic import Field
 
 from smartlab import notebook
 from smartlab.core.errors import UseError, near
@@ -52,7 +52,7 @@ def _declared(path: Path, changed: int) -> type[NotebookParameters]:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         value = getattr(node, "value", None)
         for target in targets:
-            if isinstance(target, ast.Name) and value is not None:
+            if isinstance(target, ast.Name) and not target.id.startswith("_") and value is not None:
                 try:
                     default = ast.literal_eval(value)
                 except (ValueError, TypeError, RecursionError, MemoryError):
@@ -63,7 +63,7 @@ def _declared(path: Path, changed: int) -> type[NotebookParameters]:
                 ):  # a type that takes a kernel to know: that of the default
                     kind = _type(node.annotation) if isinstance(node, ast.AnnAssign) else None
                 fields[target.id] = (kind or (Any if default is None else type(default)), default)
-    return create_model("Parameters", __base__=NotebookParameters, **fields)
+    return NotebookParameters.of(fields)
 
 
 def _tagged_cell(path: Path) -> list[ast.stmt]:

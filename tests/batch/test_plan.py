@@ -13,6 +13,7 @@ from smartlab import UseError, load_config
 from smartlab.batch import dry_run, expand, load_plan, shipped_plans
 from smartlab.batch.summary import describe
 from smartlab.core.config import parse_overrides
+from smartlab.notebook import parameters
 from tests.batch.toys import toy_notebook, write_plan
 
 
@@ -151,6 +152,19 @@ def test_a_value_that_the_notebook_refuses_is_refused_by_the_plan(tmp_path, cont
     assert len(load_plan(fine).combinations) == 1
     with pytest.raises(UseError, match=hint):
         load_plan(write_plan(tmp_path, **content))
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_name_is_a_good_name(tmp_path):
+    """Also one that pydantic has for itself; a private name is none of a plan's."""
+    toy_notebook(tmp_path, first="model_dim = 3\ncopy: int = 2\nread = 1.0\n_own = 4\nout = ''")
+    plan = load_plan(write_plan(tmp_path, grid={"model_dim": [1, 2]}, parameters={"copy": 5, "read": 2}))
+    assert plan.steps[0].known == {"model_dim": 3, "copy": 2, "read": 1.0, "out": ""}
+    with pytest.raises(UseError, match=r"toy\.copy has the wrong type"):
+        load_plan(write_plan(tmp_path, parameters={"copy": "x"}))
+    cell = {"model_dim": 3, "copy": 2, "read": 1.0, "_own": 4}
+    p = parameters(cell | {"__annotations__": {"model_dim": int, "copy": int, "read": float}})
+    assert (p.model_dim, p.copy, p.read) == (3, 2, 1.0)
 
 
 def test_a_text_made_of_an_earlier_run_waits_for_it(tmp_path):

@@ -24,7 +24,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, ValidationError, create_model
 
 import smartlab
 from smartlab.core.errors import DataError, UseError, near
@@ -91,7 +91,14 @@ class NotebookParameters(BaseModel):
             warnings.catch_warnings()
         ):  # a parameter may have a name that pydantic has for itself, such as copy
             warnings.filterwarnings("ignore", message="Field name")
-            return create_model("Parameters", __base__=cls, **fields)
+            try:
+                return create_model("Parameters", __base__=cls, **fields)
+            except PydanticUserError as error:
+                raise UseError(
+                    "a parameter has a type that cannot be checked",
+                    found=str(error).splitlines()[0],
+                    expected="str, bool, int, float, or a word of smartlab.notebook such as AtLeast[2]",
+                ) from None
 
     @classmethod
     def read(cls, namespace: Mapping[str, Any]) -> Self:

@@ -438,6 +438,11 @@ def test_a_parameter_without_a_type_is_told_how_to_get_one():
         parameters({"patients": 1, "split": "", "out": "x", "__annotations__": TOY, "depth": 3})
 
 
+def test_a_word_without_its_number_is_told_how_it_is_written():
+    with pytest.raises(UseError, match=r"cannot be checked.*AtLeast.*such as AtLeast\[2\]"):
+        parameters({"patients": 1, "__annotations__": {"patients": AtLeast}})
+
+
 def test_what_a_notebook_annotates_later_is_no_parameter():
     later = {"table": dict[str, list], "volume": Path}
     p = parameters(

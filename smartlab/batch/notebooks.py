@@ -53,17 +53,20 @@ def _declared(path: Path, changed: int) -> type[NotebookParameters]:
         value = getattr(node, "value", None)
         for target in targets:
             if isinstance(target, ast.Name) and not target.id.startswith("_") and value is not None:
-                try:
-                    default = ast.literal_eval(value)
-                except (ValueError, TypeError, RecursionError, MemoryError):
-                    default = None  # not a plain value: any type will do
-                kind = None
-                with suppress(
-                    ValueError, TypeError
-                ):  # a type that takes a kernel to know: that of the default
-                    kind = _type(node.annotation) if isinstance(node, ast.AnnAssign) else None
-                fields[target.id] = (kind or (Any if default is None else type(default)), default)
+                fields[target.id] = _field(value, getattr(node, "annotation", None))
     return NotebookParameters.of(fields)
+
+
+def _field(value: ast.expr, annotation: ast.expr | None) -> tuple[Any, Any]:
+    """Type and default of a parameter: the default's type where none is written, or one that only a kernel knows."""
+    kind = default = None
+    with suppress(
+        ValueError, TypeError, RecursionError, MemoryError
+    ):  # else no plain value: any type will do
+        default = ast.literal_eval(value)
+    with suppress(ValueError, TypeError):
+        kind = annotation and _type(annotation)
+    return kind or (Any if default is None else type(default)), default
 
 
 def _tagged_cell(path: Path) -> list[ast.stmt]:

@@ -55,7 +55,7 @@ def scales(parts: Mapping[int, Mapping[str, Tensor]], title: str = "", image: in
             )
             ax.set_xticks([])
             ax.set_yticks([])
-            if row is axes[0]:
+            if ax in axes[0]:
                 ax.set_title(name, fontsize=10)
             if error:
                 figure.colorbar(drawn, ax=ax, fraction=0.046, pad=0.02).ax.tick_params(labelsize=8)

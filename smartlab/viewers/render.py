@@ -256,7 +256,8 @@ def _explain(figure: Figure, axes: np.ndarray, scene: Scene, look: Look) -> None
     if "labels" in look.shown and scene.names:
         for v, name in list(scene.names.items())[:24]:
             entries.append(Patch(color=tuple(swatch(scene, v, look)), label=name))
-    figure.legend(handles=entries, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    columns = min(6, max(1, int(figure.get_figwidth() / 1.8)))  # as many as its width holds
+    figure.legend(handles=entries, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def swatch(scene: Scene, label: int, look: Look) -> np.ndarray:

@@ -14,7 +14,7 @@ from PIL import Image
 
 import smartlab as sl
 from smartlab.core import plots
-from smartlab.viewers import Panel, masks, render, sending
+from smartlab.viewers import Panel, mammography, masks, render, sending
 from smartlab.viewers.scene import Packed, build
 
 SHAPE, GRID = (24, 16, 8), (6, 4, 2)
@@ -268,3 +268,22 @@ def test_a_viewer_shows_its_picture_and_its_widget(monkeypatch):
 def test_wrong_input_is_named(change, message):
     with pytest.raises(sl.UseError, match=message):
         sl.view(**({"image": IMAGE} | change))
+
+
+def test_the_legend_of_a_narrow_picture_stays_on_it():
+    """One small panel with labels: what a mammogram's explorer shows."""
+    image, labels = np.zeros((40, 40)), np.zeros((40, 40), int)
+    labels[5:9, 5:9], labels[20:30, 20:30] = 1, 2
+    viewer = sl.view(image, labels=labels, label_names=["a lesion with a long name", "another"])
+    viewer.shown = ["labels"]
+    figure = viewer.figure()
+    figure.canvas.draw()
+    extent = figure.legends[0].get_window_extent()
+    assert extent.x0 >= 0 and extent.x1 <= figure.bbox.width
+
+
+def test_scales_of_a_mammogram_have_their_columns_named():
+    part = {name: torch.rand(1, 1, 8, 8) for name in ("target", "guess", "hidden")}
+    figure = mammography.scales({1: part, 2: part}, "title")
+    titles = [ax.get_title() for ax in figure.axes]
+    assert [t for t in titles if t] == list(mammography.COLUMNS) and titles[0] == "original"

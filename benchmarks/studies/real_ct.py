@@ -35,6 +35,7 @@ from benchmarks.harness import machine
 from benchmarks.studies import recipe
 from benchmarks.studies.recipe import RECIPE
 from smartlab.core.config import parse_overrides
+from smartlab.core.places import code_version
 from smartlab.data.cohort.manifest import Case, Manifest, Source
 from smartlab.data.store.prepare import prepare_store
 from smartlab.evaluation.features.encoders import random_encoder
@@ -42,7 +43,7 @@ from smartlab.evaluation.features.grids import unit_counts
 from smartlab.evaluation.judge.means import patient_weights
 from smartlab.evaluation.judge.result import Result, clean
 from smartlab.evaluation.look import units
-from smartlab.notebook import code_version, phantom_folder
+from smartlab.notebook import phantom_folder
 
 SETTINGS = RECIPE | {
     "encoder.embed_dim": 24,

@@ -20,13 +20,16 @@ from typing import Any
 from smartlab.batch import records
 from smartlab.batch.cluster import Place, connect
 from smartlab.batch.plan import Plan, load_plan
-from smartlab.batch.progress import BLOCKED, FLYING, WAITING, Progress, StepCount
+from smartlab.batch.progress import Count, Progress, Standing
+from smartlab.batch.report import write_progress
 from smartlab.batch.runs import code_digest, expand, resolve
-from smartlab.batch.summary import BatchReport, write_summary
+from smartlab.batch.summary import BLOCKED, WAITING, BatchReport, write_summary
 from smartlab.core.files import write_bytes
 from smartlab.core.workers import StopRequest, draining
 
 LOOK_AGAIN = 2.0  # seconds between two looks at a run that another batch has
+FLYING = "flying"  # at Dask
+PAGE_EVERY = 10.0  # seconds between two writings of the page
 MOST_LOST = 3  # times a run may lose its process before it counts as failed
 
 
@@ -57,7 +60,7 @@ def run_batch(
         if batch.ready:
             place = stack.enter_context(connect(list(batch.runs.values()), workers, scheduler))
             batch.work(place, stop, table)
-        table.show(batch.snapshot(), ends=True)
+        table.show(batch.standing(), ends=True)
     report = batch.report(time.monotonic() - start)
     write_summary(report)
     return report
@@ -77,7 +80,8 @@ class Batch:
         self.lost: Counter[str] = Counter()
         self.busy: dict[str, float] = {}  # key -> when to look again
         self.flying: dict[str, Any] = {}  # key -> Dask's future
-        self.executed, self.number, self.changed = 0, 0, False
+        self.executed, self.number, self.changed, self.most = 0, 0, False, 1
+        self.next_page = 0.0
         self.token = uuid.uuid4().hex[:8]  # two batches may share a scheduler
         self.children: dict[str, list[str]] = {key: [] for key in self.runs}
         for run in self.runs.values():
@@ -160,7 +164,15 @@ class Batch:
                     self._take(arrived.get_nowait(), place)
             except queue.Empty:
                 pass
-            table.show(self.snapshot(), draining=stop.asked)
+            standing = self.standing()
+            table.show(standing, draining=stop.asked)
+            self._write_page(standing)
+
+    def _write_page(self, standing: Standing) -> None:
+        """Now and then, so that it costs the batch little however many runs there are."""
+        if (begin := time.monotonic()) > self.next_page:
+            write_progress(self.out, self.plan, standing)
+            self.next_page = time.monotonic() + min(60, max(PAGE_EVERY, 20 * (time.monotonic() - begin)))
 
     def _submit(self, place: Place, arrived: queue.SimpleQueue[Any]) -> None:
         """Few runs wait at Dask, however many there are: it stays small and the order stays ours."""
@@ -268,17 +280,17 @@ class Batch:
                 self.state[key] = WAITING
                 future.cancel()
 
-    def snapshot(self) -> list[StepCount]:
-        """Counts by step, with the time left."""
-        steps = {step.name: StepCount(step.name, step.resources.minutes * 60) for step in self.plan.steps}
+    def standing(self) -> Standing:
+        steps = {name: Count(name, known=seconds) for name, seconds in self.seconds.items()}
         for key, run in self.runs.items():
-            state = self.state[key]
-            if state == FLYING and not records.is_locked(self.out, key):
-                state = WAITING
-            steps[run.step].counts[state] += 1
-        for name, count in steps.items():
-            count.known = self.seconds[name]
-        return list(steps.values())
+            state, count = self.state[key], steps[run.step]
+            count.done += state == records.DONE
+            count.failed += state in (records.FAILED, BLOCKED)
+            running = state == FLYING and records.is_locked(self.out, key)
+            count.running += running
+            count.waiting += state == WAITING or (state == FLYING and not running)
+        self.most = max(self.most, sum(s.running for s in steps.values()))
+        return Standing(list(steps.values()), self.most)
 
     def report(self, seconds: float) -> BatchReport:
         counts = Counter(dict.fromkeys((records.DONE, records.FAILED, BLOCKED, WAITING), 0))
@@ -303,6 +315,4 @@ class Batch:
                 f"{self.other_code} runs in this folder were made by another version of smartlab or of a notebook "
                 "and were not counted; --any-code counts them"
             )
-        return BatchReport(
-            self.out, self.plan, dict(counts), failures, self.snapshot(), self.executed, seconds, note
-        )
+        return BatchReport(self.out, self.plan, dict(counts), failures, self.executed, seconds, note)

@@ -1,52 +1,91 @@
-"""The table that follows a batch: done, running, failed, waiting and the time left, by step.
+"""Where a batch stands: done, running, failed, waiting and the time left, by step.
 
-In a terminal it is redrawn in place, in a notebook it is one output that changes, and in a log file it is a
-line now and then.
+In a terminal the table is redrawn in place, in a notebook it is one output that changes, and in a log file it is
+a line now and then.
 """
 
 from __future__ import annotations
 
 import html
+import math
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from smartlab.core import page
 from smartlab.training.live import clock, in_notebook
 
 EVERY = 1.0  # seconds between two drawings
 LINE_EVERY = 30.0  # seconds between two lines of a log
-WAITING, FLYING, BLOCKED = "waiting", "flying", "blocked"  # besides done and failed
 COLUMNS = ("done", "running", "failed", "waiting")
 
-__all__ = ["BLOCKED", "FLYING", "WAITING", "Progress", "StepCount", "clock", "seconds_left"]
+__all__ = ["COLUMNS", "Count", "Progress", "Standing", "clock"]
 
 
 @dataclass
-class StepCount:
+class Count:
     """How many runs of a step are in which state, and how long those took that are done."""
 
     name: str
-    limit: float  # seconds
-    counts: Counter[str] = field(default_factory=Counter)
+    done: int = 0
+    running: int = 0
+    failed: int = 0  # or not to be run, because a run they build on failed
+    waiting: int = 0
     known: list[float] = field(default_factory=list)  # seconds of each done run
 
-    def each(self) -> float:
-        """Seconds that a run of this step takes, as far as is known; its limit before the first is done."""
-        return statistics.median(self.known) if self.known else self.limit
+    @property
+    def left(self) -> float:
+        """Runs; half of a running one is taken to be over."""
+        return self.waiting + self.running / 2
 
-    def row(self) -> list[int]:
-        c = self.counts
-        return [c["done"], c[FLYING], c["failed"] + c[BLOCKED], c[WAITING]]
+    def work(self) -> tuple[float, float]:
+        """Seconds of work left and by how much that may be wrong (95%); not-a-number before the first has ended.
+
+        The runs left are taken to be as long as those done, and to spread like them: as if one more had been seen
+        that was a third off, for after one run nobody knows.
+        """
+        if not self.left:
+            return 0.0, 0.0
+        if not self.known:
+            return math.nan, math.nan
+        k, mean = len(self.known), statistics.fmean(self.known)
+        spread = math.sqrt((sum((x - mean) ** 2 for x in self.known) + (mean / 3) ** 2) / k)
+        return self.left * mean, 2 * spread * math.sqrt(self.left + self.left**2 / k)
 
 
-def seconds_left(steps: Sequence[StepCount], at_once: int) -> float:
-    """Half of a running run is taken to be over."""
-    work = sum(s.each() * (s.counts[WAITING] + s.counts[FLYING] / 2) for s in steps)
-    return work / max(1, at_once)
+@dataclass
+class Standing:
+    """The steps of a batch, of whose runs `at_once` go on at a time."""
+
+    steps: list[Count]
+    at_once: int = 1
+
+    def rows(self) -> list[list[str]]:
+        """COLUMNS and the time left, a row per step, and one for all."""
+        rows = [[s.name, *(str(getattr(s, c)) for c in COLUMNS), self.left([s])] for s in self.steps]
+        sums = [str(self.sum(column)) for column in COLUMNS]
+        return [*rows, ["all", *sums, self.left(self.steps)]] if len(rows) > 1 else rows
+
+    def sum(self, column: str) -> int:
+        return sum(getattr(s, column) for s in self.steps)
+
+    def left(self, steps: Sequence[Count]) -> str:
+        """The time left as a range; nothing before a run of each kind has ended."""
+        work, wrong = zip(*(s.work() for s in steps), strict=True)
+        left, half = sum(work), math.hypot(*wrong)
+        if not left or math.isnan(left):
+            return ""
+        each = max(1, min(self.at_once, math.ceil(sum(s.left for s in steps))))
+        low, high = clock(max(0.0, left - half) / each), clock((left + half) / each)
+        return f"{low} to {high}" if low != high else f"about {low}"
+
+    def __str__(self) -> str:
+        left = self.left(self.steps)
+        numbers = ", ".join(f"{self.sum(column)} {column}" for column in COLUMNS)
+        return f"{numbers} · {left} left" if left else numbers
 
 
 class Progress:
@@ -57,7 +96,6 @@ class Progress:
         self.notebook = shown and in_notebook()
         self.terminal = shown and not self.notebook and sys.stdout.isatty()
         self.height, self.drawn, self.said = 0, 0.0, ""
-        self.most = 1  # runs seen at once
         self.handle: Any = None
 
     def __enter__(self) -> Self:
@@ -67,67 +105,36 @@ class Progress:
         if self.terminal and self.height:
             print(flush=True)
 
-    def show(self, steps: list[StepCount], *, draining: bool = False, ends: bool = False) -> None:
+    def show(self, standing: Standing, *, draining: bool = False, ends: bool = False) -> None:
         every = EVERY if self.notebook or self.terminal else LINE_EVERY
         if not self.shown or (time.monotonic() - self.drawn < every and not ends):
             return
         self.drawn = time.monotonic()
-        self.most = max(self.most, sum(s.counts[FLYING] for s in steps))
-        head = self.title + (" · finishing what runs; Ctrl-C again breaks off" if draining else "")
+        title = self.title + (" · finishing what runs; Ctrl-C again breaks off" if draining else "")
+        head, rows = ["step", *COLUMNS, "time left"], standing.rows()
         if self.notebook:
-            self._in_notebook(self.as_html(head, steps))
+            cells = [list(map(html.escape, row)) for row in rows]
+            self._in_notebook(
+                f"<div role='status'><b>{html.escape(title)}</b></div>{page.table(head, cells)}"
+            )
         elif self.terminal:
-            lines = self.as_text(head, steps)
+            wide = max(len(row[0]) for row in [head, *rows])
+            lines = [
+                f"{row[0]:<{wide}}" + "".join(f"{cell:>9}" for cell in row[1:-1]) for row in [head, *rows]
+            ]
+            lines = [title, *(f"{line}{row[-1]:>18}" for line, row in zip(lines, [head, *rows], strict=True))]
             back = f"\x1b[{self.height - 1}A\r" if self.height > 1 else ""
             sys.stdout.write(back + "\n".join(f"\x1b[2K{line}" for line in lines))
             sys.stdout.flush()
             self.height = len(lines)
-        elif (line := self.as_line(steps)) != self.said:
+        elif (line := f"{self.title} · {standing}") != self.said:
             self.said = line
             print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
-    def left(self, steps: Sequence[StepCount]) -> str:
-        waiting = any(s.counts[WAITING] or s.counts[FLYING] for s in steps)
-        if not waiting:
-            return "-"
-        known = all(s.known for s in steps if s.counts[WAITING] or s.counts[FLYING])
-        return ("" if known else "< ") + clock(seconds_left(steps, self.most))
-
-    def as_text(self, head: str, steps: list[StepCount]) -> list[str]:
-        wide = max(len(s.name) for s in steps)
-        lines = [head, f"{'step':<{wide}}" + "".join(f"{c:>9}" for c in COLUMNS) + f"{'left':>14}"]
-        for s in steps:
-            lines.append(f"{s.name:<{wide}}" + "".join(f"{n:>9}" for n in s.row()) + f"{self.left([s]):>14}")
-        if len(steps) > 1:
-            lines.append(
-                f"{'all':<{wide}}" + "".join(f"{n:>9}" for n in _sum(steps)) + f"{self.left(steps):>14}"
-            )
-        return lines
-
-    def as_line(self, steps: list[StepCount]) -> str:
-        numbers = ", ".join(f"{n} {name}" for n, name in zip(_sum(steps), COLUMNS, strict=True))
-        return f"{self.title} · {numbers} · {self.left(steps)} left"
-
-    def as_html(self, head: str, steps: list[StepCount]) -> str:
-        rows = [[s.name, *s.row(), self.left([s])] for s in steps]
-        rows += [["all", *_sum(steps), self.left(steps)]] if len(steps) > 1 else []
-        cells = "".join(
-            f"<tr><td style='text-align:left'>{html.escape(str(row[0]))}</td>"
-            + "".join(f"<td>{html.escape(str(value))}</td>" for value in row[1:])
-            + "</tr>"
-            for row in rows
-        )
-        names = "".join(f"<th>{name}</th>" for name in ("step", *COLUMNS, "time left"))
-        return f"<div role='status'><b>{html.escape(head)}</b></div><table><tr>{names}</tr>{cells}</table>"
-
-    def _in_notebook(self, page: str) -> None:
+    def _in_notebook(self, shown: str) -> None:
         from IPython.display import HTML, display
 
         if self.handle is None:
-            self.handle = display(HTML(page), display_id=True)
+            self.handle = display(HTML(shown), display_id=True)
         else:
-            self.handle.update(HTML(page))
-
-
-def _sum(steps: Sequence[StepCount]) -> list[int]:
-    return [sum(column) for column in zip(*(s.row() for s in steps), strict=True)]
+            self.handle.update(HTML(shown))

@@ -199,6 +199,22 @@ def seed_column(table: pd.DataFrame) -> str | None:
     return next((name for name in named if table[name].nunique() > 1), named[0] if named else None)
 
 
+def unaffected(rows: pd.DataFrame) -> list[str]:
+    """The factors that change nothing in one metric: it is the same, to the last digit, whatever their level.
+
+    Compared are runs that agree in every other factor and in the seed.
+    """
+    names, seed = factors(rows), seed_column(rows)
+    found, rows = [], rows[rows.value.notna()]
+    for factor in names:
+        others = [name for name in names if name != factor] + ([seed] if seed else [])
+        cells = [part for _, part in rows.groupby(others, dropna=False)] if others else [rows]
+        compared = [part.value for part in cells if part[factor].astype(str).nunique() > 1]
+        if compared and all(values.nunique() == 1 for values in compared):
+            found.append(factor)
+    return found
+
+
 def one_metric(table: pd.DataFrame, metric: str, step: str | None = None) -> pd.DataFrame:
     """The rows of one metric; with its name misspelt or in two steps, an error that says so."""
     import difflib
@@ -268,14 +284,15 @@ def effects(table: pd.DataFrame, metric: str, step: str | None = None) -> pd.Dat
     """Each level of each factor minus the factor's first level, all else equal.
 
     Pairs agree in every other factor and in the seed. The test is a t-test in which a seed counts once,
-    however many pairs it has; p-values are Holm's over the table. Needs two seeds.
+    however many pairs it has; p-values are Holm's over the table. Needs two seeds. A factor that the metric
+    is `unaffected` by is not tested: its differences are 0 and have no p.
     """
     import pandas as pd
 
     from smartlab.evaluation.judge.stats import holm, paired_mean
 
     rows = one_metric(table, metric, step)
-    names, seed, found = factors(rows), seed_column(rows), []
+    names, seed, found, same = factors(rows), seed_column(rows), [], unaffected(rows)
     rows = rows[rows.value.notna()]
     if seed is None or rows[seed].nunique() < 2:
         return pd.DataFrame(columns=["factor", "level", "against", "value", "low", "high", "p", "n"])
@@ -290,5 +307,5 @@ def effects(table: pd.DataFrame, metric: str, step: str | None = None) -> pd.Dat
             difference = paired_mean(pairs.value, pairs.value_first, pairs[seed].to_numpy())
             found.append({"factor": factor, "level": level, "against": levels[0], **difference._asdict()})
     listed = pd.DataFrame(found, columns=["factor", "level", "against", "value", "low", "high", "p", "n"])
-    listed["p"] = holm(listed.p.to_numpy(float))
+    listed["p"] = holm(listed.p.where(~listed.factor.isin(same)).to_numpy(float))
     return listed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 from smartlab.batch import records
 from smartlab.batch.plan import Plan
-from smartlab.batch.progress import BLOCKED, WAITING, StepCount, clock, seconds_left
+from smartlab.batch.progress import clock
 from smartlab.batch.runs import expand
 from smartlab.core.errors import DataError
+
+WAITING, BLOCKED = "waiting", "blocked"  # besides done, failed and running
 
 
 @dataclass
@@ -22,7 +25,6 @@ class BatchReport:
     plan: Plan
     counts: dict[str, int]
     failures: list[dict[str, Any]]  # step, run, error, folder
-    steps: list[StepCount]
     executed: int  # by this call
     seconds: float
     note: str = ""
@@ -62,19 +64,19 @@ class BatchReport:
 
 
 def write_summary(report: BatchReport) -> None:
-    """results.csv and ablation.md, when there is something new to say."""
-    page, listing = report.out / "ablation.md", report.out / "results.csv"
-    if report.counts[records.DONE] and (report.executed or not page.is_file()):
-        from smartlab.batch.report import write_report
-        from smartlab.batch.results import export_results, load_results
+    """results.csv, ablation.md and report.html, when there is something new to say."""
+    from smartlab.batch.report import PAGE, write_report
+    from smartlab.batch.results import export_results, load_results
 
+    files = [report.out / name for name in (PAGE, "ablation.md", "results.csv")]
+    if report.counts[records.DONE] and (report.executed or not all(path.is_file() for path in files)):
         try:
-            export_results(load_results(report.out), listing)
+            export_results(load_results(report.out), files[-1])
             write_report(report.out, plan=report.plan)
         except (DataError, OSError) as error:  # results that cannot be summarised are still results
             report.note = f"{report.note}\nno summary: {error}".strip()
             return
-    report.files = [path for path in (page, listing) if path.is_file()]
+    report.files = [path for path in files if path.is_file()]
 
 
 def dry_run(plan: Plan, out: str | Path | None = None, workers: int | None = None) -> dict[str, Any]:
@@ -82,27 +84,24 @@ def dry_run(plan: Plan, out: str | Path | None = None, workers: int | None = Non
     out = Path(out or Path("runs") / plan.name).resolve()
     from smartlab.batch.cluster import machine, slots
 
-    runs = expand(plan)
-    found = records.survey(out)
+    runs, found = expand(plan), records.survey(out)
     seconds: dict[str, list[float]] = {step.name: [] for step in plan.steps}
     for _, record in found.values():
         if record["state"] == records.DONE and record["step"] in seconds:
             seconds[record["step"]].append(record["seconds"])
-    counts = {s.name: StepCount(s.name, s.resources.minutes * 60, known=seconds[s.name]) for s in plan.steps}
     rows = []
     for run in runs:
         state = found[run.key][1]["state"] if run.key in found else WAITING
         state = WAITING if state == records.RUNNING else state
-        counts[run.step].counts[state] += 1
         rows.append({"step": run.step, "run": run.name, "state": state, "parameters": run.parameters})
-    at_once = workers or slots(
-        [run.resources for run in runs], machine(bool(any(r.resources.gpus for r in runs)))
-    )
-    left = sum(
-        seconds_left([counts[s.name]], min(at_once, slots([s.resources], machine(bool(s.resources.gpus)))))
-        for s in plan.steps
-    )
-    measured = all(c.known or not c.counts[WAITING] for c in counts.values())
+    has = machine(any(run.resources.gpus for run in runs))
+    at_once = workers or slots([run.resources for run in runs], has)
+    left, measured = 0.0, True
+    for step in plan.steps:
+        todo = sum(row["step"] == step.name and row["state"] == WAITING for row in rows)
+        each = statistics.median(seconds[step.name] or [step.resources.minutes * 60])
+        left += todo * each / min(at_once, slots([step.resources], has))
+        measured = measured and bool(seconds[step.name] or not todo)
     return {
         "plan": plan.name,
         "out": str(out),

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from smartlab.core import page
 from smartlab.core.errors import DataError, UseError
 from smartlab.core.files import write_text
 from smartlab.core.places import notebook_folder
@@ -273,29 +274,6 @@ def _write_html(executed: Path, page: Path) -> None:
     write_text(page, body)
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">{refresh}
-<title>smartlab: {title}</title>
-<style>
-body {{ font: 17px/1.55 system-ui, sans-serif; max-width: 68rem; margin: 2.5rem auto; padding: 0 1.2rem; color: #1a2530 }}
-a {{ color: #0b5394 }} h1 {{ margin: 0; font-size: 2rem }} h2 {{ margin: 0 0 .3rem; font-size: 1.45rem }}
-table {{ border-collapse: collapse; margin: 1.2rem 0; width: 100%; font-size: .95rem }}
-td, th {{ text-align: left; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid #d5dbe1; vertical-align: top }}
-td:nth-child(2) {{ text-align: right; white-space: nowrap }}
-section {{ border-top: 1px solid #d5dbe1; padding: 1.6rem 0 }} p {{ margin: .3rem 0 .8rem }}
-figure {{ margin: 1rem 0 1.4rem }} figure img {{ display: block; max-width: 100%; border-radius: 4px }}
-figcaption {{ color: #44515d; font-size: .95rem; margin-top: .5rem }}
-iframe {{ border: 1px solid #d5dbe1; border-radius: 4px; width: 100%; height: 46rem }}
-.headline {{ font-size: 1.12rem; font-weight: 600 }} .failed {{ color: #a4262c }} small, .waiting {{ color: #5a6672 }}
-</style></head><body>
-<h1>{title}</h1>
-<p>{about}</p>
-{patient}<table><tr><th></th><th>time</th><th>what was seen</th></tr>
-{rows}</table>
-{sections}</body></html>
-"""
-
-
 def _write_page(result: DemoResult) -> None:
     rows, sections = [], []
     for step in result.steps:
@@ -303,12 +281,9 @@ def _write_page(result: DemoResult) -> None:
         style = "failed" if step.problem else "headline" if step.headline else "waiting"
         time_of = f"{step.seconds:.0f} s" if step.state == "done" else ""
         title = html.escape(step.title)
-        rows.append(
-            f'<tr><td><a href="#{step.name}">{title}</a></td><td>{time_of}</td><td>{said}</td></tr>\n'
-        )
+        rows.append([f'<a href="#{step.name}">{title}</a>', time_of, said])
         pictures = "".join(
-            f'<figure><a href="{(path := figure.relative_to(result.out))}"><img alt="{figure.stem}" src="{path}"></a>'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>\n"
+            page.figure(str(figure.relative_to(result.out)), figure.stem, caption)
             for figure, caption in zip(step.figures, step.captions, strict=True)
             if figure.suffix == ".png"
         )
@@ -329,18 +304,18 @@ def _write_page(result: DemoResult) -> None:
             f'<p class="{style}">{said}</p>{pictures}{knobs}{more}</section>\n'
         )
     patient = (
-        '<figure><img alt="patient" src="patient.png"><figcaption>One of the synthetic patients that everything below works '
-        "on, with the organs that come labelled (colours). Scan and labels are drawn by a procedure.</figcaption></figure>\n"
+        page.figure(
+            "patient.png",
+            "patient",
+            "One of the synthetic patients that everything below works on, with the organs that come labelled (colours). "
+            "Scan and labels are drawn by a procedure.",
+        )
         if result.patient
         else ""
     )
     unfinished = any(step.state != "done" for step in result.steps)
-    page = _PAGE.format(
-        title="A tour of smartlab" if result.tour else "The notebooks of smartlab",
-        about=_SYNTHETIC + (" This page fills as the notebooks end." if unfinished else ""),
-        refresh='<meta http-equiv="refresh" content="5">' if unfinished else "",
-        patient=patient,
-        rows="".join(rows),
-        sections="".join(sections),
-    )
-    write_text(result.page, page)
+    title = "A tour of smartlab" if result.tour else "The notebooks of smartlab"
+    about = _SYNTHETIC + (" This page fills as the notebooks end." if unfinished else "")
+    listing = page.table(["", "time", "what was seen"], rows, numbers=[1])
+    body = f"<p>{about}</p>\n{patient}{listing}{''.join(sections)}"
+    write_text(result.page, page.page(title, body, refresh=5 if unfinished else 0))

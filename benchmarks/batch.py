@@ -35,16 +35,16 @@ CELLS = (
 WARM = """
 import sys, time
 import papermill
-from smartlab.batch.notebook_run import BatchKernel
-import os, tempfile
-os.environ["SMARTLAB_BATCH_PARENT"] = str(os.getpid())
-BatchKernel.sockets = tempfile.mkdtemp()
+from smartlab.batch.forked import LIGHT, end_server, server
+from smartlab.batch.kernels import ForkedKernel
 notebook, folder, runs = sys.argv[1], sys.argv[2], int(sys.argv[3])
-start = time.monotonic()
-for i in range(runs):
+server(LIGHT, ())
+for i in range(runs + 1):
+    start = start if i > 1 else time.monotonic()  # the first one waits for the imports
     papermill.execute_notebook(notebook, f"{folder}/o.ipynb", {"x": i, "out": folder}, kernel_name="python3",
-                               progress_bar=False, kernel_manager_class=BatchKernel)
+                               progress_bar=False, kernel_manager_class=ForkedKernel, cwd=folder)
 print((time.monotonic() - start) / runs)
+end_server()
 """
 
 

@@ -4,11 +4,10 @@
 - `notebooks.py` the parameters that a notebook has
 - `runs.py`      the runs of a plan, each named by what goes into it, so that none is done twice
 - `records.py`   the folder of a run: its record, its lock
-- `launcher.py`  the process beside each Dask worker that forks one process per run
-- `notebook_run.py`, `kernel.py`  inside that process: papermill and the kernel
-- `worker.py`    what Dask runs: one run, on the GPUs it is given
-- `execute.py`   the batch itself, on a place from `cluster.py`; `progress.py` its table, `summary.py` its end
-- `results.py`   all results as one table; `report.py` as a page
+- `run.py`       what Dask runs: one run, by papermill in a kernel on the GPUs it is given
+- `forked.py`    the process that kernels are forked from; `kernels.py` a forked one as papermill wants it
+- `execute.py`   the batch itself, on a place from `cluster.py`; `progress.py` where it stands, `summary.py` its end
+- `results.py`   all results as one table; `report.py` as a page, written down by `blocks.py`
 
 >>> plan = load_plan("components", {"pretrain.steps": 100})
 >>> report = run_batch(plan, "runs/components")

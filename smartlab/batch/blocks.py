@@ -159,7 +159,10 @@ def _cell(cell: Cell, out: Path) -> str:
         return f'<a href="{quote(cell.path)}">{html.escape(cell.text)}</a>'
     if isinstance(cell, Thumbnail):
         link = _link(cell.path, out)
-        source = page.inline(cell.path, cell.width)
+        try:
+            source = page.inline(cell.path, cell.width)
+        except OSError:  # half written, or no picture
+            return f'<a href="{link}">cannot be shown</a>'
         return f'<a href="{link}"><img alt="{html.escape(cell.path.stem)}" src="{source}"></a>'
     if isinstance(cell, Estimate):
         return f"{cell.value:.4g}<small>{str(cell).removeprefix(f'{cell.value:.4g}')}</small>{_drawn(cell)}"

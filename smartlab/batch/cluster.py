@@ -14,13 +14,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from smartlab.batch.forked import end_server, server
 from smartlab.batch.plan_file import Resources
 from smartlab.batch.runs import BatchRun
-from smartlab.batch.worker import end_launcher, execute
 from smartlab.core.errors import DataError, UseError
 from smartlab.core.workers import connect as workers_of
-
-FIRST = 8  # runs sent to a cluster that has no workers yet: an adaptive one starts some when it is asked
 
 
 def machine(gpus: bool) -> dict[str, float]:
@@ -48,27 +46,27 @@ def slots(runs: Sequence[Resources], has: dict[str, float]) -> int:
 
 
 class Place:
-    """Dask as a batch sees it: how much to send, send, and what came back."""
+    """Dask as a batch sees it: send a run, and what came back."""
 
-    def __init__(self, client: Any, offered: set[str], fixed: int | None) -> None:
-        self.client, self.offered, self.fixed = client, offered, fixed
+    def __init__(self, client: Any, offered: set[str]) -> None:
+        self.client, self.offered = client, offered
 
     def width(self) -> int:
-        """Runs at Dask at one time: a few more than it can run."""
-        if self.fixed:
-            return self.fixed + 2
-        return max(FIRST, 2 * sum(self.client.nthreads().values()))
+        """Runs at one time, at most."""
+        return sum(self.client.nthreads().values())
 
-    def submit(self, request: dict[str, Any], run: BatchRun, number: int) -> Any:
-        wanted = {
-            name: value for name, value in needs(run.resources).items() if name in self.offered | {"GPU"}
-        }
+    def submit(self, request: dict[str, Any], above: Sequence[Any], run: BatchRun, number: int) -> Any:
+        """The future of a run; `above` are those of what it builds on, or their answers where they are known."""
+        from smartlab.batch.run import execute
+
+        wanted = needs(run.resources).items()
         return self.client.submit(
             execute,
             request,
+            *above,
             key=f"{run.step}-{request['id']}",
             pure=False,
-            resources=wanted,
+            resources={name: value for name, value in wanted if name in self.offered | {"GPU"}},
             priority=-number,
         )
 
@@ -106,31 +104,32 @@ def connect(runs: Sequence[BatchRun], workers: int | None, scheduler: str | None
             there = client.scheduler_info(n_workers=-1)["workers"].values()
             offers = [dict(worker["resources"]) for worker in there]
             _check_fit(runs, offers)
-            yield Place(client, set.intersection(*map(set, offers)) if offers else set(), None)
+            yield Place(client, set.intersection(*map(set, offers)) if offers else set())
         return
     has = machine(any(one.gpus for one in wanted))
     at_once = workers or slots(wanted, has)
     if workers:  # said so: cores are shared
         has["CORES"] = max(has["CORES"], workers * max(one.cores for one in wanted))
     _check_fit(runs, [has])
-    # a thread per run in this process, which listens to nobody: it only waits, the runs are processes
-    with (
-        LocalCluster(
-            n_workers=1,
-            threads_per_worker=at_once,
-            processes=False,
-            dashboard_address="127.0.0.1:0",  # these show numbers and take no orders
-            worker_dashboard_address="127.0.0.1:0",
-            resources=has,
-            memory_limit=None,
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        try:
-            yield Place(client, set(has), at_once)
-        finally:
-            end_launcher()
+    server()  # imports while Dask starts
+    # a thread per run in this process, which listens to nobody: it only waits, the kernels are processes
+    try:
+        with (
+            LocalCluster(
+                n_workers=1,
+                threads_per_worker=at_once,
+                processes=False,
+                dashboard_address="127.0.0.1:0",  # these show numbers and take no orders
+                worker_dashboard_address="127.0.0.1:0",
+                resources=has,
+                memory_limit=None,
+                silence_logs=logging.CRITICAL,
+            ) as cluster,
+            Client(cluster) as client,
+        ):
+            yield Place(client, set(has))
+    finally:
+        end_server()
 
 
 def _check_fit(runs: Sequence[BatchRun], offers: list[dict[str, float]]) -> None:

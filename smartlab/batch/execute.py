@@ -1,19 +1,19 @@
-"""A batch: the runs of a plan on Dask, each when what it builds on is done, and only those that are missing.
+"""A batch: the runs of a plan on Dask, each after what it builds on, and only those that are missing.
 
 What is done is in the run folders and nowhere else. So a batch that was killed goes on by starting it
-again, and two batches in one folder help each other: who has a run's lock does it, the other waits.
+again, and two batches in one folder help each other: who has a run's lock does it, the other asks again.
 """
 
 from __future__ import annotations
 
-import heapq
 import os
 import queue
 import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from smartlab.batch.cluster import Place, connect
 from smartlab.batch.plan import Plan, load_plan
 from smartlab.batch.progress import Count, Progress, Standing
 from smartlab.batch.report import write_progress
-from smartlab.batch.runs import code_digest, expand, resolve
+from smartlab.batch.runs import code_digest, expand
 from smartlab.batch.summary import BLOCKED, WAITING, BatchReport, write_summary
+from smartlab.core.errors import DataError
 from smartlab.core.files import write_bytes
 from smartlab.core.workers import StopRequest, draining
 
-LOOK_AGAIN = 2.0  # seconds between two looks at a run that another batch has
-FLYING = "flying"  # at Dask
+LOOK_AGAIN = 2.0  # seconds until what another batch had is asked for again
+AT_ONCE = 2000  # runs sent to Dask at one time, however many there are
 PAGE_EVERY = 10.0  # seconds between two writings of the page
 MOST_LOST = 3  # times a run may lose its process before it counts as failed
 
@@ -57,7 +58,7 @@ def run_batch(
     with ExitStack() as stack:
         stop = stack.enter_context(draining())
         table = stack.enter_context(Progress(f"{plan.name}: {len(batch.runs)} runs", progress))
-        if batch.ready:
+        if batch.waiting():
             place = stack.enter_context(connect(list(batch.runs.values()), workers, scheduler))
             batch.work(place, stop, table)
         table.show(batch.standing(), ends=True)
@@ -72,26 +73,21 @@ class Batch:
     def __init__(self, plan: Plan, out: Path, retry_failed: bool, any_code: bool) -> None:
         self.plan, self.out, self.retry, self.any_code = plan, out, retry_failed, any_code
         self.code = code_digest()
-        self.runs = {run.key: run for run in expand(plan, code=self.code)}
-        self.state = dict.fromkeys(self.runs, WAITING)
-        self.folder: dict[str, Path] = {}
-        self.error: dict[str, str] = {}
+        self.runs = {run.key: run for run in expand(plan, code=self.code)}  # after those they build on
+        self.answers: dict[str, dict[str, Any]] = {}  # of runs that are done, failed or blocked
+        self.flying: dict[str, Any] = {}  # key -> Dask's future
         self.seconds: dict[str, list[float]] = {step.name: [] for step in plan.steps}
         self.lost: Counter[str] = Counter()
-        self.busy: dict[str, float] = {}  # key -> when to look again
-        self.flying: dict[str, Any] = {}  # key -> Dask's future
-        self.executed, self.number, self.changed, self.most = 0, 0, False, 1
-        self.next_page = 0.0
+        self.executed, self.number, self.changed, self.most, self.next_page = 0, 0, False, 1, 0.0
         self.token = uuid.uuid4().hex[:8]  # two batches may share a scheduler
-        self.children: dict[str, list[str]] = {key: [] for key in self.runs}
-        for run in self.runs.values():
-            for before in run.upstream.values():
-                self.children[before.key].append(run.key)
         self._look_at_folders()
-        self.ready: list[tuple[int, int, str]] = []
-        for key in self.runs:
-            self._consider(key)
         self._keep_plan()
+
+    def waiting(self) -> list[str]:
+        return [key for key in self.runs if key not in self.answers]
+
+    def state(self, key: str) -> str:
+        return self.answers[key]["state"] if key in self.answers else WAITING
 
     def _look_at_folders(self) -> None:
         found = records.survey(self.out)
@@ -100,14 +96,14 @@ class Batch:
         }
         for key, run in self.runs.items():
             held = key if key in found or not self.any_code else same.get(run.identity, key)
-            if held not in found:
-                continue
-            folder, record = found[held]
-            if record["state"] == records.DONE:
-                self._done(key, folder, record.get("seconds") or 0.0)
-            elif record["state"] == records.FAILED and not self.retry:
-                self._failed(key, folder, record["error"])
-        mine = {(run.step, run.identity) for key, run in self.runs.items() if self.state[key] == WAITING}
+            folder, record = found.get(held, (self.out, {}))
+            if record.get("state") == records.DONE or (
+                record.get("state") == records.FAILED and not self.retry
+            ):
+                self._settle(key, records.answer(folder, record, now=False))
+            elif any(self.state(up.key) in (records.FAILED, BLOCKED) for up in run.upstream.values()):
+                self.answers[key] = {"state": BLOCKED}
+        mine = {(run.step, run.identity) for key, run in self.runs.items() if key not in self.answers}
         self.other_code = sum(
             (r["step"], r["identity"]) in mine for k, (_, r) in found.items() if k not in self.runs
         )
@@ -126,70 +122,46 @@ class Batch:
         if self.plan.path.is_file():
             write_bytes(self.out / f"{self.plan.name}.yaml", self.plan.path.read_bytes())
 
-    def _consider(self, key: str) -> None:
-        """Put a run on the list once everything it builds on is done."""
-        run = self.runs[key]
-        if self.state[key] != WAITING:
-            return
-        before = [self.state[up.key] for up in run.upstream.values()]
-        if records.FAILED in before or BLOCKED in before:
-            self.state[key] = BLOCKED
-            for child in self.children[key]:
-                self._consider(child)
-        elif all(state == records.DONE for state in before):
-            heapq.heappush(self.ready, (run.order, len(self.ready), key))
-
-    def _done(self, key: str, folder: Path, seconds: float) -> None:
-        self.state[key], self.folder[key] = records.DONE, folder
-        self.seconds[self.runs[key].step].append(seconds)
-
-    def _failed(self, key: str, folder: Path, error: str) -> None:
-        self.state[key], self.folder[key], self.error[key] = records.FAILED, folder, error
+    def _settle(self, key: str, answer: dict[str, Any]) -> None:
+        self.answers[key] = answer
+        if answer["state"] == records.DONE:
+            self.seconds[self.runs[key].step].append(answer.get("seconds") or 0.0)
 
     def work(self, place: Place, stop: StopRequest, table: Progress) -> None:
-        """Until everything is done, or what runs is done after a request to stop."""
-        arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        while True:
-            if stop.asked or self.changed:
-                self._withdraw()
-                self.busy.clear()
-            else:
-                self._look_at_busy()
-                self._submit(place, arrived)
-            if not self.flying and not self.busy and (stop.asked or self.changed or not self.ready):
-                return
-            try:
-                self._take(arrived.get(timeout=0.5), place)
-                while True:
-                    self._take(arrived.get_nowait(), place)
-            except queue.Empty:
-                pass
-            standing = self.standing()
-            table.show(standing, draining=stop.asked)
-            self._write_page(standing)
+        """Until everything is done, or what runs is done after a request to stop.
 
-    def _write_page(self, standing: Standing) -> None:
-        """Now and then, so that it costs the batch little however many runs there are."""
-        if (begin := time.monotonic()) > self.next_page:
-            write_progress(self.out, self.plan, standing)
-            self.next_page = time.monotonic() + min(60, max(PAGE_EVERY, 20 * (time.monotonic() - begin)))
+        In rounds: what is not done is sent to Dask, which runs each after those it builds on. A further round is for
+        what another batch had, and for what lost its worker.
+        """
+        while (todo := self.waiting()) and not (stop.asked or self.changed):
+            arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            for key in todo[:AT_ONCE]:
+                self._submit(key, place, arrived)
+            while self.flying:
+                if stop.asked or self.changed:
+                    self._withdraw()
+                try:
+                    self._take(*arrived.get(timeout=0.5), place)
+                    while True:
+                        self._take(*arrived.get_nowait(), place)
+                except queue.Empty:
+                    pass
+                standing = self.standing(2 * place.width())
+                table.show(standing, draining=stop.asked)
+                self._write_page(standing)
+            if len(self.waiting()) == len(todo) and not stop.asked:
+                time.sleep(LOOK_AGAIN)
 
-    def _submit(self, place: Place, arrived: queue.SimpleQueue[Any]) -> None:
-        """Few runs wait at Dask, however many there are: it stays small and the order stays ours."""
-        room = place.width() - len(self.flying)
-        while self.ready and room > 0:
-            _, _, key = heapq.heappop(self.ready)
-            self.state[key] = FLYING
-            self.number += 1
-            future = place.submit(self._request(key), self.runs[key], self.number)
-            self.flying[key] = future
-            future.add_done_callback(lambda done, key=key: arrived.put((key, done)))
-            room -= 1
+    def _submit(self, key: str, place: Place, arrived: queue.SimpleQueue[Any]) -> None:
+        run = self.runs[key]
+        self.number += 1
+        above = [self.answers.get(up.key) or self.flying[up.key] for up in run.upstream.values()]
+        future = self.flying[key] = place.submit(self._request(key), above, run, self.number)
+        future.add_done_callback(lambda done: arrived.put((key, done)))
 
     def _request(self, key: str) -> dict[str, Any]:
         """All that a worker needs to know of a run, as plain JSON values."""
         run = self.runs[key]
-        above = {name: self.folder[before.key] for name, before in run.upstream.items()}
         return {
             "id": f"{key}-{self.number}-{self.token}",
             "out": str(self.out),
@@ -199,9 +171,9 @@ class Batch:
             "identity": run.identity,
             "notebook": str(self.notebook[run.step]),
             "notebook_name": run.notebook.name,
-            "parameters": {name: resolve(value, above) for name, value in run.parameters.items()},
+            "parameters": run.parameters,
             "settings": run.settings,
-            "upstream": {name: os.path.relpath(folder, self.out) for name, folder in above.items()},
+            "upstream": list(run.upstream),
             "data": run.data,
             "resources": run.resources.model_dump(),
             "seconds": run.resources.minutes * 60,
@@ -209,38 +181,20 @@ class Batch:
             "code_digest": None if self.any_code else self.code,
         }
 
-    def _take(self, arrival: tuple[str, Any], place: Place) -> None:
-        key, future = arrival
+    def _take(self, key: str, future: Any, place: Place) -> None:
         if self.flying.get(key) is not future:
             return
         del self.flying[key]
-        answer = place.answer(future)
-        state = answer["state"]
-        if state in (records.DONE, records.FAILED):
-            self.executed += answer["now"]  # another batch may have done it a moment ago
-            self._settle(key, Path(answer["folder"]), answer["state"], answer["error"], answer["seconds"])
-            return
-        self.state[key] = WAITING
-        if state == "busy":
-            self.busy[key] = time.monotonic() + LOOK_AGAIN
-        elif state == "changed":
+        came, above = place.answer(future), self.runs[key].upstream.values()
+        if came["state"] in (records.DONE, records.FAILED, BLOCKED):
+            self.executed += came.get("now", False)  # another batch may have done it a moment ago
+            self._settle(key, came)
+        elif came["state"] == "changed":
             self.changed = True
-        elif state == "stopped":  # its worker is closing; after a request to stop nothing is sent anyway
-            self._consider(key)
-        else:
+        elif came["state"] == "lost" and all(up.key in self.answers for up in above):
             self.lost[key] += 1
-            if self.lost[key] < MOST_LOST:
-                self._consider(key)
-            else:
-                self._give_up(key, answer.get("error") or f"it was left {state}")
-
-    def _settle(self, key: str, folder: Path, state: str, error: str, seconds: float) -> None:
-        if state == records.DONE:
-            self._done(key, folder, seconds)
-        else:
-            self._failed(key, folder, error)
-        for child in self.children[key]:
-            self._consider(child)
+            if self.lost[key] >= MOST_LOST:
+                self._give_up(key, came["error"])
 
     def _give_up(self, key: str, error: str) -> None:
         """Record a run whose process was lost again and again as failed."""
@@ -248,62 +202,55 @@ class Batch:
         held = records.lock(self.out, key)
         folder = records.find(self.out, key) or self.out / run.step / run.name
         folder.mkdir(parents=True, exist_ok=True)
-        error = f"{error}, {MOST_LOST} times"
+        lost = {"state": records.FAILED, "error": f"{error}, {MOST_LOST} times", "seconds": 0.0}
         fresh = {"step": run.step, "key": key, "identity": run.identity, "settings": run.settings}
         if held is not None:
-            record = {**fresh, "notebook": run.notebook.name, **records.read(folder)}
-            records.write(folder, record | {"state": records.FAILED, "error": error, "seconds": 0.0})
+            fresh |= {"upstream": {}, "notebook": run.notebook.name, **records.read(folder)}
+            records.write(folder, fresh | lost)
             os.close(held)
-        self._settle(key, folder, records.FAILED, error, 0.0)
-
-    def _look_at_busy(self) -> None:
-        """Runs that another batch had: done meanwhile, or free again."""
-        for key, when in list(self.busy.items()):
-            if time.monotonic() < when:
-                continue
-            if records.is_locked(self.out, key):
-                self.busy[key] = time.monotonic() + LOOK_AGAIN
-                continue
-            del self.busy[key]
-            folder = records.find(self.out, key)
-            record = records.read(folder) if folder else {}
-            if folder and record.get("state") in (records.DONE, records.FAILED):
-                self._settle(key, folder, record["state"], record["error"], record["seconds"])
-            else:
-                self._consider(key)
+        self._settle(key, records.answer(folder, lost, now=True))
 
     def _withdraw(self) -> None:
         """Take back what waits at Dask; what runs may finish."""
         for key, future in list(self.flying.items()):
-            if not records.is_locked(self.out, key) and not future.done():
+            if not future.done() and not records.is_locked(self.out, key):
                 del self.flying[key]
-                self.state[key] = WAITING
                 future.cancel()
 
-    def standing(self) -> Standing:
+    def standing(self, look_at: int = 0) -> Standing:
+        """Where it stands; what runs is among the first that Dask has, of which so many are looked at."""
         steps = {name: Count(name, known=seconds) for name, seconds in self.seconds.items()}
-        for key, run in self.runs.items():
-            state, count = self.state[key], steps[run.step]
-            count.done += state == records.DONE
-            count.failed += state in (records.FAILED, BLOCKED)
-            running = state == FLYING and records.is_locked(self.out, key)
-            count.running += running
-            count.waiting += state == WAITING or (state == FLYING and not running)
+        for answer, run in ((self.answers.get(key), run) for key, run in self.runs.items()):
+            count = steps[run.step]
+            if answer is None:
+                count.waiting += 1
+            elif answer["state"] == records.DONE:
+                count.done += 1
+            else:
+                count.failed += 1
+        ready = (k for k in self.flying if all(u.key in self.answers for u in self.runs[k].upstream.values()))
+        for key in islice(ready, look_at):
+            if records.is_locked(self.out, key):
+                steps[self.runs[key].step].waiting -= 1
+                steps[self.runs[key].step].running += 1
         self.most = max(self.most, sum(s.running for s in steps.values()))
         return Standing(list(steps.values()), self.most)
 
+    def _write_page(self, standing: Standing) -> None:
+        """Now and then, so that it costs the batch little however many runs there are."""
+        if (begin := time.monotonic()) > self.next_page:
+            with suppress(OSError, DataError):  # the report at the end says what is wrong
+                write_progress(self.out, self.plan, standing)
+            self.next_page = time.monotonic() + min(60, max(PAGE_EVERY, 20 * (time.monotonic() - begin)))
+
     def report(self, seconds: float) -> BatchReport:
         counts = Counter(dict.fromkeys((records.DONE, records.FAILED, BLOCKED, WAITING), 0))
-        counts.update(self.state.values())
+        counts.update(map(self.state, self.runs))
         failures = [
-            {
-                "step": self.runs[key].step,
-                "run": self.folder[key].name,
-                "error": error,
-                "folder": str(self.folder[key]),
-            }
-            for key, error in self.error.items()
-            if self.state[key] == records.FAILED
+            {"step": self.runs[key].step, "run": Path(came["folder"]).name}
+            | {"error": came["error"], "folder": came["folder"]}
+            for key, came in self.answers.items()
+            if came["state"] == records.FAILED
         ]
         note = ""
         if self.changed:

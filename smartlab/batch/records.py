@@ -104,6 +104,11 @@ def result(folder: Path) -> dict[str, Any] | None:
     return found if all(isinstance(table, dict) for table in tables) else None
 
 
+def answer(folder: Path, record: dict[str, Any], now: bool) -> dict[str, Any]:
+    """What a batch needs to know of a run that has ended, and whether it was just now."""
+    return {n: record.get(n) for n in ("state", "error", "seconds")} | {"folder": str(folder), "now": now}
+
+
 def write(folder: Path, record: dict[str, Any], name: str = "run.json") -> None:
     """The whole record or the one before, on the disk: never half of it."""
     write_bytes(folder / name, json.dumps(record, indent=1).encode())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smartlab.batch import records
-from smartlab.core.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError, near
 from smartlab.core.files import whole
 
 if TYPE_CHECKING:
@@ -217,18 +217,12 @@ def unaffected(rows: pd.DataFrame) -> list[str]:
 
 def one_metric(table: pd.DataFrame, metric: str, step: str | None = None) -> pd.DataFrame:
     """The rows of one metric; with its name misspelt or in two steps, an error that says so."""
-    import difflib
-
     rows = table[table.metric == metric]
     rows = rows if step is None else rows[rows.step == step]
     if rows.empty:
         known = sorted(table.metric.unique())
-        near = difflib.get_close_matches(metric, known, 1)
-        raise UseError(
-            f"no metric {metric!r}",
-            expected=f"one of {', '.join(known)}",
-            fix=f"did you mean {near[0]!r}?" if near else None,
-        )
+        expected = f"one of {', '.join(known)}"
+        raise UseError(f"no metric {metric!r}", expected=expected, fix=near(metric, known))
     if rows.step.nunique() > 1:
         raise UseError(
             f"several steps have {metric!r}", found=", ".join(rows.step.unique()), fix="say which step"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import html
 import json
-import multiprocessing
 import os
 import queue
 import sys
@@ -31,6 +30,17 @@ from smartlab.core.files import write_text
 from smartlab.core.places import notebook_folder
 
 JOBS = 2  # notebooks at a time: what two cores can do
+OURS = (  # rooms that its notebooks use
+    *(
+        "smartlab.notebook",
+        "smartlab.data.store.build",
+        "smartlab.data.crops.views",
+        "smartlab.data.phantoms.make",
+    ),
+    *("smartlab.data.phantoms.ct", "smartlab.training.loop", "smartlab.evaluation.evaluate"),
+    *("smartlab.evaluation.look.clusters", "smartlab.evaluation.finetune.segment"),
+    *("smartlab.evaluation.finetune.classify", "smartlab.viewers.masks", "smartlab.viewers.embedding"),
+)
 FIRST = ("1_masks", "3_segment")  # started before others: what one waits to see, and what takes longest
 
 
@@ -107,9 +117,9 @@ def run_demo(
     _write_page(result)
     given = {path.stem: dict((parameters or {}).get(path.stem, {})) for path in notebooks}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // JOBS)))
-    from smartlab.batch.forked import server
+    from smartlab.batch.forked import HEAVY, LIGHT, server
 
-    server()  # imports torch while the phantoms are drawn
+    server((*LIGHT, *HEAVY, *OURS), ())  # imports torch while the phantoms are drawn
     if progress:
         print(f"The page is there, and fills: {result.page}", flush=True)
     _show_a_patient(result)
@@ -131,7 +141,7 @@ def run_demo(
                 return
             step.state = "running"
             if later := cohorts.get(_patients(notebook)):
-                later.join()
+                later.wait()
             _run(notebook, out, step, given[notebook.stem])
             with lock:
                 result.seconds = time.monotonic() - start
@@ -147,9 +157,7 @@ def run_demo(
     try:
         for worker in workers:
             worker.join()
-    except KeyboardInterrupt:  # kernels have a session of their own, which Ctrl-C does not reach
-        for kernel in multiprocessing.active_children():
-            kernel.kill()
+    except KeyboardInterrupt:  # kernels have a session of their own, and end with this process
         print("smartlab: stopped; run the same command again to go on", file=sys.stderr, flush=True)
         os._exit(130)  # threads that talk to dead kernels would be waited for
     result.seconds = time.monotonic() - start
@@ -204,8 +212,7 @@ def _draw_phantoms(notebooks: Sequence[Path]) -> dict[Any, Any]:
             open_cohort(**given)
             drawing[patients] = None
         else:
-            drawing[patients] = server().Process(target=open_cohort, kwargs=given)
-            drawing[patients].start()
+            drawing[patients] = server().fork("smartlab.notebook:open_cohort", **given)
     return drawing
 
 
@@ -223,7 +230,7 @@ def _run(notebook: Path, out: Path, step: Step, parameters: dict[str, Any]) -> N
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    from smartlab.batch.forked import ForkedKernel
+    from smartlab.batch.kernels import ForkedKernel
 
     folder = out / notebook.stem
     folder.mkdir(exist_ok=True)

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 import smartlab as sl
 from smartlab.batch import load_plan, load_runs, run_batch
-from smartlab.batch.worker import Devices
+from smartlab.batch.run import Devices
 from tests.batch.toys import attempts, processes_in, toy_notebook, wait_for, write_plan
 from tests.conftest import REPO
 
@@ -117,7 +118,7 @@ def test_each_gpu_is_lent_to_one_run_at_a_time():
 
 
 def test_a_kernel_that_does_not_start_is_started_again(tmp_path, monkeypatch):
-    from smartlab.batch import notebook_run
+    from smartlab.batch import run
 
     calls = []
 
@@ -127,12 +128,17 @@ def test_a_kernel_that_does_not_start_is_started_again(tmp_path, monkeypatch):
             raise RuntimeError("Kernel died before replying to kernel_info")
         (tmp_path / "result.json").write_text('{"metrics": {}}')
 
-    monkeypatch.setattr(notebook_run.papermill, "execute_notebook", execute)
-    monkeypatch.setattr(notebook_run.time, "sleep", lambda seconds: None)
-    assert notebook_run._execute(tmp_path / "n.ipynb", tmp_path, {}, {}) == "" and len(calls) == 3
+    def attempt():
+        record = {"parameters": {}, "resources": {"cores": 1}, "devices": "", "attempt": 1}
+        return run._Attempt(tmp_path / "n.ipynb", tmp_path, record, 60.0, lambda: True).execute()
+
+    monkeypatch.setattr(run, "server", lambda: SimpleNamespace(alive=True))
+    monkeypatch.setattr(run.papermill, "execute_notebook", execute)
+    monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
+    assert attempt() == "" and len(calls) == 3
     calls.clear()
-    monkeypatch.setattr(notebook_run, "STARTS", 2)
-    assert "the kernel did not start" in notebook_run._execute(tmp_path / "n.ipynb", tmp_path, {}, {})
+    monkeypatch.setattr(run, "STARTS", 2)
+    assert "the kernel did not start" in attempt()
 
 
 @pytest.fixture

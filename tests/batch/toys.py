@@ -107,6 +107,6 @@ def processes_in(out: Path) -> list[psutil.Process]:
 def launcher(batch: subprocess.Popen) -> psutil.Process:
     """The process that all runs of a local batch are forked from."""
     for process in psutil.Process(batch.pid).children():
-        if "smartlab.batch.launcher" in process.cmdline():
+        if "smartlab.batch.forked" in process.cmdline():
             return process
     raise LookupError("no launcher yet")

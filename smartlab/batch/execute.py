@@ -134,7 +134,7 @@ class Batch:
         what another batch had, and for what lost its worker.
         """
         while (todo := self.waiting()) and not (stop.asked or self.changed):
-            arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            arrived: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
             for key in todo[:AT_ONCE]:
                 self._submit(key, place, arrived)
             while self.flying:
@@ -152,7 +152,7 @@ class Batch:
             if len(self.waiting()) == len(todo) and not stop.asked:
                 time.sleep(LOOK_AGAIN)
 
-    def _submit(self, key: str, place: Place, arrived: queue.SimpleQueue[Any]) -> None:
+    def _submit(self, key: str, place: Place, arrived: queue.SimpleQueue[tuple[str, Any]]) -> None:
         run = self.runs[key]
         self.number += 1
         above = [self.answers.get(up.key) or self.flying[up.key] for up in run.upstream.values()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import psutil
@@ -58,7 +58,6 @@ class ForkedKernel(AsyncKernelManager):
     environment: ClassVar[Mapping[str, str]] = {}  # besides that of this process
     written_to: ClassVar[str] = "kernel.log"  # what it writes past the notebook
     fresh: ClassVar[bool] = False  # whether smartlab is imported again from its source
-    begun: ClassVar[Callable[[psutil.Process], Any]] = staticmethod(lambda process: None)
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(transport="ipc", **settings)
@@ -66,6 +65,9 @@ class ForkedKernel(AsyncKernelManager):
         self.ip = f"{forking.folder}/{next(forking.numbers)}"
         self.connection_file = f"{self.ip}.json"
         self.provisioner = _Provisioner(kernel_id="forked", kernel_spec=self.kernel_spec, parent=self)
+
+    def begun(self, process: psutil.Process) -> None:
+        """For who wants to follow the process."""
 
     @property
     def kernel_spec(self) -> KernelSpec:

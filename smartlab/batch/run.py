@@ -212,7 +212,9 @@ class _Attempt:
             "PYTHONUTF8": "1",
         }
         given = {"environment": environment, "written_to": str(folder / "log.txt"), "fresh": True}
-        self.manager = type("BatchKernel", (ForkedKernel,), {**given, "begun": staticmethod(self._begun)})
+        self.manager = type(
+            "BatchKernel", (ForkedKernel,), {**given, "begun": lambda manager, process: self._begun(process)}
+        )
 
     def _begun(self, kernel: psutil.Process) -> None:
         self.kernel, self.began = kernel, time.monotonic()

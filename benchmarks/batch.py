@@ -38,11 +38,12 @@ import papermill
 from smartlab.batch.forked import LIGHT, end_server, server
 from smartlab.batch.kernels import ForkedKernel
 notebook, folder, runs = sys.argv[1], sys.argv[2], int(sys.argv[3])
+Kernel = type("Kernel", (ForkedKernel,), {"folder": folder})
 server(LIGHT, ())
 for i in range(runs + 1):
     start = start if i > 1 else time.monotonic()  # the first one waits for the imports
     papermill.execute_notebook(notebook, f"{folder}/o.ipynb", {"x": i, "out": folder}, kernel_name="python3",
-                               progress_bar=False, kernel_manager_class=ForkedKernel, cwd=folder)
+                               progress_bar=False, kernel_manager_class=Kernel)
 print((time.monotonic() - start) / runs)
 end_server()
 """

@@ -162,13 +162,15 @@ def serve(folder: str, *preload: str) -> dict[str, Any]:
 
 
 def kill(process: psutil.Process, itself: bool = True) -> None:
-    """End a process and everything it has started."""
+    """End a process and everything it has started, and wait until they are gone."""
     with suppress(psutil.NoSuchProcess):
         if itself:
             process.suspend()  # so that it starts nothing more
-        for one in [*process.children(recursive=True), *([process] if itself else [])]:
+        found = [*process.children(recursive=True), *([process] if itself else [])]
+        for one in found:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
+        psutil.wait_procs(found, timeout=2)
 
 
 def become_kernel(

@@ -37,7 +37,8 @@ class _Popen:
 
 class _Provisioner(LocalProvisioner):
     async def launch_kernel(self, cmd: list[str], **given: Any) -> KernelConnectionInfo:
-        manager, folder = cast(ForkedKernel, self.parent), str(given.get("cwd") or os.getcwd())
+        manager = cast(ForkedKernel, self.parent)
+        folder = manager.folder or os.getcwd()
         process = server().fork(
             "smartlab.batch.forked:become_kernel",
             connection_file=manager.connection_file,
@@ -55,6 +56,9 @@ class _Provisioner(LocalProvisioner):
 class ForkedKernel(AsyncKernelManager):
     """This Python as kernel, forked from `server()`."""
 
+    folder: ClassVar[str] = (
+        ""  # where it works; papermill's `cwd` would move this whole process, other runs included
+    )
     environment: ClassVar[Mapping[str, str]] = {}  # besides that of this process
     written_to: ClassVar[str] = "kernel.log"  # what it writes past the notebook
     fresh: ClassVar[bool] = False  # whether smartlab is imported again from its source

@@ -212,6 +212,7 @@ class _Attempt:
             "PYTHONUTF8": "1",
         }
         given = {"environment": environment, "written_to": str(folder / "log.txt"), "fresh": True}
+        given["folder"] = str(folder)
         self.manager = type(
             "BatchKernel", (ForkedKernel,), {**given, "begun": lambda manager, process: self._begun(process)}
         )
@@ -293,7 +294,6 @@ class _Attempt:
             kernel_manager_class=self.manager,
             progress_bar=False,
             start_timeout=300,
-            cwd=str(self.folder),
             stdout_file=log,
             stderr_file=log,
         )

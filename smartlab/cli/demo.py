@@ -243,9 +243,8 @@ def _run(notebook: Path, out: Path, step: Step, parameters: dict[str, Any]) -> N
             str(executed),
             parameters={**parameters, "out": str(folder)},
             kernel_name="python3",
-            kernel_manager_class=ForkedKernel,
+            kernel_manager_class=type("DemoKernel", (ForkedKernel,), {"folder": str(folder)}),
             progress_bar=False,
-            cwd=str(folder),
         )
         _read_result(step, folder)
     except PapermillExecutionError as error:

@@ -61,7 +61,9 @@ def test_a_chain_runs_shared_work_once_keeps_failures_apart_and_is_never_repeate
 def test_a_slow_run_and_a_dead_kernel_fail_alone_and_leave_no_process(tmp_path):
     rows = [{"wait": 600.0}, {"fail": "die"}, {"x": 1}]
     path = write_plan(tmp_path, list=rows, resources={"minutes": 0.5, "memory": 0.1})
+    here = os.getcwd()
     report = run_batch(path, tmp_path / "out", workers=3, progress=False)
+    assert os.getcwd() == here
     errors = {f["run"].split("-")[0]: f["error"] for f in report.failures}
     assert report.counts["done"] == 1 and report.counts["failed"] == 2
     assert "limit of 0.5 minutes" in errors["wait"] and "kernel died" in errors["fail"]

@@ -37,7 +37,7 @@ OURS = (  # rooms that its notebooks use
         "smartlab.data.crops.views",
         "smartlab.data.phantoms.make",
     ),
-    *("smartlab.data.phantoms.ct", "smartlab.training.loop", "smartlab.evaluation.evaluate"),
+    *("smartlab.data.phantoms.ct", "smartlab.training.pretrain", "smartlab.evaluation.evaluate"),
     *("smartlab.evaluation.look.clusters", "smartlab.evaluation.finetune.segment"),
     *("smartlab.evaluation.finetune.classify", "smartlab.viewers.masks", "smartlab.viewers.embedding"),
 )

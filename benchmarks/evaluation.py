@@ -88,9 +88,13 @@ def main() -> None:
     time_to, seen = (table.about[f"label:{n}"].to_numpy(float) for n in ("months", "progressed"))
     run = probe(table, "malignancy", draws=100).table if not args.only else None
     tasks: dict[str, Callable[[], Any]] = {
-        "2,000 bootstraps of AUC": lambda: stats.bootstrap(metrics.auc, who, truth, score, draws=2000),
-        "AUC by DeLong": lambda: stats.auc_interval(truth, score, who),
-        "concordance": lambda: metrics.concordance(time_to, seen, score),
+        "2,000 bootstraps of AUC": lambda: stats.bootstrap(
+            lambda t, s: {"auc": metrics.auc(t, s)}, who, truth, score, draws=2000
+        ),
+        "AUC by DeLong": lambda: stats.mean_area(
+            stats.areas(truth == 1, *stats.in_order(truth == 1, score[None]), who)
+        ),
+        "concordance": lambda: metrics.in_order(time_to, seen == 1, score),
         "probe, binary": lambda: probe(table, "malignancy"),
         "probe, 3 classes": lambda: probe(table, "grade"),
         "probe, 3 labels": lambda: probe(table, "margin"),

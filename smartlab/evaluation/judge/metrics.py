@@ -156,11 +156,6 @@ def auc(truth: np.ndarray, score: np.ndarray) -> float:
     return _areas(np.asarray(truth) == 1, np.asarray(score))[0]
 
 
-def average_precision(truth: np.ndarray, score: np.ndarray) -> float:
-    """Mean precision over the steps of recall, not interpolated; not-a-number with one class only."""
-    return _areas(np.asarray(truth) == 1, np.asarray(score))[1]
-
-
 def _areas(positive: np.ndarray, score: np.ndarray) -> tuple[float, float]:
     """AUC and average precision from one sort."""
     total = int(positive.sum())
@@ -246,61 +241,19 @@ def _masks(prediction: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.nd
     return prediction, truth
 
 
-def concordance(time: np.ndarray, event: np.ndarray, risk: np.ndarray) -> float:
-    """Harrell's concordance index: how often who fares worse first had the higher risk.
+def in_order(time: np.ndarray, event: np.ndarray, risk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each patient (n,): how many of its pairs have the right order, and how many there are, for Harrell's
+    concordance: how often who fares worse first had the higher risk.
 
     time (n,); event (n,) true where it was seen, false where follow-up ended; risk (n,). A pair counts
     where the one with the shorter time had the event; follow-up that ends at the time of an event counts
-    as longer. Equal risks count half. Not-a-number where no pair counts.
+    as longer. Equal risks count half.
     """
-    time, event, risk = np.asarray(time), np.asarray(event, bool), np.asarray(risk)
-    if not len(time) == len(event) == len(risk):
-        raise UseError("times, events and risks differ in length")
-    if not (np.isfinite(time).all() and np.isfinite(risk).all()):
-        raise DataError("times or risks are not finite")
-    order = np.lexsort((~event, time))  # by time, events before the others of their time
-    time, event = time[order], event[order]
-    rank = np.unique(risk, return_inverse=True)[1][order]
-    begin = np.searchsorted(time, time, "left")
-    before = np.append(0, np.cumsum(event))
-    events = before[np.searchsorted(time, time, "right")] - before[begin]  # at the same time
-    later = (begin + events)[event]  # first of those who count as longer
-    pairs = int((len(time) - later).sum())
-    below = [_count_below(rank, later, rank[event] + tied).sum() for tied in (0, 1)]
-    return float(sum(below) / 2 / pairs) if pairs else np.nan
-
-
-def in_order(time: np.ndarray, event: np.ndarray, risk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each patient (n,): how many of the pairs that `concordance` counts have the right order, and all."""
     first = event[:, None] & (
         (time[:, None] < time) | ((time[:, None] == time) & ~event)
     )  # row before column
     right = first * ((risk[:, None] > risk) + (risk[:, None] == risk) / 2)
     return right.sum(0) + right.sum(1), (first.sum(0) + first.sum(1)).astype(float)
-
-
-_FEW = 256  # values; fewer are compared faster than sorted
-
-
-def _count_below(values: np.ndarray, start: np.ndarray, limit: np.ndarray) -> np.ndarray:
-    """For each question, how many of values[start:] (integers from 0) lie below its limit, in n log n.
-
-    Values are sorted by one bit after another, highest first (a wavelet matrix; Claude and Navarro 2012);
-    questions follow the part of their range that shares the bits of their limit. A few are compared one by one.
-    """
-    if len(values) <= _FEW:
-        below = values < limit[:, None]
-        return (below & (np.arange(len(values)) >= start[:, None])).sum(1)
-    low, high, count = start, np.full(len(start), len(values)), np.zeros(len(start), np.int64)
-    bits = int(max(limit.max(initial=0), values.max(initial=0))).bit_length()
-    for bit in reversed(range(bits)):
-        zero = (values >> bit) & 1 == 0
-        zeros = np.append(0, np.cumsum(zero))
-        above = (limit >> bit) & 1 == 1
-        count += np.where(above, zeros[high] - zeros[low], 0)
-        low, high = (np.where(above, zeros[-1] + at - zeros[at], zeros[at]) for at in (low, high))
-        values = np.concatenate([values[zero], values[~zero]])
-    return count
 
 
 def _by_class(name: str, values: Sequence[float] | np.ndarray, classes: Sequence[str]) -> dict[str, float]:

@@ -2,13 +2,13 @@
 
 - `bootstrap`            any scores, with 95% intervals: patients are drawn with all their rows
 - `logit_interval`       a score between 0 and 1 from its variance; Wilson's where all are right or all wrong
-- `paired_bootstrap`     the difference of two runs' scores on the same cases
+- `paired_differences`   the differences of runs' scores on the same cases
 - `t_interval`           a mean over draws or seeds, or over cases that patients share
 - `log_interval`         a mean of errors, such as Brier's score
 - `paired_mean`          the mean difference of a score per case, such as Dice
 - `wilson`               a proportion of independent cases
-- `auc_interval`, `delong_test`   AUC after DeLong et al. 1988; Obuchowski 1997 where patients have several rows
-- `areas`                the same of pairs that were counted within folds; `pair_shares` for concordance
+- `areas`                AUC after DeLong et al. 1988, Obuchowski 1997 where patients have several rows, of pairs that
+                         may have been counted within folds; `pair_shares` for concordance
 - `holm`                 p-values corrected for the size of their family
 
 `compare.py` applies them to tables of predictions. Every interval is nominally 95%. A simulation in the
@@ -37,7 +37,7 @@ BIASED = "calibration_error"  # draws have more of it than the sample: value ± 
 MOST_DRAWS = 20  # give up on a score that is undefined in more than 19 of 20 draws
 
 Labels = Sequence[Any] | np.ndarray | pd.Series  # whose row is this
-Metric = Callable[..., float | dict[str, float]]
+Measure = Callable[..., dict[str, float]]  # scores by name, of arrays whose rows are drawn together
 Key = TypeVar("Key")  # what names a score
 
 
@@ -53,12 +53,6 @@ class Difference(NamedTuple):
     @property
     def estimate(self) -> Estimate:
         return Estimate(self.value, self.low, self.high, self.n)
-
-
-class Estimates(dict[str, Estimate]):
-    """Estimates by name; `redrawn` counts by name the draws in which a score was undefined."""
-
-    redrawn: dict[str, int]
 
 
 class Patients:
@@ -90,31 +84,28 @@ class Patients:
 
 
 def bootstrap(
-    metrics: Metric | Mapping[str, Metric],
+    measure: Measure,
     patients: Labels,
     *arrays: np.ndarray,
     draws: int = 2000,
     seed: int = 0,
     bounded: Mapping[str, int] | None = None,
-) -> Estimates:
+) -> dict[str, Estimate]:
     """Scores with percentile intervals over draws of patients.
 
     The percentiles are taken a little further out than 2.5%, as far as t is wider than normal for so many
     patients (Hesterberg 2015). In our simulations this covered as well as BCa or better, without n more
     evaluations of the metric.
 
-    metrics: a function of the arrays that returns a number (named "value") or numbers by name; or such
-    functions by name. A score that is undefined on all rows has no interval; where it is undefined in
-    a draw (one class only), more draws are made for it until it has `draws` of them.
+    measure: a function of the arrays. A score that is undefined on all rows has no interval; where it is
+    undefined in a draw (one class only), more draws are made for it until it has `draws` of them.
     bounded: names of scores between 0 and 1, which get a `logit_interval` by the variance of their draws,
     and how many patients there are of the class with the fewest.
 
-    >>> bootstrap(auc, patients, truth, score)["value"]
+    >>> bootstrap(lambda truth, p: scores("binary", truth, p), patients, truth, p)["accuracy"]
     """
-    groups = Patients(patients, *arrays)
-    whole, samples, redrawn = _resample(_measure(metrics), groups, arrays, draws, seed)
-    out = Estimates()
-    out.redrawn = redrawn
+    groups, out = Patients(patients, *arrays), {}
+    whole, samples = _resample(measure, groups, arrays, draws, seed)
     for name, value in whole.items():
         if name == BIASED:
             found = error_interval(value, samples[name], groups.n)
@@ -161,60 +152,32 @@ def logit_interval(value: float, variance: float, patients: int, fewest: int) ->
     return Estimate(value, low, high, patients)
 
 
-def paired_bootstrap(
-    metrics: Metric | Mapping[str, Metric],
-    patients: Labels,
-    truth: np.ndarray,
-    a: np.ndarray,
-    b: np.ndarray,
-    draws: int = 2000,
-    seed: int = 0,
-) -> dict[str, Difference]:
-    """Score of `a` minus score of `b` on the same rows, for metrics of (truth, prediction).
-
-    Both are scored on the same draws of patients. The interval is the difference ± t times the standard
-    deviation over draws, and the p-value belongs to it: unlike a count of draws it has no floor, which a
-    correction for many comparisons would push above 5%.
-    """
-    found = paired_differences(metrics, patients, truth, [a, b], draws, seed)
-    return {name: difference for (name, _, _), difference in found.items()}
-
-
 def paired_differences(
-    metrics: Metric | Mapping[str, Metric],
+    measure: Measure,
     patients: Labels,
     truth: np.ndarray,
     predictions: Sequence[np.ndarray],
     draws: int = 2000,
     seed: int = 0,
 ) -> dict[tuple[str, int, int], Difference]:
-    """`paired_bootstrap` of every pair i < j of predictions, all on the same draws, by (score, i, j)."""
-    measure, pairs = _measure(metrics), list(combinations(range(len(predictions)), 2))
+    """Score of one less that of another, for every pair i < j of predictions of the same rows, by (score, i, j).
+
+    All are scored on the same draws of patients. The interval is the difference ± t times the standard
+    deviation over draws, and the p-value belongs to it: unlike a count of draws it has no floor, which a
+    correction for many comparisons would push above 5%.
+    """
+    pairs = list(combinations(range(len(predictions)), 2))
 
     def differences(truth: np.ndarray, *predictions: np.ndarray) -> dict[tuple[str, int, int], float]:
         scores = [measure(truth, one) for one in predictions]
         return {(name, i, j): scores[i][name] - scores[j][name] for name in scores[0] for i, j in pairs}
 
     groups = Patients(patients, truth, *predictions)
-    whole, samples, _ = _resample(differences, groups, (truth, *predictions), draws, seed)
+    whole, samples = _resample(differences, groups, (truth, *predictions), draws, seed)
     return {
         key: _difference(value, _spread(samples[key], groups.n), groups.n, groups.n - 1)
         for key, value in whole.items()
     }
-
-
-def _measure(metrics: Metric | Mapping[str, Metric]) -> Callable[..., dict[str, float]]:
-    """One function that returns numbers by name."""
-    several = metrics if isinstance(metrics, Mapping) else {"value": metrics}
-
-    def measure(*arrays: np.ndarray) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for name, metric in several.items():
-            value = metric(*arrays)
-            found |= value if isinstance(value, dict) else {name: float(value)}
-        return found
-
-    return measure
 
 
 def _resample(
@@ -223,8 +186,8 @@ def _resample(
     arrays: Sequence[np.ndarray],
     draws: int,
     seed: int,
-) -> tuple[dict[Key, float], dict[Key, np.ndarray], dict[Key, int]]:
-    """Scores of all rows, `draws` defined scores of each, and how many draws were undefined for each."""
+) -> tuple[dict[Key, float], dict[Key, np.ndarray]]:
+    """Scores of all rows, and `draws` defined scores of each."""
     if draws < 100:
         raise UseError("a bootstrap needs more draws", found=draws, expected="at least 100")
     arrays, generator = [np.asarray(a) for a in arrays], np.random.default_rng(seed)
@@ -252,7 +215,7 @@ def _resample(
             found=f"{redrawn[worst]} of {draws * MOST_DRAWS} draws, {groups.n} patients",
             fix="use more patients of every class",
         )
-    return whole, {name: np.array(v or [math.nan, math.nan]) for name, v in samples.items()}, redrawn
+    return whole, {name: np.array(v or [math.nan, math.nan]) for name, v in samples.items()}
 
 
 def _difference(value: float, error: float, n: int, freedom: float = math.inf) -> Difference:
@@ -395,32 +358,6 @@ def area_difference(found: Areas, first: Sequence[int], second: Sequence[int]) -
     weights = np.repeat([1 / len(first), -1 / len(second)], [len(first), len(second)])
     variance = float(weights @ found.covariance[np.ix_(which, which)] @ weights)
     return _difference(float(weights @ found.auc[which]), math.sqrt(max(0.0, variance)), found.n)
-
-
-def delong(truth: np.ndarray, scores: np.ndarray, patients: Labels | None = None) -> Areas:
-    """AUCs of scores (k, n) or (n,) and the covariance of these AUCs."""
-    positive, scores = np.asarray(truth) == 1, np.atleast_2d(np.asarray(scores, float))
-    if not np.isfinite(scores).all():
-        raise DataError("scores are not finite")
-    patients = np.arange(len(positive)) if patients is None else np.asarray(patients)
-    if min(with_class := [len(set(patients[one])) for one in (positive, ~positive)]) < 2:
-        raise DataError(
-            "the variance of AUC needs at least two patients of each class",
-            found=f"{with_class[0]} with positive rows, {with_class[1]} with negative rows",
-        )
-    return areas(positive, *in_order(positive, scores), patients)
-
-
-def auc_interval(truth: np.ndarray, score: np.ndarray, patients: Labels | None = None) -> Estimate:
-    """AUC with DeLong's interval, on the logit scale."""
-    return mean_area(delong(truth, score, patients), [0])
-
-
-def delong_test(
-    truth: np.ndarray, a: np.ndarray, b: np.ndarray, patients: Labels | None = None
-) -> Difference:
-    """AUC of score `a` minus AUC of score `b` on the same rows."""
-    return area_difference(delong(truth, np.stack([a, b]), patients), [0], [1])
 
 
 def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:

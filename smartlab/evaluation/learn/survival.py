@@ -30,10 +30,6 @@ class Cox:
         """Log hazard relative to the mean of the training rows, (n,)."""
         return self.basis(x) @ self.weights
 
-    def coefficients(self) -> np.ndarray:
-        """Log hazard ratios per unit of each feature as given, (d,)."""
-        return self.basis.axes @ self.weights
-
 
 def partial_likelihood(score: np.ndarray, time: np.ndarray, event: np.ndarray) -> tuple[float, np.ndarray]:
     """Negative log partial likelihood (Breslow) of log hazards (n,), and its gradient (n,)."""

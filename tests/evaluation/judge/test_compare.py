@@ -14,6 +14,7 @@ from smartlab.evaluation.judge import stats
 from smartlab.evaluation.judge.compare import COLUMNS, compare, estimate
 from smartlab.evaluation.judge.predictions import from_table, to_table
 from smartlab.evaluation.judge.result import Result
+from tests.evaluation.judge.test_stats import auc_interval, delong_test
 
 N = 120
 CASES = [f"case{i:03d}" for i in range(N)]
@@ -77,7 +78,7 @@ def test_estimate_gives_every_score_over_patients():
     assert {e.n for e in found.values()} == {N // 2}
     assert all(e.low <= e.value <= e.high for e in found.values())
     one = from_table(run(1))
-    assert found["auc"] == stats.auc_interval(one.truth, one.probability, one.patient)
+    assert found["auc"] == auc_interval(one.truth, one.probability, one.patient)
     assert found["brier"] == stats.log_interval((one.probability - one.truth) ** 2, one.patient)
 
 
@@ -107,12 +108,12 @@ def test_the_mean_over_classes_has_the_variance_of_a_mean(kind):
             kind, CASES, PATIENTS, np.tile(truth[:, None], 3), np.tile(p[:, None], 3), list("abc")
         )
         found = estimate(table, kind, draws=100)
-        assert found["auc"] == pytest.approx(stats.auc_interval(truth, p, PATIENTS))
+        assert found["auc"] == pytest.approx(auc_interval(truth, p, PATIENTS))
         return
     found = estimate(
         to_table(kind, CASES, PATIENTS, truth, np.column_stack([1 - p, p]), BINARY), kind, draws=100
     )
-    alone = stats.auc_interval(truth, p, PATIENTS)
+    alone = auc_interval(truth, p, PATIENTS)
     assert found["auc"] == pytest.approx(alone, abs=0.002) and found["auc:malignant"] == pytest.approx(alone)
     assert found["auc:benign"] == pytest.approx(found["auc:malignant"])
 
@@ -134,7 +135,7 @@ def test_compare_tests_every_pair_on_patients_and_corrects_for_all():
     assert table.difference.to_numpy() == pytest.approx((table.value_a - table.value_b).to_numpy())
     first = table[(table.metric == "auc") & (table.a == "good") & (table.b == "poor")].iloc[0]
     a, b = from_table(runs["good"]), from_table(runs["poor"])
-    exact = stats.delong_test(a.truth, a.probability, b.probability, a.patient)
+    exact = delong_test(a.truth, a.probability, b.probability, a.patient)
     assert first.test == "DeLong" and first.p == pytest.approx(exact.p)
     assert first.low > 0 and first.p_holm < 0.001
     assert set(table[table.metric == "brier"].test) == {"bootstrap"}

@@ -34,9 +34,10 @@ from smartlab.core.places import code_version
 from smartlab.data.cohort.case import Case
 from smartlab.data.cohort.manifest import Manifest, Source
 from smartlab.evaluation.features.encoders import as_encoder, random_encoder
+from smartlab.evaluation.features.tokens import organ_tokens
 from smartlab.evaluation.judge.result import Result, clean
 from smartlab.evaluation.look.clusters import clusters
-from smartlab.evaluation.look.unsupervised import organ_tokens, unsupervised
+from smartlab.evaluation.look.unsupervised import unsupervised
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("SMARTLAB_REAL_DATA", HERE.parents[1] / "shared" / "data"))

@@ -175,7 +175,7 @@ def test_every_function_that_contributing_names_exists():
         "smartlab/core/settings.py": ["Strategy", "MaskConfig", "EncoderPreset", "EncoderConfig"],
         "smartlab/core/config.py": ["ENCODERS"],
         "smartlab/models/build.py": ["make_encoder"],
-        "smartlab/evaluation/evaluate.py": ["LABELLED", "TASKS", "AS_STORED"],
+        "smartlab/evaluation/task.py": ["Task", "PLACES"],
         "smartlab/data/cohort/compose.py": ["BUILDERS"],
         "smartlab/cli/app.py": ["EVALUATE"],
     }.items():

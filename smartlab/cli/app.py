@@ -291,7 +291,7 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a pretrained encoder for classification or segmentation."""
-    from smartlab.evaluation.evaluate import FINE_TUNING
+    from smartlab.evaluation.task import FINE_TUNING
 
     if task not in FINE_TUNING:
         raise UseError(f"no task {task!r}", expected=" or ".join(FINE_TUNING))
@@ -312,8 +312,8 @@ def _judge(
     **more: Any,
 ) -> None:
     from smartlab.data.store.store import open_store
-    from smartlab.evaluation.evaluate import FINE_TUNING
     from smartlab.evaluation.evaluate import evaluate as judge
+    from smartlab.evaluation.task import FINE_TUNING
 
     given = _settings(settings, {"task", "data", "manifest", "root", "store", "label", "out", *more})
     if out is None:

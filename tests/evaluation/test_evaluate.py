@@ -128,7 +128,7 @@ def test_a_run_on_an_open_store_alone_asks_which_data(cohort, tmp_path):  # noqa
 
 def test_help_shows_an_example_of_every_task_and_bad_use_has_its_exit_code(tmp_path, monkeypatch, capsys):
     from smartlab.cli.app import main
-    from smartlab.evaluation.evaluate import FINE_TUNING, TASKS
+    from smartlab.evaluation.task import FINE_TUNING, TASKS
 
     def say(*words):
         monkeypatch.setattr("sys.argv", ["smartlab", *map(str, words)])

@@ -44,6 +44,13 @@ def as_encoder(source: EncoderSource, role: str = "teacher") -> tuple[Any, dict[
     return encoder, facts | {"weights": identity(encoder)[:16]}
 
 
+def run_of(source: EncoderSource) -> Run | None:
+    """The run behind an encoder, where there is one."""
+    if isinstance(source, (str, Path)) and (Path(source) / "config.yaml").is_file():
+        return Run(source)
+    return source if isinstance(source, Run) else None
+
+
 def random_encoder(config: Config, seed: int = 0) -> Any:
     """The same architecture with random weights; equal seeds give equal weights."""
     with torch.random.fork_rng():

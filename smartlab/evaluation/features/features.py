@@ -15,9 +15,9 @@ from the store each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 import pandas as pd
@@ -41,31 +41,60 @@ from smartlab.data.store.store import Store
 from smartlab.evaluation.features import pooling as pool
 from smartlab.evaluation.features.cache import Arrays, cached
 from smartlab.evaluation.features.cases import lesion_rows, read_stacks, scan_rows
-from smartlab.evaluation.features.encoders import as_encoder, identity, network_input, ready
+from smartlab.evaluation.features.encoders import (
+    AnyEncoder,
+    EncoderSource,
+    as_encoder,
+    identity,
+    network_input,
+    ready,
+)
 from smartlab.evaluation.features.table import FeatureTable
-
-if TYPE_CHECKING:
-    from smartlab.evaluation.features.encoders import AnyEncoder, EncoderSource
 
 FORMAT = 1  # raise it when the code below or the encoder would give other numbers
 Cache = bool | str | Path  # True: in the cache folder; False: nowhere; else this folder
 _VOXELS = 2 * 96**3  # per batch on a CPU: the widest activations of SMIT's encoder stay below 200 MB
 
 
+class How(TypedDict, total=False):
+    """What all of them take beside: the encoder's role in a run, where it runs, what is kept on disk."""
+
+    pooling: str
+    spacing: float | None  # mm, by default as in training
+    role: str
+    device: str | torch.device | None  # by default where the encoder is
+    cache: Cache
+    progress: bool
+
+
 class Extraction:
     """An encoder set up for feature extraction: where it runs, what is cached, what goes into results."""
 
     def __init__(
-        self, source: EncoderSource, role: str, pooling: str, device: Any, cache: Cache, spacing: float | None
+        self,
+        source: EncoderSource,
+        allowed: Sequence[str],
+        *,
+        pooling: str = "cls",
+        spacing: float | None = None,
+        role: str = "teacher",
+        device: str | torch.device | None = None,
+        cache: Cache = True,
+        progress: bool = True,
     ) -> None:
+        """allowed: parts of a pooling that have a meaning here."""
         given, self.facts = as_encoder(source, role)
+        self.pooling, self.quiet = pooling, not progress
+        pool.parts(pooling, tuple(allowed))
         self.encoder: AnyEncoder = ready(given, device)
-        self.config, self.pooling = given.config, pooling
-        self.device = next(self.encoder.parameters()).device
+        self.config, self.device = given.config, next(self.encoder.parameters()).device
         self.spacing = float(spacing or given.config.data.spacing)
         self.folder = (
             None if cache is False else cache_folder() / "features" if cache is True else Path(cache)
         )
+
+    def bar(self, items: Any = None, **more: Any) -> Any:
+        return tqdm(items, disable=self.quiet, mininterval=1, **more)
 
     def crop_size(self, size: int | None) -> int:
         """Voxels per side of a crop, the training view by default; whole strides only."""
@@ -88,11 +117,11 @@ class Extraction:
 
         return cached(self.folder, settings, frozen)
 
-    def encode(self, batches: Iterable[torch.Tensor], n: int, what: str, progress: bool) -> np.ndarray:
+    def encode(self, batches: Iterable[torch.Tensor], n: int, what: str) -> np.ndarray:
         """(n, C) rows of crops that come in batches (B, D, H, W) of int16 HU."""
         x = np.empty((n, pool.width(self.encoder, self.pooling)), np.float32)
         done, (low, high) = 0, self.config.data.window
-        with tqdm(total=n, desc=f"{what} features", disable=not progress, mininterval=1) as bar:
+        with self.bar(total=n, desc=f"{what} features") as bar:
             for hu in batches:
                 out = self.encoder(network_input(window(hu.to(self.device), low, high)))
                 x[done : done + len(hu)] = pool.pool_crops(out, self.pooling).cpu().numpy()
@@ -117,28 +146,21 @@ def lesion_features(
     store: Store,
     manifest: Manifest | str | Path,
     *,
-    pooling: str = "cls",
     size: int | None = None,
     cases: Iterable[str] | None = None,
-    spacing: float | None = None,
-    role: str = "teacher",
     batch: int | None = None,
     workers: int = 0,
-    device: str | torch.device | None = None,
-    cache: Cache = True,
-    progress: bool = True,
+    **how: Unpack[How],
 ) -> FeatureTable:
     """One row per lesion, from a crop centred on it; of mammograms a square around it, see `ImageDataset`.
 
     manifest: says what the labels mean.   size: voxels per side, the training view by default.
-    cases:    keys of `store.cases`, by default every case with a lesion.
-    spacing:  mm, by default as in training.   device: by default where the encoder is.
+    cases:    keys of `store.cases`, by default every case with a lesion.   how: see `How`.
 
     >>> table = lesion_features("runs/a", store, "phantom-ct", pooling="cls+stages")
     >>> x, y, classes = table.labelled("malignancy")
     """
-    job = Extraction(encoder, role, pooling, device, cache, spacing)
-    pool.parts(pooling)
+    job = Extraction(encoder, pool.POOLINGS, **how)
     side = job.crop_size(size)
     same = abs(job.spacing - store.spacing) < 1e-4  # then cut, as in training: resampling would blur
     margin = job.config.data.margin
@@ -149,7 +171,7 @@ def lesion_features(
     def compute() -> Arrays:
         loader = CropLoader(dataset, job.batch(side, batch), workers=workers, shuffle=False, drop_last=False)
         try:
-            return {"x": job.encode((b["crop"] for b in loader), len(keys), "lesion", progress)}
+            return {"x": job.encode((b["crop"] for b in loader), len(keys), "lesion")}
         finally:
             loader.close()
 
@@ -164,14 +186,9 @@ def scan_features(
     store: Store,
     manifest: Manifest | str | Path,
     *,
-    pooling: str = "cls",
     by: Literal["image", "patient"] = "image",
     images: Iterable[int] | None = None,
-    spacing: float | None = None,
-    role: str = "teacher",
-    device: str | torch.device | None = None,
-    cache: Cache = True,
-    progress: bool = True,
+    **how: Unpack[How],
 ) -> FeatureTable:
     """One row per image, or per patient the mean of the images; "center" pooling has no meaning here.
 
@@ -179,18 +196,13 @@ def scan_features(
     """
     if by not in ("image", "patient"):
         raise UseError(f"by={by!r}", expected="'image' or 'patient'")
-    job = Extraction(encoder, role, pooling, device, cache, spacing)
-    pool.parts(pooling, ("cls", "tokens", "stages"))
+    job = Extraction(encoder, ("cls", "tokens", "stages"), **how)
     man, chosen = load_manifest(manifest), _images(store, images)
 
     def compute() -> Arrays:
-        scans = tqdm(chosen, desc="scan features", disable=not progress, mininterval=1)
-        if is_flat(store):
-            rows = [pool.pool_scan(job.encoder, store.array(i)[:][:, :, 0], pooling) for i in scans]
-        else:
-            rows = [
-                pool.pool_scan(job.encoder, _scan(store, i, job.spacing, False)[0], pooling) for i in scans
-            ]
+        scans, flat = job.bar(chosen, desc="scan features"), is_flat(store)
+        volumes = (store.array(i)[:, :, 0] if flat else _scan(store, i, job.spacing, False)[0] for i in scans)
+        rows = [pool.pool_scan(job.encoder, volume, job.pooling) for volume in volumes]
         return {"x": np.stack(rows)}
 
     data = {"data": store.fingerprint, "manifest": man.name}
@@ -205,15 +217,10 @@ def organ_features(
     store: Store,
     manifest: Manifest | str | Path,
     *,
-    pooling: str = "tokens",
     images: Iterable[int] | None = None,
     min_voxels: int = 64,
     lesions: bool = False,
-    spacing: float | None = None,
-    role: str = "teacher",
-    device: str | torch.device | None = None,
-    cache: Cache = True,
-    progress: bool = True,
+    **how: Unpack[How],
 ) -> FeatureTable:
     """One row per organ and scan: the mean over the organ's voxels of the tokens they lie in.
 
@@ -222,8 +229,7 @@ def organ_features(
     """
     if is_flat(store):
         raise UseError("mammograms have no organs", path=store.path, fix="use lesion or scan features")
-    job = Extraction(encoder, role, pooling, device, cache, spacing)
-    pool.parts(pooling, ("tokens", "stages"))
+    job = Extraction(encoder, ("tokens", "stages"), **{"pooling": "tokens", **how})
     names = {v: name for v, name in store.label_names.items() if lesions or not is_lesion(name)}
     man = load_manifest(manifest)
     chosen = [i for i in _images(store, images) if store.rows[i]["labels"]]
@@ -232,10 +238,10 @@ def organ_features(
 
     def compute() -> Arrays:
         parts = []
-        for i in tqdm(chosen, desc="organ features", disable=not progress, mininterval=1):
+        for i in job.bar(chosen, desc="organ features"):
             volume, labels, affine = _scan(store, i, job.spacing, True)
             found = [(v, at) for v, at in _regions(labels) if v in names and len(at) >= min_voxels]
-            rows = pool.pool_regions(job.encoder, volume, [at for _, at in found], pooling)
+            rows = pool.pool_regions(job.encoder, volume, [at for _, at in found], job.pooling)
             middles = [affine[:3, :3] @ at.mean(0) + affine[:3, 3] for _, at in found]
             parts += [(x, i, v, len(at), mm) for x, (v, at), mm in zip(rows, found, middles, strict=True)]
         if not parts:
@@ -263,14 +269,10 @@ def stack_features(
     manifest: Manifest | str | Path,
     root: str | Path,
     *,
-    pooling: str = "cls",
     size: int | None = None,
     grey_hu: tuple[float, float] | None = None,
-    role: str = "teacher",
     batch: int | None = None,
-    device: str | torch.device | None = None,
-    cache: Cache = True,
-    progress: bool = True,
+    **how: Unpack[How],
 ) -> FeatureTable:
     """One row per nodule of a folder of PNG stacks (`data/png_stacks.py`).
 
@@ -278,8 +280,7 @@ def stack_features(
     with air. grey_hu: HU of grey 0 and 255, by default as the manifest says. Nodules that cannot be read are
     in `facts["failed"]`; those larger than the crop are cut, and counted in `facts["cut"]`.
     """
-    job = Extraction(encoder, role, pooling, device, cache, None)
-    pool.parts(pooling)
+    job = Extraction(encoder, pool.POOLINGS, **how)
     stacks, side = read_stacks(manifest, root), job.crop_size(size)
     low, high = grey_hu or stacks.manifest.source.parameters["layout"]["grey_hu"]
     step = job.batch(side, batch)
@@ -290,7 +291,7 @@ def stack_features(
             yield torch.from_numpy(np.stack([centred(to_hounsfield(s, (low, high)), side) for s in part]))
 
     settings = {"kind": "stack", "data": stacks.fingerprint, "size": side, "grey_hu": [low, high]}
-    x = job.rows(settings, lambda: {"x": job.encode(batches(), len(stacks), "nodule", progress)})["x"]
+    x = job.rows(settings, lambda: {"x": job.encode(batches(), len(stacks), "nodule")})["x"]
     cut = int((stacks.extents > side).any(1).sum())
     return job.table(x, stacks.about, stacks.manifest.labels, cut=cut, **stacks.facts, **settings)
 

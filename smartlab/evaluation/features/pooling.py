@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smartlab.core.errors import UseError
+from smartlab.models.build import AnyEncoder
 
 if TYPE_CHECKING:
-    from smartlab.evaluation.features.encoders import AnyEncoder
     from smartlab.models.encoder import Encoded
 
 POOLINGS = ("cls", "tokens", "center", "stages")

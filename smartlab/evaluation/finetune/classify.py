@@ -16,10 +16,10 @@ balanced by design: there, too, the frequencies are those of all training cases.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,8 @@ from smartlab.data.crops.augment import augment, window
 from smartlab.data.crops.flat import is_flat
 from smartlab.data.crops.views import CropDataset
 from smartlab.data.store.store import Store
-from smartlab.evaluation.features.encoders import network_input
+from smartlab.evaluation.features.cases import lesion_rows
+from smartlab.evaluation.features.encoders import AnyEncoder, network_input
 from smartlab.evaluation.features.table import FeatureTable
 from smartlab.evaluation.finetune import classifier, picture
 from smartlab.evaluation.finetune.draws import LesionDraws, Places, crops_of, places
@@ -50,11 +51,19 @@ from smartlab.evaluation.judge.compare import estimate, score
 from smartlab.evaluation.judge.predictions import to_table
 from smartlab.evaluation.judge.report import comparisons, differences
 from smartlab.evaluation.judge.result import Estimate, Result
-from smartlab.evaluation.learn.folds import Part, Plan, Split, averaged, make_plan, nested, present_classes
+from smartlab.evaluation.learn.folds import (
+    Part,
+    Plan,
+    Split,
+    averaged,
+    make_plan,
+    nested,
+    present_classes,
+    support,
+)
+from smartlab.evaluation.learn.labels import CLASSED, can_be_split
+from smartlab.evaluation.task import Job, Task
 from smartlab.training.requests import ranks
-
-if TYPE_CHECKING:
-    from smartlab.evaluation.features.encoders import AnyEncoder
 
 Balance = Literal["sampling", "loss", "none"]
 
@@ -77,7 +86,7 @@ class Amount:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(Call):
+class Trainings(Call):
     """The labelled cases, and everything that the trainings of one call share."""
 
     encoder: AnyEncoder
@@ -154,7 +163,7 @@ def classify(
     where, how = None, "its lesion" if about.center_mm.notna().all() else "the whole image"
     if how != "its lesion" and not is_flat(store):
         where, how = places(store, about, size, spacing)
-    task = Task(
+    task = Trainings(
         encoder=encoder,
         store=store,
         size=size,
@@ -185,16 +194,16 @@ def classify(
     return _compare(task, plan, modes, amounts, draws, bootstraps, facts)
 
 
-def _facts(task: Task) -> dict[str, Any]:
+def _facts(task: Trainings) -> dict[str, Any]:
     """What a reader needs to believe the numbers."""
     crops = {"spacing": task.spacing, "balance": task.balance, **task.augmentation}
     crops |= {"margin": task.encoder.config.data.margin} if is_flat(task.store) else {}
     n = {"cases": len(task.about), "patients": int(task.about.patient.nunique())}
-    return task.told(crops) | {"classes": task.classes, "n": n}
+    return task.told(crops) | {"label_kind": task.kind, "classes": task.classes, "n": n}
 
 
 def _compare(
-    task: Task,
+    task: Trainings,
     plan: Plan,
     modes: Sequence[Mode],
     amounts: Sequence[Amount],
@@ -203,7 +212,7 @@ def _compare(
     facts: dict[str, Any],
 ) -> Result:
     """Every way to start, with every amount of training patients; ways to start compared with the most."""
-    runs: list[tuple[str, str]] = []  # name on the axis, suffix of its metrics
+    runs: dict[str, str] = {}  # name on the axis -> suffix of its metrics
     estimates: dict[str, Estimate] = {}
     tables: list[pd.DataFrame] = []
     whole: dict[str, pd.DataFrame] = {}  # predictions of each way to start with the most patients
@@ -222,7 +231,7 @@ def _compare(
                 tables.append(table.assign(mode=mode, shots=shots, fraction=amount.fraction, draw=draw))
             found = _estimates(task, predictions, bootstraps)
             estimates |= {name + suffix: value for name, value in found.items()}
-            runs.append((amount.of(mode), suffix))
+            runs[amount.of(mode)] = suffix
     pairs = [(modes[0], other) for other in modes[1:]]
     compared = comparisons(whole, task.kind, pairs, bootstraps, task.seed)
     estimates |= differences(compared, modes[0])
@@ -231,7 +240,7 @@ def _compare(
         "classify",
         estimates,
         pd.concat(tables, ignore_index=True),
-        lambda: picture.classification(estimates, histories, runs, "auc"),
+        lambda: picture.classification(estimates, histories, runs),
         facts,
     )
 
@@ -242,17 +251,7 @@ def _cases(store: Store, man: Manifest, label: str) -> tuple[pd.DataFrame, np.nd
         raise UseError(f"label {label!r} has no classes", found=man.labels[label].kind)
     placed = store.cases[store.cases.center_mm.notna()]
     placed = placed if len(placed) else store.cases  # scans: see `places`
-    about = pd.DataFrame(
-        {
-            "case": placed.index,
-            "patient": placed.patient.to_numpy(),
-            "image": placed.image.to_numpy(),
-            "center_mm": placed.center_mm.to_numpy(),
-            "split": placed["split"].to_numpy(),
-            "fold": placed.fold.to_numpy(),
-            f"label:{label}": [labels.get(label) for labels in placed.labels],
-        }
-    )
+    about = lesion_rows(store, list(placed.index), man)
     table = FeatureTable(np.zeros((len(about), 1), np.float32), about, man.labels)
     table, y, classes = table.labelled(label)
     y, classes, _ = present_classes(y, classes, man.labels[label])
@@ -260,7 +259,7 @@ def _cases(store: Store, man: Manifest, label: str) -> tuple[pd.DataFrame, np.nd
 
 
 def _predict(
-    task: Task, plan: Plan, mode: Mode, amount: Amount, draw: int
+    task: Trainings, plan: Plan, mode: Mode, amount: Amount, draw: int
 ) -> tuple[list[Part], dict[str, pd.DataFrame]]:
     """Probabilities of the predicted rows, fold by fold, and the history of every training."""
     histories: dict[str, pd.DataFrame] = {}
@@ -275,7 +274,7 @@ def _predict(
 
 
 def _one(
-    task: Task, name: str, train: np.ndarray, test: np.ndarray, mode: Mode, amount: Amount, draw: int
+    task: Trainings, name: str, train: np.ndarray, test: np.ndarray, mode: Mode, amount: Amount, draw: int
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """One training -> probabilities of the test rows, and its history."""
     s = task.settings
@@ -292,7 +291,7 @@ def _one(
                 fix="ask for a larger fraction",
             )
     else:  # few-shot: no cases to spare for choosing when to stop
-        train, held_out = few(patients, task.targets, train, amount.shots, task.seed + draw), train[:0]
+        train, held_out = few(patients, task.targets, train, amount.shots, [task.seed, draw]), train[:0]
     share = task.targets[train].mean(0)
     by_loss = task.balance == "loss" or (task.balance == "sampling" and task.kind == "multilabel")
     by_sampling = task.balance == "sampling" and not by_loss
@@ -336,7 +335,7 @@ def _one(
     return classifier.probability(task.kind, logits, learned, frequency), fitted.history
 
 
-def _depends_on(task: Task, train: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
+def _depends_on(task: Trainings, train: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
     """What a training follows from, besides its settings."""
     keys = task.about.case.to_numpy()
     return {
@@ -351,30 +350,29 @@ def _depends_on(task: Task, train: np.ndarray, held_out: np.ndarray) -> dict[str
     }
 
 
-def few(patients: np.ndarray, targets: np.ndarray, train: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """k training rows of each class, from k different patients."""
-    rng = np.random.default_rng((seed, k))
-    chosen: set[int] = set()
-    for column in range(targets.shape[1]):
-        rows = rng.permutation(train[targets[train, column] == 1])
-        _, first = np.unique(patients[rows], return_index=True)  # a case of each patient
-        if len(first) < k:
+def few(
+    patients: np.ndarray, targets: np.ndarray, train: np.ndarray, k: int, seed: int | list[int]
+) -> np.ndarray:
+    """k training rows of each class, from k different patients; those of fewer are among those of more."""
+    classes, rng = targets.shape[1], np.random.default_rng(seed)
+    chosen = support(patients[train], targets[train], classes, rng)
+    for number, rows in enumerate(chosen, 1):
+        if len(rows) < k:
             raise UseError(
                 f"too few patients for {k} per class",
-                found=f"{len(first)} with class number {column + 1}",
+                found=f"{len(rows)} with class number {number}",
                 fix="ask for fewer shots",
             )
-        chosen |= set(rows[rng.permutation(first)[:k]].tolist())
-    return np.array(sorted(chosen))
+    return train[np.unique(np.concatenate([rows[:k] for rows in chosen]))]
 
 
-def _table(task: Task, plan: Plan, parts: list[Part]) -> pd.DataFrame:
+def _table(task: Trainings, plan: Plan, parts: list[Part]) -> pd.DataFrame:
     about, truth = task.about.iloc[plan.predicted], task.y[plan.predicted]
     who = list(about.case), list(about.patient)
     return to_table(task.kind, *who, truth, averaged(parts), task.classes, parts)
 
 
-def _estimates(task: Task, predictions: list[pd.DataFrame], bootstraps: int) -> dict[str, Estimate]:
+def _estimates(task: Trainings, predictions: list[pd.DataFrame], bootstraps: int) -> dict[str, Estimate]:
     """Scores with intervals over patients; of several draws the mean, with the interval over draws."""
     if predictions[0].patient.nunique() < 2:
         raise DataError("one test patient only", fix='use split="cross"')
@@ -386,3 +384,12 @@ def _estimates(task: Task, predictions: list[pd.DataFrame], bootstraps: int) -> 
         str(name): stats.t_interval(known[name].to_numpy()).clipped(0, 2 if name == "brier" else 1)
         for name in known
     }
+
+
+class _Classify(Task):
+    def run(self, job: Job, settings: Mapping[str, Any]) -> Result:
+        more = {"label": job.label, "progress": job.progress, **settings}
+        return classify(job.encoder, job.store, job.manifest, job.out, **more)
+
+
+TASKS = {"classify": _Classify(classify, headline="auc", kinds=CLASSED, ask=can_be_split, trains=True)}

@@ -13,10 +13,10 @@ source scan's own voxels (`masks.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,14 +43,13 @@ from smartlab.evaluation.judge import metrics
 from smartlab.evaluation.judge.means import patient_means
 from smartlab.evaluation.judge.result import Estimate, Result
 from smartlab.evaluation.learn.folds import Plan, Split, make_plan, nested
+from smartlab.evaluation.task import Job, Task
+from smartlab.models.encoder import Encoder
 from smartlab.training.requests import shared
-
-if TYPE_CHECKING:
-    from smartlab.models.encoder import Encoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job(Call):
+class Trainings(Call):
     """Everything that the trainings of one call share."""
 
     encoder: Encoder
@@ -105,7 +104,7 @@ def segment(
     man = load_manifest(manifest)
     _check(modes, fractions, size, encoder)
     names = _names(store, man, labels)
-    job = Job(
+    job = Trainings(
         encoder=encoder,
         store=store,
         out=Path(out),
@@ -132,7 +131,7 @@ def segment(
 
 
 def _every(
-    job: Job, about: pd.DataFrame, plan: Plan, modes: Sequence[Mode], fractions: Sequence[float]
+    job: Trainings, about: pd.DataFrame, plan: Plan, modes: Sequence[Mode], fractions: Sequence[float]
 ) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """All trainings: the table of their test scans, and their histories by name."""
     tables, histories = [], {}
@@ -146,7 +145,7 @@ def _every(
     return pd.concat(tables, ignore_index=True), histories
 
 
-def _facts(job: Job, man: Manifest, about: pd.DataFrame) -> dict[str, Any]:
+def _facts(job: Trainings, man: Manifest, about: pd.DataFrame) -> dict[str, Any]:
     """What a reader needs to believe the numbers."""
     return job.told({"flip": job.flip, "intensity": job.intensity, "overlap": job.overlap}) | {
         "manifest": man.name,
@@ -158,7 +157,13 @@ def _facts(job: Job, man: Manifest, about: pd.DataFrame) -> dict[str, Any]:
 
 
 def _one(
-    job: Job, name: str, about: pd.DataFrame, train: np.ndarray, test: np.ndarray, mode: Mode, fraction: float
+    job: Trainings,
+    name: str,
+    about: pd.DataFrame,
+    train: np.ndarray,
+    test: np.ndarray,
+    mode: Mode,
+    fraction: float,
 ) -> tuple[Fitted, pd.DataFrame]:
     """One training and its test scans."""
     store, s, hu_window = job.store, job.settings, job.encoder.config.data.window
@@ -204,7 +209,7 @@ def _one(
     return fitted, pd.concat(rows, ignore_index=True).assign(trained_on=about.patient.iloc[train].nunique())
 
 
-def _measure(job: Job, net: torch.nn.Module, row: pd.Series, folder: Path) -> pd.DataFrame:
+def _measure(job: Trainings, net: torch.nn.Module, row: pd.Series, folder: Path) -> pd.DataFrame:
     """Segment one scan, write the prediction, and compare it with the truth: a row per structure."""
     image, store = int(row.image), job.store
     hu = store.array(image)[:]
@@ -238,7 +243,7 @@ def _measure(job: Job, net: torch.nn.Module, row: pd.Series, folder: Path) -> pd
     )
 
 
-def _write(job: Job, image: int, probability: np.ndarray, folder: Path) -> None:
+def _write(job: Trainings, image: int, probability: np.ndarray, folder: Path) -> None:
     """The prediction on the source's voxels: NIfTI, and DICOM SEG where the source is DICOM."""
     case, root = job.sources[image]
     path, key = case.locate(root), str(job.store.rows[image]["key"])
@@ -340,3 +345,12 @@ def _sources(store: Store, man: Manifest, root: Path) -> dict[int, tuple[Case, P
             except DataError:  # this case failed to build; another of the same image may have not
                 continue
     return found
+
+
+class _Segment(Task):
+    def run(self, job: Job, settings: Mapping[str, Any]) -> Result:
+        more = {"root": job.root, "progress": job.progress, **settings}
+        return segment(job.encoder, job.store, job.manifest, job.out, **more)
+
+
+TASKS = {"segment": _Segment(segment, headline="dice", trains=True)}

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -32,6 +31,7 @@ from smartlab.core.errors import DataError, UseError
 from smartlab.core.files import write_text
 from smartlab.data.crops.loader import CropLoader
 from smartlab.data.crops.views import CropDataset
+from smartlab.evaluation.features.encoders import as_encoder, identity
 from smartlab.evaluation.learn.folds import deal
 from smartlab.methods.distillation import mean_over_ranks
 from smartlab.training import schedules
@@ -192,7 +192,7 @@ class Call:
         validate: Callable[[], float] | None,
     ) -> Fitted:
         """One of them, in the folder `name`; see `fit`."""
-        known = {"data": self.store.fingerprint, "encoder": weights_hash(self.encoder), "size": self.size}
+        known = {"data": self.store.fingerprint, "encoder": identity(self.encoder)[:16], "size": self.size}
         how: dict[str, Any] = {"mode": mode, "encoder": prefix, "seed": self.seed, "validate": validate}
         how |= {"facts": known | facts, "resume": self.resume, "progress": self.progress}
         return fit(net, data, loss, self.out / name, self.settings, **how)
@@ -200,7 +200,7 @@ class Call:
     def told(self, crops: dict[str, Any]) -> dict[str, Any]:
         """What a reader needs to believe the numbers."""
         return {
-            "encoder": weights_hash(self.encoder),
+            **as_encoder(self.encoder)[1],
             "data": self.store.fingerprint,
             "seed": self.seed,
             "settings": {"size": self.size} | crops | self.settings.model_dump(),
@@ -399,14 +399,6 @@ def hold_out(
     if not val.any() and len(set(patients[train])) >= HELD_OUT:
         val = deal(patients[train], y[train], HELD_OUT, seed) == 0
     return (train, train[:0]) if val.all() else (train[~val], train[val])
-
-
-def weights_hash(model: nn.Module) -> str:
-    """What tells one encoder from another: a hash of its weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def device_of(settings: Settings) -> torch.device:

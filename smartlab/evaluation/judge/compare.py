@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -117,15 +119,18 @@ def compare(
     >>> compare({"smart": first, "random": second}, metrics=["auc"])
     >>> compare({"smart": "runs/smart", "smit": "runs/smit"}, "probe", metrics=["auc"])
     """
-    where, task = task, None if task is None else task.split("-")[0]  # "probe-malignancy" is a probe
-    read = {name: _table(name, source, where) for name, source in runs.items()}
+    read = {name: _read(name, source, task) for name, source in runs.items()}
     if len(read) < 2:
         raise UseError("a comparison needs at least two runs", found=", ".join(read) or "none")
-    kinds = {source.task for source in runs.values() if isinstance(source, Result)}
-    task = task or (kinds.pop() if len(kinds) == 1 else None)
+    told = {str(facts.get("task")) for _, facts in read.values()}
+    task = (
+        task.split("-")[0] if task else told.pop() if len(told) == 1 else None
+    )  # "probe-malignancy" is a probe
     if task in PER_CASE:
-        return _per_case(read, task, metrics)
-    tables = _aligned(read, kind)
+        return _per_case({name: table for name, (table, _) in read.items()}, task, metrics)
+    tables = _aligned(
+        {n: from_table(table, n, kind or facts.get("label_kind")) for n, (table, facts) in read.items()}
+    )
     names, first = list(tables), next(iter(tables.values()))
     values = [_values(one) for one in tables.values()]
     wanted = [m for m in values[0] if ":" not in m] if metrics is None else list(metrics)
@@ -165,29 +170,29 @@ def _area_difference(a: Predictions, b: Predictions, metric: str) -> stats.Diffe
     return stats.area_difference(found, which, [k + i for i in which])
 
 
-def _table(name: str, source: Source, task: str | None) -> pd.DataFrame:
-    """The table of a result, wherever it is."""
+def _read(name: str, source: Source, task: str | None) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The table of a result and what it says about it, wherever it is."""
     if isinstance(source, pd.DataFrame):
-        return source
+        return source, {}
     if isinstance(source, Result):
-        return _first_training(source.table) if "mode" in source.table else source.table
+        return _first_training(source.table), source.facts | {"task": source.task}
     folder = Path(source)
-    places = [folder, *(folder / kind / task for kind in ("evaluation", "finetune") if task)]
-    for place in places:
+    for place in [folder, *(folder / kind / task for kind in ("evaluation", "finetune") if task)]:
         if (place / "result.json").is_file():  # written last: the result is whole
+            facts = json.loads((place / "result.json").read_text(encoding="utf-8"))
+            text = {"case": str, "patient": str}
             table = pd.read_csv(
-                place / "table.csv",
-                dtype={"case": str, "patient": str},
-                keep_default_na=False,
-                na_values=[""],  # a class may be called "None"
-            )
-            return _first_training(table) if "mode" in table else table
+                place / "table.csv", dtype=text, keep_default_na=False, na_values=[""]
+            )  # a class may be called "None"
+            return _first_training(table), facts
     expected = f"result.json in it{f', or in evaluation/{task} or finetune/{task}' if task else ''}"
     raise DataError(f"{name} holds no result", path=folder, expected=expected, fix="evaluate it first")
 
 
 def _first_training(table: pd.DataFrame) -> pd.DataFrame:
     """Of several trainings of fine-tuning, the first way to start with the most cases."""
+    if "mode" not in table:
+        return table
     table = table[table["mode"] == table["mode"].iloc[0]]
     if "shots" in table:
         table = table[table.shots == "all"]
@@ -229,13 +234,12 @@ def _scores(name: str, table: pd.DataFrame, task: str, keys: list[str]) -> pd.Da
     return table.set_index([*keys, "patient"]).sort_index()
 
 
-def _aligned(runs: Mapping[str, pd.DataFrame], kind: str | None) -> dict[str, Predictions]:
-    """Tables of predictions with their rows in the same order, refused unless they are of the same cases."""
-    tables = {}
-    for name, table in runs.items():
-        one = from_table(table, name, kind)
-        order = np.argsort(one.case)
-        tables[name] = Predictions(one.kind, one.classes, *(a[order] for a in one[2:]))
+def _aligned(tables: dict[str, Predictions]) -> dict[str, Predictions]:
+    """The same with their rows in the same order, refused unless they are of the same cases."""
+    tables = {
+        name: Predictions(one.kind, one.classes, *(a[np.argsort(one.case)] for a in one[2:]))
+        for name, one in tables.items()
+    }
     first_name, first = next(iter(tables.items()))
     for name, one in tables.items():
         if (one.kind, one.classes) != (first.kind, first.classes):

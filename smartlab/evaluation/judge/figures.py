@@ -1,11 +1,11 @@
-"""Figures of predictions: ROC curves, calibration, and scores with their intervals, beside each other.
+"""Figures of results in one style: estimates with their intervals, and curves of predictions, beside each other.
 
-The features in question are blue and thick; what stands beside them keeps one colour in every panel.
+What is in question is blue and thick; what stands beside it keeps one colour in every panel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,23 +22,92 @@ if TYPE_CHECKING:
 
 BLUE = OKABE_ITO[4]
 OTHERS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+GREY = OTHERS[-1]
+DOTTED: dict[str, Any] = {"color": "0.7", "linewidth": 1, "linestyle": ":"}  # chance, or the diagonal
 TITLES = {
     "auc": "AUC",
     "average_precision": "average precision",
-    "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
     "brier": "Brier score (lower is better)",
     "exact_match": "all labels right",
     "r2": "R²",
     "pearson": "Pearson r",
     "spearman": "Spearman ρ",
-    "concordance": "concordance",
+    "jensen_shannon": "Jensen–Shannon",
 }
 
 
-def colours(names: list[str]) -> dict[str, str]:
+def title_of(metric: str) -> str:
+    return TITLES.get(metric, metric.replace("_", " "))
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
     """Blue for the first, then one each."""
     return {name: BLUE if i == 0 else OTHERS[(i - 1) % len(OTHERS)] for i, name in enumerate(names)}
+
+
+def panels(
+    columns: int, width: float = 4.6, height: float = 4.6, rows: int = 1, **more: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes (rows, columns), each of this size."""
+    import matplotlib.pyplot as plt
+
+    size = (width * columns, height * rows)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **more)
+
+
+def plain(ax: Axes, title: str = "", grid: Any = None, **settings: Any) -> None:
+    """No frame; a title, lines behind along the axis `grid` ("x", "y", "both"), and what `ax.set` takes."""
+    ax.spines[["top", "right"]].set_visible(False)
+    if grid:
+        ax.grid(axis=grid, alpha=0.25)
+        ax.set_axisbelow(True)
+    if title:
+        ax.set_title(title, fontsize=10)
+    ax.set(**settings)
+
+
+def legend(ax: Axes, **settings: Any) -> None:
+    ax.legend(**({"frameon": False, "fontsize": 8} | settings))
+
+
+def intervals(
+    ax: Axes, at: Any, found: Sequence[Estimate], colour: str, *, across: bool = False, **style: Any
+) -> None:
+    """Estimates with their intervals at these places of the axis; across: the places are rows."""
+    value, low, high = np.array([one[:3] for one in found], float).reshape(-1, 3).T
+    error = np.maximum([value - low, high - value], 0)  # the mean of draws may lie outside their middle
+    drawn = (value, at, None, error) if across else (at, value, error)
+    ax.errorbar(*drawn, **({"fmt": "o", "color": colour, "markersize": 6, "capsize": 2} | style))
+
+
+def listed(
+    ax: Axes,
+    found: Mapping[str, Estimate | None],
+    shades: Sequence[str],
+    *,
+    across: bool = True,
+    **style: Any,
+) -> None:
+    """One row (or column) for each estimate, in this order, with its name; None leaves its place empty."""
+    size = len(found)
+    for place, (one, shade) in enumerate(zip(found.values(), shades, strict=True)):
+        if one is not None:
+            intervals(ax, [place], [one], shade, across=across, **style)
+    if across:
+        ax.set_yticks(range(size), [*found], fontsize=8)
+        ax.set_ylim(size - 0.5, -0.5)
+    else:
+        ax.set_xticks(range(size), [*found], rotation=20 if size > 4 else 0)
+        ax.set_xlim(-0.6, size - 0.4)
+    plain(ax, grid="x" if across else "y")
+
+
+def over(ax: Axes, x: Any, found: Sequence[Estimate], colour: str, **style: Any) -> None:
+    """Estimates over a number, such as the step: a line in the band of its intervals."""
+    value, low, high = np.array([one[:3] for one in found], float).T
+    ax.plot(x, value, color=colour, markersize=4, **style)
+    ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def performance(
@@ -50,15 +119,10 @@ def performance(
     facts: dict[str, Any],
 ) -> Figure:
     """ROC and calibration (or predicted against true), and every score beside the other features'."""
-    import matplotlib.pyplot as plt
-
-    from smartlab.evaluation.judge.report import HEADLINES
-
     shade = colours(list(predictions))
     tables = {name: from_table(one, name, kind) for name, one in predictions.items()}
     main = next(iter(tables))
-    panels = 2 if kind == "number" else 3
-    figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 4.6), layout="constrained")
+    figure, (axes,) = panels(2 if kind == "number" else 3)
     if kind == "number":
         draw_scatter(axes[0], tables[main], f"mean absolute error {estimates[main]['mae']}")
     else:
@@ -67,7 +131,7 @@ def performance(
         else:
             draw_roc_by_class(axes[0], tables[main], estimates[main])
         draw_calibration(axes[1], tables[main])
-    unitless = [m for m in HEADLINES[kind] if m not in ("mae", "rmse")]
+    unitless = [m for m in metrics.HEADLINES[kind] if m not in ("mae", "rmse")]
     draw_forest(axes[-1], unitless, estimates, compared, shade)
     how = f"{facts['cases']} cases of {facts['patients']} patients, {facts['split']}"
     figure.suptitle(f"{task}: {facts['label']}\n{how}", fontsize=11)
@@ -108,14 +172,15 @@ def _curve(ax: Axes, truth: np.ndarray, score: np.ndarray, shade: str, legend: s
 
 
 def _roc_axes(ax: Axes, title: str) -> None:
-    ax.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle=":")
-    ax.set(
-        xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xlabel="1 − specificity", ylabel="sensitivity", aspect="equal"
-    )
-    ax.set_title(title, fontsize=10)
     handles, names = ax.get_legend_handles_labels()
-    ax.legend(handles[::-1], names[::-1], frameon=False, fontsize=8, loc="lower right")
-    plain(ax)
+    legend(ax, handles=handles[::-1], labels=names[::-1], loc="lower right")
+    _square(ax, title, xlabel="1 − specificity", ylabel="sensitivity")
+
+
+def _square(ax: Axes, title: str, **names: str) -> None:
+    """Two numbers between 0 and 1, and where they are equal."""
+    ax.plot([0, 1], [0, 1], **DOTTED)
+    plain(ax, title, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", **names)
 
 
 def draw_calibration(ax: Axes, one: Predictions) -> None:
@@ -131,91 +196,49 @@ def draw_calibration(ax: Axes, one: Predictions) -> None:
     found = metrics.calibration(np.asarray(truth), p)
     known = found.cases > 0
     ax.bar(np.arange(0.05, 1, 0.1), 0.25 * found.cases / found.cases.max(), 0.09, color="0.88", zorder=0)
-    ax.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle=":")
     seen, count = found.observed[known], found.cases[known]
-    middle = (seen + 2 / count) / (
-        1 + 4 / count
-    )  # Wilson's interval, z = 2; rows of a patient taken as if apart
+    middle = (seen + 2 / count) / (1 + 4 / count)  # Wilson, z = 2; rows of a patient taken as if apart
     half = 2 / (1 + 4 / count) * np.sqrt(seen * (1 - seen) / count + 1 / count**2)
-    errors = np.maximum([seen - (middle - half), middle + half - seen], 0)
-    ax.errorbar(
-        found.predicted[known],
-        seen,
-        errors,
-        color=BLUE,
-        marker="o",
-        markersize=5,
-        linewidth=1.8,
-        elinewidth=0.9,
-    )
-    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    ax.set(xlabel=f"predicted probability {what}", ylabel="observed frequency")
-    ax.set_title(f"calibration (error {found.error:.3f}; bars: counts)", fontsize=10)
-    plain(ax)
+    shown = [Estimate(*one) for one in zip(seen, middle - half, middle + half, strict=True)]
+    intervals(ax, found.predicted[known], shown, BLUE, fmt="o-", capsize=0, markersize=5, elinewidth=0.9)
+    title = f"calibration (error {found.error:.3f}; bars: counts)"
+    _square(ax, title, xlabel=f"predicted probability {what}", ylabel="observed frequency")
 
 
 def draw_scatter(ax: Axes, one: Predictions, title: str) -> None:
     """Predicted against true numbers."""
     ends = [min(one.truth.min(), one.probability.min()), max(one.truth.max(), one.probability.max())]
-    ax.plot(ends, ends, color="0.7", linewidth=1, linestyle=":")
-    ax.scatter(
-        one.truth, one.probability, s=14, color=BLUE, alpha=min(1.0, 0.2 + 60 / len(one.truth)), linewidths=0
-    )
-    ax.set(xlabel="true", ylabel="predicted")
-    ax.set_title(title, fontsize=10)
-    plain(ax)
+    ax.plot(ends, ends, **DOTTED)
+    faint = min(1.0, 0.2 + 60 / len(one.truth))
+    ax.scatter(one.truth, one.probability, s=14, color=BLUE, alpha=faint, linewidths=0)
+    plain(ax, title, xlabel="true", ylabel="predicted")
 
 
 def draw_forest(
     ax: Axes,
-    names: list[str],
+    names: Sequence[str],
     estimates: Mapping[str, Mapping[str, Estimate]],
     compared: pd.DataFrame,
     shade: dict[str, str],
 ) -> None:
     """Scores with 95% intervals, a group per score; p of the difference from the first where compared."""
-    step, place = 1 / (len(estimates) + 1.5), 0.0
-    for metric in names:
-        ax.text(
-            0,
-            place,
-            TITLES[metric],
-            transform=ax.get_yaxis_transform(),
-            fontsize=8.5,
-            weight="bold",
-            va="center",
-        )
+    step, across = 1 / (len(estimates) + 1.5), ax.get_yaxis_transform()
+    first = next(iter(estimates))
+    for place, metric in enumerate(names):
+        ax.text(0, place, title_of(metric), transform=across, fontsize=8.5, weight="bold", va="center")
         for i, (name, found) in enumerate(estimates.items()):
             at, one = place + (i + 1) * step, found[metric]
-            if np.isfinite(one.value):
-                ax.plot([one.low, one.high], [at, at], color=shade[name], linewidth=1.6)
-                ax.plot(one.value, at, "o", color=shade[name], markersize=5)
-            pair = compared[(compared.metric == metric) & (compared.b == name)]
+            label = None if place else name
+            intervals(ax, [at], [one], shade[name], across=True, capsize=0, markersize=5, label=label)
             text = f"{one.value:.3f}"
-            if len(pair):
-                text += f"   {_p(pair.p_holm.iloc[0])}" + (
-                    f" vs {pair.a.iloc[0]}" if (pair.a != next(iter(estimates))).any() else ""
-                )
-            ax.text(
-                1.02, at, text, transform=ax.get_yaxis_transform(), fontsize=7.5, va="center", color="0.25"
-            )
-        place += 1
-    ax.set_ylim(place - 0.1, -0.25)
+            for pair in compared[(compared.metric == metric) & (compared.b == name)].head(1).itertuples():
+                text += f"   {_p(pair.p_holm)}" + ("" if pair.a == first else f" vs {pair.a}")
+            ax.text(1.02, at, text, transform=across, fontsize=7.5, va="center", color="0.25")
+    ax.set_ylim(len(names) - 0.1, -0.25)
     ax.set_yticks([])
-    for name in estimates:
-        ax.plot([], [], "o-", color=shade[name], markersize=5, label=name)
-    ax.legend(
-        frameon=False,
-        fontsize=8,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.07),
-        ncol=min(4, len(estimates)),
-    )
-    ax.set_title(
-        "95% intervals over patients" + ("; p of the difference (Holm)" if len(compared) else ""), fontsize=10
-    )
-    ax.grid(axis="x", alpha=0.25)
-    plain(ax)
+    legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncol=min(4, len(estimates)))
+    compares = "; p of the difference (Holm)" if len(compared) else ""
+    plain(ax, f"95% intervals over patients{compares}", grid="x")
     ax.spines["left"].set_visible(False)
 
 
@@ -229,15 +252,12 @@ def follow_up(
     facts: dict[str, Any],
 ) -> Figure:
     """Kaplan–Meier curves of the high and the low half of each risk, and every model's concordance."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(risk) + 1, figsize=(4.8 * (len(risk) + 1), 4.6), layout="constrained")
+    figure, (axes,) = panels(len(risk) + 1, 4.8)
     for ax, (name, one) in zip(axes, risk.items(), strict=False):
-        draw_halves(
-            ax, time, event, one, f"halves by predicted risk, {name}: log-rank {_p(p[name])}", facts["unit"]
-        )
+        title = f"halves by predicted risk, {name}: log-rank {_p(p[name])}"
+        draw_halves(ax, time, event, one, title, facts["unit"])
     draw_forest(axes[-1], ["concordance"], estimates, compared, colours(list(estimates)))
-    axes[-1].axvline(0.5, color="0.7", linewidth=1, linestyle=":")
+    axes[-1].axvline(0.5, **DOTTED)
     how = f"{facts['patients']} patients, {facts['events']} events, {facts['split']}"
     figure.suptitle(f"outcome: {facts['label']}\n{how}", fontsize=11)
     return figure
@@ -255,9 +275,7 @@ def draw_halves(
         if not half.any():
             continue
         curve = ecdf(CensoredData(time[half & event], right=time[half & ~event])).sf
-        with np.errstate(
-            divide="ignore", invalid="ignore"
-        ):  # no variance before the first and after the last
+        with np.errstate(divide="ignore", invalid="ignore"):  # no variance before the first, after the last
             band = curve.confidence_interval(method="log-log")
         at, level = np.r_[0, curve.quantiles], np.r_[1, curve.probabilities]
         ax.step(at, level, where="post", color=shade, linewidth=2, label=f"{name} (n = {half.sum()})")
@@ -268,30 +286,19 @@ def draw_halves(
         ends = time[half & ~event]
         ax.plot(ends, curve.evaluate(ends), "+", color=shade, markersize=6)
         for mark in marks:
-            left, below = str(int((time[half] >= mark).sum())), -44 - 11 * i
-            _below(ax, mark, left, below, shade)
+            _below(ax, mark, str(int((time[half] >= mark).sum())), -44 - 11 * i, shade)
     _below(ax, 0, "at risk", -34, "black")
-    ax.set(ylim=(0, 1.03), xlim=(0, time.max() * 1.02), ylabel="without an event")
-    ax.set_xlabel(unit + 3 * "\n")  # room for the numbers at risk
     ax.set_xticks(marks, [f"{m:.3g}" for m in marks])
-    ax.set_title(title, fontsize=10)
-    ax.legend(frameon=False, fontsize=8, loc="upper right")
-    plain(ax)
+    legend(ax, loc="upper right")
+    plain(ax, title, ylim=(0, 1.03), xlim=(0, time.max() * 1.02), ylabel="without an event")
+    ax.set_xlabel(unit + 3 * "\n")  # room for the numbers at risk
 
 
 def _below(ax: Axes, at: float, text: str, points: float, shade: str) -> None:
     """Small text under the axis, some points below it."""
+    where = {"xycoords": ("data", "axes fraction"), "xytext": (0, points), "textcoords": "offset points"}
     ax.annotate(
-        text,
-        (at, 0),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, points),
-        textcoords="offset points",
-        ha="center",
-        va="center",
-        fontsize=8,
-        color=shade,
-        annotation_clip=False,
+        text, (at, 0), **where, ha="center", va="center", fontsize=8, color=shade, annotation_clip=False
     )
 
 
@@ -299,8 +306,3 @@ def _p(value: float) -> str:
     if np.isnan(value):
         return "p = –"
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
-
-
-def plain(ax: Axes) -> None:
-    """No frame."""
-    ax.spines[["top", "right"]].set_visible(False)

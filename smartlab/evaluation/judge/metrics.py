@@ -19,7 +19,14 @@ import numpy as np
 
 from smartlab.core.errors import DataError, UseError
 
-KINDS = ("binary", "multiclass", "multilabel", "number")
+_CLASSED = ["auc", "average_precision", "accuracy", "balanced_accuracy", "brier"]
+HEADLINES = {  # scores that are compared and drawn, by kind of label
+    "binary": _CLASSED,
+    "multiclass": _CLASSED,
+    "multilabel": [*_CLASSED, "exact_match"],
+    "number": ["mae", "rmse", "r2", "pearson", "spearman"],
+}
+KINDS = tuple(HEADLINES)
 
 
 def scores(

@@ -8,6 +8,7 @@ whatever it must beat. Metrics of the first keep their names ("auc"); those of t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,13 @@ import pandas as pd
 
 from smartlab.core.errors import DataError
 from smartlab.evaluation.features.table import FeatureTable
+from smartlab.evaluation.judge import metrics as scoring
 from smartlab.evaluation.judge.compare import COLUMNS, compare, estimate
+from smartlab.evaluation.judge.figures import performance
 from smartlab.evaluation.judge.predictions import from_table
 from smartlab.evaluation.judge.result import Estimate, Result
 from smartlab.evaluation.judge.stats import holm
 
-CLASSED = ["auc", "average_precision", "accuracy", "balanced_accuracy", "brier"]
-HEADLINES = {
-    "binary": CLASSED,
-    "multiclass": CLASSED,
-    "multilabel": [*CLASSED, "exact_match"],
-    "number": ["mae", "rmse", "r2", "pearson", "spearman"],
-}
 Pairs = Sequence[tuple[str, str]]
 
 
@@ -60,11 +56,7 @@ def report(
         "comparisons": compared.to_dict("records"),
     }
 
-    def draw() -> Any:
-        from smartlab.evaluation.judge.figures import performance
-
-        return performance(task, predictions, kind, estimates, compared, facts)
-
+    draw = partial(performance, task, predictions, kind, estimates, compared, facts)
     return Result(task, metrics, _side_by_side(predictions), draw, facts)
 
 
@@ -73,7 +65,8 @@ def comparisons(
 ) -> pd.DataFrame:
     """Rows of `compare` for these pairs; p_holm corrects each metric for the number of pairs."""
     found = [
-        compare({n: predictions[n] for n in pair}, None, HEADLINES[kind], kind, draws, seed) for pair in pairs
+        compare({n: predictions[n] for n in pair}, None, scoring.HEADLINES[kind], kind, draws, seed)
+        for pair in pairs
     ]
     return holm_by_metric(pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=COLUMNS))
 

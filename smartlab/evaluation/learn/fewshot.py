@@ -16,7 +16,7 @@ same reason differences come with the share of draws that one set of features wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,18 +24,18 @@ import pandas as pd
 
 from smartlab.core.errors import DataError, UseError
 from smartlab.evaluation.features.table import FeatureTable
-from smartlab.evaluation.judge import metrics
+from smartlab.evaluation.judge import figures, metrics
 from smartlab.evaluation.judge.report import align, check_varying
 from smartlab.evaluation.judge.result import Estimate, Result
-from smartlab.evaluation.learn.folds import Split, make_plan
+from smartlab.evaluation.learn.folds import Split, make_plan, support
+from smartlab.evaluation.learn.labels import CLASSED, can_be_split, labelled
 from smartlab.evaluation.learn.linear import fit, one_thread, standard, targets
-from smartlab.evaluation.learn.probe import labelled
+from smartlab.evaluation.task import OnFeatures
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOTS = (1, 2, 5, 10, 20, 50)
-KINDS = ("binary", "multiclass", "multilabel")
 SCORES = ("auc", "average_precision", "accuracy", "balanced_accuracy", "brier")
 
 
@@ -61,7 +61,7 @@ def fewshot(
     """
     kept, y, classes, absent = labelled(table, label)
     kind = kept.specs[label].kind
-    if kind not in KINDS:
+    if kind not in CLASSED:
         raise UseError(f"few-shot needs classes, and label {label!r} is of kind {kind}")
     if len(classes) < 2:
         raise DataError("few-shot needs at least two classes", found=", ".join(classes))
@@ -95,7 +95,7 @@ def fewshot(
         "interval": "middle 95% of draws: where one study of this size may land; draws share patients",
         "comparisons": _wins(results),
     }
-    return Result("fewshot", _summary(results), results, lambda: draw_curves(results, facts), facts)
+    return Result("fewshot", _summary(results), results, lambda: _draw(results, facts), facts)
 
 
 def _score(
@@ -125,24 +125,6 @@ def _score(
                 rows.append({"features": name, "k": k, "draw": draw} | {m: scored[m] for m in SCORES})
     results = pd.DataFrame(rows, columns=["features", "k", "draw", *SCORES])
     return results[results.k.isin(possible)].reset_index(drop=True)
-
-
-def support(
-    patients: np.ndarray, y: np.ndarray, classes: int, generator: np.random.Generator
-) -> list[np.ndarray]:
-    """For each class, rows of as many different patients as have it, one each, in random order.
-
-    y: (n,) positions of classes, or (n, classes) 0 or 1. The first k of each are the support of k shots,
-    for every k.
-    """
-    has = y == 1 if y.ndim == 2 else y[:, None] == np.arange(classes)
-    order = generator.permutation(len(y))  # random rows, so a random row of each patient comes first
-    chosen = []
-    for k in range(classes):
-        rows = order[has[order, k]]
-        _, first = np.unique(patients[rows], return_index=True)
-        chosen.append(generator.permutation(rows[first]))
-    return chosen
 
 
 def _tests(
@@ -208,37 +190,34 @@ def _wins(results: pd.DataFrame) -> list[dict[str, Any]]:
     return out
 
 
-def draw_curves(results: pd.DataFrame, facts: dict[str, Any]) -> Figure:
+def _draw(results: pd.DataFrame, facts: dict[str, Any]) -> Figure:
     """AUC and balanced accuracy against cases per class: mean, and the middle 95% of draws as bars."""
-    import matplotlib.pyplot as plt
-
-    from smartlab.evaluation.judge.figures import TITLES, colours, plain
-
-    shade = colours(list(results.features.unique()))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    shade = figures.colours(list(results.features.unique()))
+    figure, (axes,) = figures.panels(2, 5, 4.4)
     for ax, metric in zip(axes, ("auc", "balanced_accuracy"), strict=True):
         alone = metric == "auc" or facts["label_kind"] == "multilabel"
-        chance = 0.5 if alone else 1 / len(facts["classes"])
-        ax.axhline(chance, color="0.7", linewidth=1, linestyle=":")
+        ax.axhline(0.5 if alone else 1 / len(facts["classes"]), **figures.DOTTED)
         for i, (name, part) in enumerate(results.groupby("features", sort=False)):
             found = [_middle(p[metric].to_numpy()) for _, p in part.groupby("k")]
             at = np.array(sorted(part.k.unique())) * (1 + 0.035 * (i - (len(shade) - 1) / 2))
-            value, low, high = np.array([e[:3] for e in found]).T
-            errors = np.maximum([value - low, high - value], 0)  # a mean may lie outside the middle of draws
-            width = 2.6 if i == 0 else 1.5
-            style = {"color": shade[str(name)], "linewidth": width, "elinewidth": 1, "capsize": 2}
-            ax.errorbar(at, value, errors, marker="o", markersize=5, label=name, zorder=3 - i / 10, **style)
+            style: dict[str, Any] = {"linewidth": 1.5 if i else 2.6, "elinewidth": 1, "zorder": 3 - i / 10}
+            figures.intervals(ax, at, found, shade[str(name)], fmt="o-", markersize=5, label=name, **style)
         ax.set_xscale("log")
         ax.set_xticks(facts["shots"], [str(k) for k in facts["shots"]])
         ax.minorticks_off()
-        ax.set(xlabel="labelled cases per class, each of another patient")
-        ax.set_title(TITLES[metric], fontsize=10)
-        ax.grid(alpha=0.25)
-        plain(ax)
-    axes[0].legend(frameon=False, fontsize=9, loc="best")
+        title, about = figures.title_of(metric), "labelled cases per class, each of another patient"
+        figures.plain(ax, title, grid="both", xlabel=about)
+    figures.legend(axes[0], fontsize=9)
     figure.suptitle(
         f"few-shot: {facts['label']}, mean and middle 95% of {facts['draws']} draws\n"
         f"{facts['cases']} cases of {facts['patients']} patients; test: {facts['test']}",
         fontsize=11,
     )
     return figure
+
+
+def _ask(table: FeatureTable, label: str, settings: Mapping[str, Any]) -> None:
+    can_be_split(table, label, {**settings, "folds": settings.get("test_folds", 3)})
+
+
+TASKS = {"fewshot": OnFeatures(fewshot, headline="auc@*", kinds=CLASSED, ask=_ask)}

@@ -91,6 +91,15 @@ def splits(patients: np.ndarray, y: np.ndarray, folds: int, seed: int) -> Iterat
         yield np.flatnonzero(fold != k), np.flatnonzero(fold == k)
 
 
+def learned_and_judged(patients: np.ndarray, folds: int, seed: int) -> list[tuple[Rows, Rows]]:
+    """(rows to learn from, rows to judge) without labels: no patient in both, every row judged once."""
+    if folds < 2:
+        raise UseError(f"folds={folds}", expected="two or more")
+    names = np.random.default_rng(seed).permutation(np.unique(patients))
+    held = [np.isin(patients, part) for part in np.array_split(names, min(folds, len(names)))]
+    return [(np.flatnonzero(~own), np.flatnonzero(own)) for own in held]
+
+
 def nested(patients: np.ndarray, y: np.ndarray, rows: Rows, fraction: float, seed: int) -> Rows:
     """Rows of a share of the patients, stratified by their labels: a smaller share lies in every larger."""
     names, owner = np.unique(patients[rows], return_inverse=True)
@@ -104,6 +113,24 @@ def nested(patients: np.ndarray, y: np.ndarray, rows: Rows, fraction: float, see
     place /= [members[stratum] for stratum in strata]
     first = order[np.argsort(place[order], kind="stable")][: max(1, round(fraction * len(names)))]
     return rows[np.isin(owner, first)]
+
+
+def support(
+    patients: np.ndarray, y: np.ndarray, classes: int, generator: np.random.Generator
+) -> list[np.ndarray]:
+    """For each class, rows of as many different patients as have it, one each, in random order.
+
+    y: (n,) positions of classes, or (n, classes) 0 or 1. The first k of each are the support of k shots,
+    for every k.
+    """
+    has = y == 1 if y.ndim == 2 else y[:, None] == np.arange(classes)
+    order = generator.permutation(len(y))  # random rows, so a random row of each patient comes first
+    chosen = []
+    for k in range(classes):
+        rows = order[has[order, k]]
+        _, first = np.unique(patients[rows], return_index=True)
+        chosen.append(generator.permutation(rows[first]))
+    return chosen
 
 
 def make_plan(

@@ -6,8 +6,8 @@ it the same questions about a table without features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,26 +17,43 @@ from smartlab.data.cohort.case import Case, LabelSpec
 from smartlab.data.cohort.case_table import says_missing
 from smartlab.data.cohort.manifest import Manifest
 from smartlab.evaluation.features.table import FeatureTable, spec_of
-from smartlab.evaluation.learn.folds import Split, make_plan
+from smartlab.evaluation.learn.folds import make_plan, present_classes
+
+if TYPE_CHECKING:
+    from smartlab.evaluation.task import Task
 
 CLASSED = ("binary", "multiclass", "multilabel")
-KINDS = {  # of label, that a task takes
-    "probe": (*CLASSED, "number"),
-    "knn": (*CLASSED, "number"),
-    "fewshot": CLASSED,
-    "classify": CLASSED,
-    "outcome": ("binary", "multiclass", "time"),
-}
+KINDS = (*CLASSED, "number")
 FIX = {"time": "use the task outcome", "event": "name the label of the time, for the task outcome"}
 
 
-def check_name(specs: dict[str, LabelSpec], label: str, task: str) -> None:
-    """Refuse a label that there is not, or of a kind that the task does not take."""
-    if (kind := spec_of(specs, label).kind) not in KINDS[task]:
+def labelled(table: FeatureTable, label: str) -> tuple[FeatureTable, np.ndarray, list[str], list[str]]:
+    """Rows with this label, its values, the classes that occur and those that do not."""
+    kept, y, classes = table.labelled(label)
+    spec = table.specs[label]
+    if spec.kind not in KINDS:
         raise UseError(
-            f"{task} cannot predict label {label!r}",
+            f"label {label!r} is of kind {spec.kind}",
+            expected=f"one of {', '.join(KINDS)}",
+            fix="for follow-up (time and event) use `outcome`",
+        )
+    return kept, *present_classes(y, classes, spec)
+
+
+def can_be_split(table: FeatureTable, label: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a label whose rows cannot be learned from and predicted."""
+    kept, y, classes, _ = labelled(table, label)
+    split, folds = settings.get("split", "auto"), settings.get("folds", 5)
+    make_plan(kept.about, y, classes, folds=folds, split=split)
+
+
+def check_name(specs: dict[str, LabelSpec], label: str, task: Task) -> None:
+    """Refuse a label that there is not, or of a kind that the task does not take."""
+    if (kind := spec_of(specs, label).kind) not in task.kinds:
+        raise UseError(
+            f"{task.name} cannot predict label {label!r}",
             found=f"kind {kind}",
-            expected=f"one of {', '.join(KINDS[task])}",
+            expected=f"one of {', '.join(task.kinds)}",
             fix=FIX.get(kind),
         )
 
@@ -70,7 +87,7 @@ def check_values(label: str, spec: LabelSpec, cases: Sequence[Case]) -> None:
         )
 
 
-def check_label(man: Manifest, task: str, label: str, settings: dict[str, Any], lesions: bool) -> None:
+def check_label(man: Manifest, task: Task, label: str, settings: Mapping[str, Any], lesions: bool) -> None:
     """All that can be known of a label without features. lesions: only cases with a lesion will have any."""
     check_name(man.labels, label, task)
     placed = [case for case in man.cases if case.lesion]
@@ -85,17 +102,5 @@ def check_label(man: Manifest, task: str, label: str, settings: dict[str, Any], 
             **{f"label:{n}": pd.Series([c.labels.get(n) for c in cases], dtype=object) for n in man.labels},
         }
     )
-    table = FeatureTable(np.zeros((len(cases), 1), np.float32), about, man.labels)
-    split: Split = "cross"
-    if task == "outcome":
-        from smartlab.evaluation.learn.outcome import target_of
-
-        _, patients, target, classes = target_of(table, label, settings.get("event"))
-        about, y = pd.DataFrame({"patient": patients}), target.stratum
-    else:
-        from smartlab.evaluation.learn.probe import labelled
-
-        kept, y, classes, _ = labelled(table, label)
-        about, split = kept.about, settings.get("split", "auto")
-    folds = settings.get("test_folds" if task == "fewshot" else "folds", 3 if task == "fewshot" else 5)
-    make_plan(about, y, classes, folds=folds, split=split)
+    assert task.ask is not None  # as every task that predicts a label has it
+    task.ask(FeatureTable(np.zeros((len(cases), 1), np.float32), about, man.labels), label, settings)

@@ -16,78 +16,64 @@ one of kind "event" gives Cox regression, Harrell's concordance and Kaplan–Mei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.special import expit
-from scipy.stats import rankdata
+from scipy.stats import CensoredData, logrank, rankdata
 
 from smartlab.core.errors import DataError, UseError
 from smartlab.data.cohort.clinical import Covariates, read_covariates
 from smartlab.evaluation.features.table import FeatureTable
 from smartlab.evaluation.judge import metrics, stats
 from smartlab.evaluation.judge.compare import COLUMNS
+from smartlab.evaluation.judge.figures import follow_up
 from smartlab.evaluation.judge.predictions import areas, from_table, to_table
 from smartlab.evaluation.judge.report import Pairs, align, check_varying, differences, holm_by_metric, report
 from smartlab.evaluation.judge.result import Estimate, Result
-from smartlab.evaluation.learn.folds import make_plan, present_classes, splits
-from smartlab.evaluation.learn.linear import fit, fit_tuned, one_thread
-from smartlab.evaluation.learn.survival import fit_cox, fit_cox_tuned
+from smartlab.evaluation.learn.folds import Part, make_plan, present_classes, splits
+from smartlab.evaluation.learn.linear import Linear, fit, fit_tuned, one_thread
+from smartlab.evaluation.learn.survival import Cox, fit_cox, fit_cox_tuned
+from smartlab.evaluation.task import OnFeatures
 
 Pool = Literal["mean", "max"]
 Rows = np.ndarray  # positions of patients
 Folds = list[list[Rows]]  # of every repeat, the patients of every fold
 
 
-class Scorer(Protocol):
-    """A fitted model, and the C it was fitted with."""
-
-    @property
-    def strength(self) -> Any: ...
-
-    def score(self, x: np.ndarray) -> np.ndarray: ...  # log odds or log hazards, (n,)
-
-
-class Target(Protocol):
-    """What is predicted: how to stratify it, and how to learn it from features of some patients."""
-
-    @property
-    def stratum(self) -> np.ndarray: ...  # (n,) int
-
-    def tuned(self, x: np.ndarray, rows: Rows, seed: int) -> Scorer: ...
-
-    def fixed(self, x: np.ndarray, rows: Rows, strength: Any) -> Scorer: ...
-
-
 @dataclass(frozen=True)
-class Binary:
-    """One of two classes, by logistic regression."""
+class Target:
+    """What is predicted: one of two classes by logistic regression, or the time to an event by Cox regression."""
 
-    stratum: np.ndarray
+    stratum: np.ndarray  # (n,) int: the class, or whether there was an event
+    classes: list[str]
+    time: np.ndarray | None = None  # to the event, or to the end of follow-up
 
-    def tuned(self, x: np.ndarray, rows: Rows, seed: int) -> Scorer:
-        return fit_tuned(x, self.stratum[rows], ["0", "1"], rows, seed=seed)
+    def fit(self, x: np.ndarray, rows: Rows, seed: int = 0, strength: Any = None) -> Linear | Cox:
+        """Learn from the features of some patients; C is chosen by folds of them, unless given."""
+        y = self.stratum[rows]
+        if self.time is not None:
+            time = self.time[rows]
+            return fit_cox_tuned(x, time, y, seed=seed) if strength is None else fit_cox(x, time, y, strength)
+        if strength is None:
+            return fit_tuned(x, y, self.classes, rows, seed=seed)
+        return fit(x, y[:, None].astype(float), "sigmoid", strength)
 
-    def fixed(self, x: np.ndarray, rows: Rows, strength: Any) -> Scorer:
-        return fit(x, self.stratum[rows, None].astype(float), "sigmoid", strength)
 
+class Study(NamedTuple):
+    """What was predicted: scores (log odds or log hazards) of every patient by each model, (repeats, n), never
+    by a model that saw the patient; the folds of every repeat; which models are compared."""
 
-@dataclass(frozen=True)
-class FollowUp:
-    """Time to an event (stratum 1) or to the end of follow-up (0), by Cox regression."""
-
-    stratum: np.ndarray
-    time: np.ndarray
-
-    def tuned(self, x: np.ndarray, rows: Rows, seed: int) -> Scorer:
-        return fit_cox_tuned(x, self.time[rows], self.stratum[rows], seed=seed)
-
-    def fixed(self, x: np.ndarray, rows: Rows, strength: Any) -> Scorer:
-        return fit_cox(x, self.time[rows], self.stratum[rows], strength)
+    target: Target
+    patients: np.ndarray
+    scores: dict[str, np.ndarray]
+    tests: Folds
+    pairs: Pairs
 
 
 @one_thread
@@ -114,18 +100,21 @@ def outcome(
     """
     if pool not in ("mean", "max") or repeats < 1:
         raise UseError("pool must be mean or max, repeats at least 1", found=f"{pool}, {repeats}")
-    kept, patients, target, classes = target_of(table, label, event)
+    kept, patients, target = target_of(table, label, event)
     features = {name: _pooled(x, kept, pool) for name, x in align(beside, kept).items()}
     for name, x in features.items():
         check_varying(name, x)
     if taken := {"covariates", "both"} & set(features):
         raise UseError("these names stand for our own models", found=", ".join(sorted(taken)))
     clinic = None if covariates is None else read_covariates(covariates, list(patients), columns)
-    found, tests = _cross_validate(target, features, clinic, classes, folds, repeats, seed)
+    pairs = [("features", name) for name in features if name != "features"]
+    if clinic:
+        pairs += [("both", "covariates"), ("both", "features")]
+    scores, tests = _cross_validate(target, features, clinic, folds, repeats, seed)
     facts = kept.facts | {
         "label": label,
         "unit": kept.specs[label].unit or "time",
-        "classes": classes,
+        "classes": target.classes,
         "cases": len(kept),
         "patients": len(patients),
         "pool": f"{pool} over a patient's labelled rows",
@@ -133,33 +122,27 @@ def outcome(
         "split": f"{folds}-fold cross-validation by patient, {repeats} times",
         "seed": seed,
     }
-    pairs = [("features", name) for name in features if name != "features"]
-    if clinic:
-        pairs += [("both", "covariates"), ("both", "features")]
-    if isinstance(target, Binary):
-        return _report_binary(target, patients, found, tests, classes, facts, pairs, draws, seed)
-    assert isinstance(target, FollowUp)
-    return _report_follow_up(target, patients, found, tests, facts, pairs)
+    study = Study(target, patients, scores, tests, pairs)
+    if target.time is not None:
+        return _report_follow_up(study, target.time, facts)
+    return _report_binary(study, facts, draws, seed)
 
 
-def target_of(
-    table: FeatureTable, label: str, event: str | None
-) -> tuple[FeatureTable, np.ndarray, Target, list[str]]:
-    """Rows with the label, their patients in order, what to predict of these, and its classes."""
+def target_of(table: FeatureTable, label: str, event: str | None) -> tuple[FeatureTable, np.ndarray, Target]:
+    """Rows with the label, their patients in order, and what to predict of these."""
     kept, y, classes = table.labelled(label)
     kind = kept.specs[label].kind
     if kind == "time":
         kept, y, seen = _follow_up(kept, y, event)
         patients, values = _one_per_patient(kept, np.column_stack([y, seen]), label)
-        target = FollowUp(values[:, 1].astype(int), values[:, 0])
-        return kept, patients, target, ["censored", "event"]
+        return kept, patients, Target(values[:, 1].astype(int), ["censored", "event"], values[:, 0])
     if kind in ("binary", "multiclass"):
         y, classes, _ = present_classes(y, classes, kept.specs[label])
     if len(classes) != 2 or y.ndim > 1:
         fix = "give the label of the time instead" if kind == "event" else "use `probe`"
         raise UseError("outcome needs two classes or a time", found=f"{label!r} of kind {kind}", fix=fix)
     patients, values = _one_per_patient(kept, y[:, None], label)
-    return kept, patients, Binary(values[:, 0].astype(int)), classes
+    return kept, patients, Target(values[:, 0].astype(int), classes)
 
 
 def _follow_up(
@@ -215,29 +198,28 @@ def _cross_validate(
     target: Target,
     features: dict[str, np.ndarray],
     clinic: Covariates | None,
-    classes: list[str],
     folds: int,
     repeats: int,
     seed: int,
 ) -> tuple[dict[str, np.ndarray], Folds]:
-    """Scores of every patient by each model, (repeats, n), never by a model that saw the patient; and the folds."""
+    """The scores and folds of a `Study`."""
     n = len(target.stratum)
     about = pd.DataFrame({"patient": np.arange(n)})
     names = [*features, *(["covariates", "both"] if clinic else [])]
     scores = {name: np.empty((repeats, n)) for name in names}
     tests: Folds = []
     for r in range(repeats):
-        plan = make_plan(about, target.stratum, classes, split="cross", folds=folds, seed=seed + r)
+        plan = make_plan(about, target.stratum, target.classes, split="cross", folds=folds, seed=seed + r)
         tests.append([test for _, test in plan.pairs])
         for train, test in plan.pairs:
-            models = {name: target.tuned(x[train], train, seed) for name, x in features.items()}
+            models = {name: target.fit(x[train], train, seed) for name, x in features.items()}
             for name, x in features.items():
                 scores[name][r, test] = models[name].score(x[test])
             if clinic:
                 known, asked = clinic.encode(train, train), clinic.encode(train, test)
-                scores["covariates"][r, test] = target.tuned(known, train, seed).score(asked)
+                scores["covariates"][r, test] = target.fit(known, train, seed).score(asked)
                 learned = _out_of_fold(target, features["features"], train, models["features"].strength, seed)
-                joint = target.tuned(np.column_stack([known, learned]), train, seed)
+                joint = target.fit(np.column_stack([known, learned]), train, seed)
                 scores["both"][r, test] = joint.score(np.column_stack([asked, scores["features"][r, test]]))
     return scores, tests
 
@@ -246,17 +228,7 @@ def _out_of_fold(target: Target, x: np.ndarray, train: Rows, strength: Any, seed
     """Image scores of the training patients, each by a model that did not see the patient."""
     out = np.empty(len(train))
     for a, b in splits(train, target.stratum[train], 3, seed):
-        out[b] = target.fixed(x[train[a]], train[a], strength).score(x[train[b]])
-    return out
-
-
-def _in_order(target: FollowUp, scores: dict[str, np.ndarray], tests: Folds) -> np.ndarray:
-    """(2, models, n): right and all pairs of every patient, within folds, over all repeats."""
-    out = np.zeros((2, len(scores), len(target.time)))
-    for k, found in enumerate(scores.values()):
-        for one, own in zip(found, tests, strict=True):
-            for test in own:
-                out[:, k, test] += metrics.in_order(target.time[test], target.stratum[test] == 1, one[test])
+        out[b] = target.fit(x[train[a]], train[a], strength=strength).score(x[train[b]])
     return out
 
 
@@ -269,84 +241,74 @@ def _standing(found: np.ndarray, tests: Folds) -> np.ndarray:
     return out
 
 
-def _report_binary(
-    target: Binary,
-    patients: np.ndarray,
-    scores: dict[str, np.ndarray],
-    tests: Folds,
-    classes: list[str],
-    facts: dict[str, Any],
-    pairs: Pairs,
-    draws: int,
-    seed: int,
-) -> Result:
-    probability = {name: expit(found) for name, found in scores.items()}
-    who, truth = list(patients), target.stratum
+def _report_binary(study: Study, facts: dict[str, Any], draws: int, seed: int) -> Result:
+    def table(found: np.ndarray, parts: list[Part]) -> pd.DataFrame:
+        who, truth = list(study.patients), study.target.stratum
+        return to_table("binary", who, who, truth, found.mean(0), study.target.classes, parts)
+
     predictions, ranges = {}, {}
-    for name, found in probability.items():
-        parts = [[(test, one[test]) for test in own] for one, own in zip(found, tests, strict=True)]
-        each = [from_table(to_table("binary", who, who, truth, found.mean(0), classes, p)) for p in parts]
-        aucs = [float(areas(one).auc[0]) for one in each]
+    for name, scores in study.scores.items():
+        found = expit(scores)
+        parts = [[(rows, one[rows]) for rows in own] for one, own in zip(found, study.tests, strict=True)]
+        aucs = [float(areas(from_table(table(found, each))).auc[0]) for each in parts]
         ranges[name] = [min(aucs), max(aucs)]
-        predictions[name] = to_table(
-            "binary", who, who, truth, found.mean(0), classes, [p for own in parts for p in own]
-        )
+        predictions[name] = table(found, [part for each in parts for part in each])
     facts = facts | {"auc_over_repeats": ranges}
-    return report("outcome", predictions, "binary", facts, pairs=pairs, draws=draws, seed=seed)
+    return report("outcome", predictions, "binary", facts, pairs=study.pairs, draws=draws, seed=seed)
 
 
-def _report_follow_up(
-    target: FollowUp,
-    patients: np.ndarray,
-    scores: dict[str, np.ndarray],
-    tests: Folds,
-    facts: dict[str, Any],
-    pairs: Pairs,
-) -> Result:
+def _report_follow_up(study: Study, time: np.ndarray, facts: dict[str, Any]) -> Result:
     """Concordance of each model with its interval, differences, and a log-rank test of risk halves."""
-    from scipy.stats import CensoredData, logrank
-
-    standing = {name: _standing(found, tests) for name, found in scores.items()}
-    right, pairs_of = _in_order(target, scores, tests)
-    shares = stats.pair_shares(right, pairs_of, fewest=int(target.stratum.sum()))
-    place = {name: i for i, name in enumerate(scores)}
-    estimates: dict[str, dict[str, Estimate]] = {}
+    event, names = study.target.stratum == 1, list(study.scores)
+    counts = np.zeros((2, len(names), len(time)))  # right and all pairs of every patient, within folds
+    for k, scores in enumerate(study.scores.values()):
+        for one, own in zip(scores, study.tests, strict=True):
+            for rows in own:
+                counts[:, k, rows] += metrics.in_order(time[rows], event[rows], one[rows])
+    shares = stats.pair_shares(*counts, fewest=int(event.sum()))
+    standing = {name: _standing(scores, study.tests) for name, scores in study.scores.items()}
+    estimates = {name: {"concordance": stats.mean_area(shares, [k])} for k, name in enumerate(names)}
     results: dict[str, Estimate] = {}
-    table = pd.DataFrame(
-        {"case": patients, "patient": patients, "time": target.time, "event": target.stratum}
-    )
+    table = pd.DataFrame({"case": study.patients, "patient": study.patients, "time": time})
+    table["event"] = study.target.stratum
     for name, one in standing.items():
-        found = stats.mean_area(shares, [place[name]])
-        high = one > np.median(one)
-        halves = [
-            CensoredData(target.time[h & e], right=target.time[h & ~e])
-            for h in (high, ~high)
-            for e in [target.stratum == 1]
-        ]
-        p = float(logrank(*halves).pvalue) if high.any() else np.nan
         prefix = "" if name == "features" else f"{name}/"
-        estimates[name] = {"concordance": found}
-        results |= {f"{prefix}concordance": found, f"{prefix}log_rank_p": Estimate(p, n=len(patients))}
-        table[f"{prefix}risk"] = scores[name].mean(0)
+        results |= {f"{prefix}concordance": estimates[name]["concordance"]}
+        results |= {f"{prefix}log_rank_p": Estimate(_log_rank(time, event, one), n=len(time))}
+        table[f"{prefix}risk"] = study.scores[name].mean(0)
     rows = []
-    for a, b in pairs:
-        d = stats.area_difference(shares, [place[a]], [place[b]])
+    for a, b in study.pairs:
+        d = stats.area_difference(shares, [names.index(a)], [names.index(b)])
         values = estimates[a]["concordance"].value, estimates[b]["concordance"].value
         rows.append(("concordance", a, b, *values, *d[:4], np.nan, "pairs", d.n))
     compared = holm_by_metric(pd.DataFrame(rows, columns=COLUMNS))
     facts = facts | {
-        "events": int(target.stratum.sum()),
+        "events": int(event.sum()),
         "interval": "95%, over patients; the fitted models are kept as they are",
         "comparisons": compared.to_dict("records"),
     }
 
-    def draw() -> Any:
-        from smartlab.evaluation.judge.figures import follow_up
-
-        shown = ["features", "both"] if "both" in scores else ["features"]
-        p = {name: results[("" if name == "features" else f"{name}/") + "log_rank_p"].value for name in shown}
-        return follow_up(
-            target.time, target.stratum == 1, {n: standing[n] for n in shown}, p, estimates, compared, facts
-        )
-
+    shown = {name: standing[name] for name in ("features", "both") if name in standing}
+    p = {name: results["both/log_rank_p" if name == "both" else "log_rank_p"].value for name in shown}
+    draw = partial(follow_up, time, event, shown, p, estimates, compared, facts)
     return Result("outcome", results | differences(compared, "features"), table, draw, facts)
+
+
+def _log_rank(time: np.ndarray, event: np.ndarray, risk: np.ndarray) -> float:
+    """p of the log-rank test of the patients above the median risk and the others."""
+    high = risk > np.median(risk)
+    halves = [CensoredData(time[half & event], right=time[half & ~event]) for half in (high, ~high)]
+    return float(logrank(*halves).pvalue) if high.any() else np.nan
+
+
+def _ask(table: FeatureTable, label: str, settings: Mapping[str, Any]) -> None:
+    _, patients, target = target_of(table, label, settings.get("event"))
+    about, folds = pd.DataFrame({"patient": patients}), settings.get("folds", 5)
+    make_plan(about, target.stratum, target.classes, folds=folds, split="cross")
+
+
+TASKS = {
+    "outcome": OnFeatures(
+        outcome, headline="auc|concordance", kinds=("binary", "multiclass", "time"), ask=_ask
+    )
+}

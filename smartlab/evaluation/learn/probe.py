@@ -20,12 +20,13 @@ from smartlab.evaluation.features.table import FeatureTable
 from smartlab.evaluation.judge.predictions import to_table
 from smartlab.evaluation.judge.report import align, check_varying, report
 from smartlab.evaluation.judge.result import Result
-from smartlab.evaluation.learn.folds import Plan, Split, averaged, make_plan, present_classes
+from smartlab.evaluation.learn.folds import Split, averaged, make_plan
+from smartlab.evaluation.learn.labels import KINDS, can_be_split, labelled
 from smartlab.evaluation.learn.linear import fit_tuned, one_thread, standard, targets
+from smartlab.evaluation.task import OnFeatures
 
-KINDS = ("binary", "multiclass", "multilabel", "number")
-# (training features, labels, patients, test features) -> (predictions (n, k), what was chosen)
-Learner = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, Any]]
+# (training features, labels, classes, patients, test features) -> (predictions (n, k), what was chosen)
+Learner = Callable[[np.ndarray, np.ndarray, list[str], np.ndarray, np.ndarray], tuple[np.ndarray, Any]]
 
 
 @one_thread
@@ -45,17 +46,16 @@ def probe(
 
     >>> probe(table, "malignancy", beside={"volume": volumes, "random": untrained}).metrics["auc"]
     """
-    kept, y, classes, absent = labelled(table, label)
 
     def learn(
-        x: np.ndarray, y: np.ndarray, patients: np.ndarray, x_test: np.ndarray
+        x: np.ndarray, y: np.ndarray, classes: list[str], patients: np.ndarray, x_test: np.ndarray
     ) -> tuple[np.ndarray, Any]:
         model = fit_tuned(x, y, classes, patients, inner=inner, seed=seed)
         return model.predict(x_test), [float(c) for c in np.unique(model.strength)]
 
-    plan = make_plan(kept.about, y, classes, split=split, folds=folds, repeats=repeats, seed=seed)
-    facts = {"model": f"logistic or ridge regression, C by {inner} inner folds", "absent_classes": absent}
-    return _evaluate("probe", kept, label, y, classes, plan, learn, beside, facts, seed, draws)
+    how = {"split": split, "folds": folds, "repeats": repeats, "seed": seed}
+    what = f"logistic or ridge regression, C by {inner} inner folds"
+    return _evaluate("probe", table, label, learn, what, beside, how, draws)
 
 
 def knn(
@@ -78,16 +78,15 @@ def knn(
     """
     if neighbours < 1 or temperature <= 0:
         raise UseError("knn needs at least one neighbour and a positive temperature")
-    kept, y, classes, absent = labelled(table, label)
 
     def learn(
-        x: np.ndarray, y: np.ndarray, patients: np.ndarray, x_test: np.ndarray
+        x: np.ndarray, y: np.ndarray, classes: list[str], patients: np.ndarray, x_test: np.ndarray
     ) -> tuple[np.ndarray, Any]:
         return vote(x, targets(y, classes)[0], x_test, neighbours, temperature), min(neighbours, len(x))
 
-    plan = make_plan(kept.about, y, classes, split=split, folds=folds, repeats=repeats, seed=seed)
-    facts = {"model": f"{neighbours} nearest by cosine, T = {temperature}", "absent_classes": absent}
-    return _evaluate("knn", kept, label, y, classes, plan, learn, beside, facts, seed, draws)
+    how = {"split": split, "folds": folds, "repeats": repeats, "seed": seed}
+    what = f"{neighbours} nearest by cosine, T = {temperature}"
+    return _evaluate("knn", table, label, learn, what, beside, how, draws)
 
 
 def vote(
@@ -116,34 +115,19 @@ def _directions(z: np.ndarray) -> np.ndarray:
     return (z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
 
-def labelled(table: FeatureTable, label: str) -> tuple[FeatureTable, np.ndarray, list[str], list[str]]:
-    """Rows with this label, its values, the classes that occur and those that do not."""
-    kept, y, classes = table.labelled(label)
-    spec = table.specs[label]
-    if spec.kind not in KINDS:
-        raise UseError(
-            f"label {label!r} is of kind {spec.kind}",
-            expected=f"one of {', '.join(KINDS)}",
-            fix="for follow-up (time and event) use `outcome`",
-        )
-    y, classes, absent = present_classes(y, classes, spec)
-    return kept, y, classes, absent
-
-
 def _evaluate(
     task: str,
-    kept: FeatureTable,
+    table: FeatureTable,
     label: str,
-    y: np.ndarray,
-    classes: list[str],
-    plan: Plan,
     learn: Learner,
+    model: str,
     beside: dict[str, FeatureTable] | None,
-    facts: dict[str, Any],
-    seed: int,
+    how: dict[str, Any],  # of `make_plan`
     draws: int,
 ) -> Result:
     """Every set of features through the same plan, then scores and comparisons."""
+    kept, y, classes, absent = labelled(table, label)
+    plan = make_plan(kept.about, y, classes, **how)
     kind, patients, rows = kept.specs[label].kind, kept.about.patient.to_numpy(), plan.predicted
     kind = "binary" if kind == "multiclass" and len(classes) == 2 else kind  # the others are absent
     predictions, chosen = {}, {}
@@ -154,7 +138,7 @@ def _evaluate(
         def step(
             train: np.ndarray, test: np.ndarray, x: np.ndarray = x, choices: list = choices
         ) -> np.ndarray:
-            found, choice = learn(x[train], y[train], patients[train], x[test])
+            found, choice = learn(x[train], y[train], classes, patients[train], x[test])
             choices.append(choice)
             return found[:, 0] if kind in ("binary", "number") else found
 
@@ -169,8 +153,14 @@ def _evaluate(
         "patients": len(set(patients[rows])),
         "split": plan.how,
         "unused_cases": len(kept) - len(np.unique(np.concatenate([np.r_[a, b] for a, b in plan.pairs]))),
-        "seed": seed,
+        "seed": how["seed"],
         "chosen": chosen,
-        **facts,
+        "model": model,
+        "absent_classes": absent,
     }
-    return report(task, predictions, kind, facts, draws=draws, seed=seed)
+    return report(task, predictions, kind, facts, draws=draws, seed=how["seed"])
+
+
+TASKS = {
+    one.__name__: OnFeatures(one, headline="auc|mae", kinds=KINDS, ask=can_be_split) for one in (probe, knn)
+}

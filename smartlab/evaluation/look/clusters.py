@@ -31,17 +31,18 @@ same rows and draws of patients.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from smartlab.core.compiled import keep_compiled
 from smartlab.core.errors import DataError, UseError
 from smartlab.evaluation.features.table import FeatureTable
+from smartlab.evaluation.judge import figures
 from smartlab.evaluation.judge.result import Estimate, Result
 from smartlab.evaluation.look.separation import (
     CHANCE,
@@ -54,6 +55,7 @@ from smartlab.evaluation.look.separation import (
     spread,
     standardised,
 )
+from smartlab.evaluation.task import Job, Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -233,7 +235,7 @@ def umap_layouts(x: np.ndarray, seeds: int, seed: int) -> list[np.ndarray]:
         warnings.simplefilter("ignore")  # numba's and umap's remarks about threads and reuse
         from umap import UMAP
 
-        _keep_compiled("umap")
+        keep_compiled("umap")
         number = min(15, len(x) - 1)
         distances, indices = NearestNeighbors(n_neighbors=number).fit(x).kneighbors(x)
         start = _pca(x, 2)
@@ -248,18 +250,6 @@ def umap_layouts(x: np.ndarray, seeds: int, seed: int) -> list[np.ndarray]:
             ).fit_transform(x)
             for i in range(seeds)
         ]
-
-
-def _keep_compiled(package: str) -> None:
-    """Have numba keep on disk what it compiles of a package: UMAP would take nine seconds in every process."""
-    from numba.core.dispatcher import Dispatcher
-
-    parts = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == package]
-    compiled = [v for part in parts for v in vars(part).values() if isinstance(v, Dispatcher)]
-    with suppress(RuntimeError):  # nowhere to write: compiled anew, as it always was
-        for function in compiled:
-            if not function.stats.cache_path:
-                function.enable_caching()
 
 
 def _stability(repeats: list[np.ndarray], y: np.ndarray, k: int) -> dict[str, Estimate]:
@@ -294,28 +284,18 @@ def _draw(
     places: dict[str, np.ndarray], y: np.ndarray, classes: list[str], metrics: dict[str, Estimate]
 ) -> Figure:
     """The embeddings side by side, coloured by class, with one legend."""
-    import matplotlib.pyplot as plt
-
     columns = -(-len(classes) // 20)
-    figure, axes = plt.subplots(
-        1,
-        len(places),
-        figsize=(4.3 * len(places) + 1.9 * columns, 4.6),
-        layout="constrained",
-        squeeze=False,
-    )
+    figure, (axes,) = figures.panels(len(places), 4.3 + 1.9 * columns / len(places))
     size = float(np.clip(9000 / len(y), 5, 45))
-    for ax, (name, place) in zip(axes[0], places.items(), strict=True):
+    for ax, (name, place) in zip(axes, places.items(), strict=True):
         for c, label in enumerate(classes):
             rows = y == c
             ax.scatter(*place[rows].T, s=size, label=label, linewidths=0.3, edgecolors="#333333", **style(c))
         found = metrics.get(f"{name}/ratio")
         shown = {"umap": "UMAP", "pca": "PCA", "tsne": "t-SNE"}[name]
         ax.set_title(shown + (f"   inter/intra {found.value:.2f}" if found else ""), fontsize=10)
-        ax.set_xticks([])
-        ax.set_yticks([])
-        ax.set_box_aspect(1)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+        ax.set(xticks=[], yticks=[], box_aspect=1)
+    handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
         handles,
         [name.replace("_", " ") for name in labels],
@@ -327,3 +307,18 @@ def _draw(
         markerscale=max(1.0, (25 / size) ** 0.5),
     )
     return figure
+
+
+class _Clusters(Task):
+    """Of organs, beside those of a random encoder."""
+
+    def run(self, job: Job, settings: Mapping[str, Any]) -> Result:
+        rows = job.organs
+        if "organ" in job.given.labels:  # every image shows one organ and is a row, as in OrganMNIST3D
+            job.pooling, rows = job.pooling or "tokens", job.table
+        beside = {"random": rows(job.untrained)} if job.compares else None
+        label = {"label": job.label} if job.label else {}
+        return clusters(rows(job.encoder), beside=beside, **settings, **label)
+
+
+TASKS = {"clusters": _Clusters(clusters, headline="features/ratio", named=True)}

@@ -29,8 +29,7 @@ fixes, or a whole scan.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -44,22 +43,21 @@ from smartlab.core.errors import DataError, UseError
 from smartlab.data.crops.augment import window
 from smartlab.data.crops.views import ViewDataset, VolumeDataset
 from smartlab.data.store.store import Store
-from smartlab.evaluation.features.encoders import as_encoder, random_encoder
+from smartlab.evaluation.features.encoders import EncoderSource, as_encoder, random_encoder, run_of
 from smartlab.evaluation.features.grids import scans
+from smartlab.evaluation.judge import figures
 from smartlab.evaluation.judge.means import patient_means
 from smartlab.evaluation.judge.result import Estimate, Result
+from smartlab.evaluation.task import Job, Task
 from smartlab.masking import head_diversity, informativeness
 from smartlab.models.encoder import AnyEncoder, dropped_patches
 from smartlab.models.reach import reach
 from smartlab.training import checkpoint
-from smartlab.training.run import Run
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from smartlab.evaluation.features.encoders import EncoderSource
 
 COMMON = 6  # units per side of the grid on which maps of whole scans are aligned
 
@@ -142,10 +140,9 @@ def _encoders(
     source: EncoderSource, role: str
 ) -> tuple[dict[int | None, AnyEncoder], dict[str, Any], pd.DataFrame | None]:
     """Checkpoint step -> encoder, in order (None for an encoder alone); facts; the run's history."""
-    if not isinstance(source, Run) and (isinstance(source, AnyEncoder) or not Path(source).is_dir()):
+    if (run := run_of(source)) is None:
         encoder, facts = as_encoder(source, role)
         return {None: encoder}, facts, None
-    run = source if isinstance(source, Run) else Run(source)
     steps = sorted(checkpoint.steps(run.path))
     if not steps:
         raise DataError("has no checkpoint yet", path=run.path, fix="wait for the first one to be saved")
@@ -263,95 +260,92 @@ def _similarity(attention: list[Tensor]) -> np.ndarray:
     return torch.stack([u @ u.T for u in unit]).mean(0).numpy()
 
 
-def _draw(table: pd.DataFrame, similarity: np.ndarray, history: pd.DataFrame | None) -> Figure:
-    """A panel per measure, over steps where there are several, and how similar the heads are in pairs."""
-    import matplotlib.pyplot as plt
-
-    semantic = len(similarity) > 0
-    figure, axes = plt.subplots(
-        1 + semantic, 4, figsize=(14, 3.3 + 3 * semantic), layout="constrained", squeeze=False
-    )
-    reached = table.measure.str.startswith("reach")
-    if reached.any():
-        for ax, what in zip(axes[-1], ("entropy", "variance", "distance"), strict=False):
-            _by_stage(ax, table[reached & table.measure.str.contains(what)])
-            ax.set_title(f"{REACH[what]}", fontsize=10)
-        axes[-1, 0].legend(frameon=False, fontsize=8)
-    axes[-1, 3].axis("off")
-    if not semantic:
-        return figure
-    if not reached.any():
-        for ax in axes[-1]:
-            ax.axis("off")
-    for ax, name in zip(axes[0], ("cosine", "jensen_shannon", "informativeness"), strict=False):
-        rows = table[table.measure == name]
-        if rows.step.nunique() > 1:
-            _curve(ax, rows)
-            if history is not None and name == "cosine" and history.head_diversity.notna().any():
-                ax.plot(history.step, history.head_diversity, color="#CCCCCC", lw=1, zorder=0, label="logged")
-        else:
-            _bars(ax, rows)
-        ax.set_title({"jensen_shannon": "Jensen–Shannon"}.get(name, name), fontsize=10)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
-    _, names = axes.flat[0].get_legend_handles_labels()
-    if names:
-        axes.flat[0].legend(frameon=False, fontsize=8)
-    ax, ticks = axes[0, 3], range(len(similarity))
-    picture = ax.imshow(similarity, cmap="viridis", vmin=min(0.0, similarity.min()), vmax=1)
-    ax.set_xticks(ticks, [str(i + 1) for i in ticks])
-    ax.set_yticks(ticks, [str(i + 1) for i in ticks])
-    ax.set_title("cosine similarity of heads, newest, clean", fontsize=10)
-    if len(similarity) <= 8:
-        for i in ticks:
-            for j in ticks:
-                shade = "black" if similarity[i, j] > 0.6 else "white"
-                ax.text(j, i, f"{similarity[i, j]:.2f}", ha="center", va="center", fontsize=8, color=shade)
-    figure.colorbar(picture, ax=ax, shrink=0.8)
-    return figure
-
-
 REACH = {
     "entropy": "entropy of attention distances",
     "variance": "its variance over heads",
     "distance": "mean distance, voxels",
 }
+STYLE = {"clean": ("-", "o"), "noisy": ("--", "s"), "random": (":", "^")}  # line and marker of a teacher
+CALLED = {teacher: "random weights" if teacher == "random" else f"{teacher} teacher" for teacher in STYLE}
+SHADES = {"clean": figures.BLUE, "noisy": figures.OTHERS[0], "random": figures.GREY}
 
 
-def _by_stage(ax: Axes, rows: pd.DataFrame) -> None:
+def _draw(table: pd.DataFrame, similarity: np.ndarray, history: pd.DataFrame | None) -> Figure:
+    """A panel per measure, over steps where there are several, and how similar the heads are in pairs."""
+    semantic, reached = len(similarity) > 0, table.measure.str.startswith("reach")
+    figure, axes = figures.panels(4, 3.5, 3.3 - 0.15 * semantic, 1 + semantic)
+    for ax in axes.flat:
+        ax.axis("off")
+    if reached.any():
+        for ax, what in zip(axes[-1], REACH, strict=False):
+            _by_stage(ax, table[reached & table.measure.str.contains(what)], REACH[what])
+        figures.legend(axes[-1, 0])
+    if not semantic:
+        return figure
+    for ax, name in zip(axes[0], ("cosine", "jensen_shannon", "informativeness"), strict=False):
+        rows = table[table.measure == name]
+        ax.axis("on")
+        if rows.step.nunique() > 1:
+            _over_steps(ax, rows)
+            if history is not None and name == "cosine" and history.head_diversity.notna().any():
+                ax.plot(history.step, history.head_diversity, color="#CCCCCC", lw=1, zorder=0, label="logged")
+        else:
+            found = dict(zip(rows.teacher, _estimates(rows), strict=True))
+            figures.listed(ax, found, [SHADES[teacher] for teacher in found], across=False)
+        figures.plain(ax, figures.title_of(name), grid="both")
+    if axes.flat[0].get_legend_handles_labels()[1]:
+        figures.legend(axes.flat[0])
+    _pairs(axes[0, 3], similarity)
+    return figure
+
+
+def _estimates(rows: pd.DataFrame) -> list[Estimate]:
+    return [Estimate(*one) for one in rows[[*Estimate._fields]].itertuples(index=False)]
+
+
+def _by_stage(ax: Axes, rows: pd.DataFrame, title: str) -> None:
     """Stages from left to right, newest checkpoint."""
     newest = rows[rows.step.isna() | (rows.step == rows.step.iloc[-1])]
     for shift, (teacher, part) in enumerate(newest.groupby("teacher", sort=False)):
-        colour, line, marker = _STYLE[str(teacher)]
-        x = np.arange(len(part)) + 0.06 * (shift - 1)
-        error = np.abs(part[["low", "high"]].to_numpy().T - part.value.to_numpy())
-        label = {"random": "random weights"}.get(str(teacher), f"{teacher} teacher")
-        ax.errorbar(x, part.value, error, color=colour, ls=line, marker=marker, ms=4, label=label)
+        at, fmt = np.arange(len(part)) + 0.06 * (shift - 1), "".join(STYLE[str(teacher)])
+        style = {"fmt": fmt, "markersize": 4, "capsize": 0, "label": CALLED[str(teacher)]}
+        figures.intervals(ax, at, _estimates(part), SHADES[str(teacher)], **style)
     names = newest.measure.unique()
+    ax.axis("on")
     ax.set_xticks(range(len(names)), [name.split(":")[1] for name in names])
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25)
+    figures.plain(ax, title, grid="both")
 
 
-_STYLE = {"clean": ("#0072B2", "-", "o"), "noisy": ("#D55E00", "--", "s"), "random": ("#999999", ":", "^")}
-
-
-def _curve(ax: Axes, rows: pd.DataFrame) -> None:
+def _over_steps(ax: Axes, rows: pd.DataFrame) -> None:
     for teacher, part in rows.groupby("teacher", sort=False):
-        colour, line, marker = _STYLE[str(teacher)]
+        (line, marker), shade, label = STYLE[str(teacher)], SHADES[str(teacher)], CALLED[str(teacher)]
         if teacher == "random":
-            ax.axhline(part.value.iloc[0], color=colour, ls=line, label="random weights")
-            continue
-        ax.plot(part.step, part.value, color=colour, ls=line, marker=marker, ms=4, label=f"{teacher} teacher")
-        ax.fill_between(part.step, part.low, part.high, color=colour, alpha=0.15, lw=0)
+            ax.axhline(part.value.iloc[0], color=shade, ls=line, label=label)
+        else:
+            figures.over(ax, part.step, _estimates(part), shade, ls=line, marker=marker, label=label)
     ax.set_xlabel("step")
 
 
-def _bars(ax: Axes, rows: pd.DataFrame) -> None:
-    for place, teacher in enumerate(rows.teacher):
-        colour, _, marker = _STYLE[teacher]
-        row = rows.iloc[place]
-        ax.plot([place, place], [row["low"], row["high"]], color=colour, lw=2)
-        ax.plot(place, row["value"], marker=marker, color=colour, ms=7)
-    ax.set_xticks(range(len(rows)), list(rows.teacher))
-    ax.set_xlim(-0.6, len(rows) - 0.4)
+def _pairs(ax: Axes, similarity: np.ndarray) -> None:
+    """Similarity of every two heads."""
+    ticks = range(len(similarity))
+    ax.axis("on")
+    picture = ax.imshow(similarity, cmap="viridis", vmin=min(0.0, similarity.min()), vmax=1)
+    ax.set_xticks(ticks, [str(i + 1) for i in ticks])
+    ax.set_yticks(ticks, [str(i + 1) for i in ticks])
+    ax.set_title("cosine similarity of heads, newest, clean", fontsize=10)
+    for (i, j), value in np.ndenumerate(similarity) if len(similarity) <= 8 else ():
+        shade = "black" if value > 0.6 else "white"
+        ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=shade)
+    ax.figure.colorbar(picture, ax=ax, shrink=0.8)
+
+
+class _Heads(Task):
+    """Of all checkpoints, where there is a run."""
+
+    def run(self, job: Job, settings: Mapping[str, Any]) -> Result:
+        source = run_of(job.source) or job.encoder
+        return heads(source, job.store, role=job.role, progress=job.progress, **settings)
+
+
+TASKS = {"heads": _Heads(heads, headline="cosine", stored=True)}

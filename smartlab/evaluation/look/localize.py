@@ -33,24 +33,25 @@ from smartlab.core.errors import DataError, UseError
 from smartlab.data.crops.regions import BODY_HU, is_lesion
 from smartlab.data.store.store import Store
 from smartlab.evaluation.features import grids
-from smartlab.evaluation.features.encoders import as_encoder, random_encoder
+from smartlab.evaluation.features.encoders import EncoderSource, as_encoder, random_encoder
+from smartlab.evaluation.judge import figures
+from smartlab.evaluation.judge.figures import GREY
 from smartlab.evaluation.judge.means import patient_means
 from smartlab.evaluation.judge.result import Estimate, Result
 from smartlab.evaluation.judge.stats import wilson
+from smartlab.evaluation.task import Task
 from smartlab.models.encoder import Encoder
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from smartlab.evaluation.features.encoders import EncoderSource
 
 MEASURES = ("lift", "matched_lift", "pointing", "auc", "best_dice", "quantile_dice", "inside", "share")
 BASELINES = ("random", "centre", "body", "uniform")
 COMPARED = ("random", "centre")  # baselines from which differences are estimated
 CENTRE_WIDTH = 0.25  # standard deviation of the centre bias, in scan sides
 SHELL = 2  # voxels around a lesion in which its organ is looked for
+SKY = figures.OTHERS[4]  # of single heads
 HOST = 0.25  # share of these that an organ must be
 
 
@@ -336,12 +337,16 @@ def _draw(
     above.colorbar(picture, ax=list(axes), shrink=0.7, label="attention / uniform", pad=0.01, extend="max")
     above.suptitle(f"[CLS] attention, mean over heads; outline: {region}", fontsize=11)
     shown = [m for m in MEASURES[:-2] if f"{region}/{m}" in metrics]
-    panels = below.subplots(1, len(shown), squeeze=False)[0]
+    forests = below.subplots(1, len(shown), squeeze=False)[0]
     names = [*dict.fromkeys(table.score)]
-    shown_names = ["mean of heads" if name == "mean" else name for name in reversed(names)]
-    for ax, name in zip(panels, shown, strict=True):
-        _forest(ax, metrics, region, name, names)
-        ax.set_yticks(range(len(names)), shown_names if ax is panels[0] else [""] * len(names), fontsize=9)
+    shades = [GREY if n in BASELINES else SKY if n.startswith("head") else figures.BLUE for n in names]
+    for ax, name in zip(forests, shown, strict=True):
+        found = {s: metrics.get(f"{region}/{name}" + ("" if s == "mean" else f":{s}")) for s in names}
+        figures.listed(ax, found, shades)
+        if (chance := found["uniform"]) is not None:
+            ax.axvline(chance.value, color=GREY, ls="--", lw=1)
+        figures.plain(ax, name.replace("_", " "))
+        ax.set_yticklabels(["mean of heads", *names[1:]] if ax is forests[0] else [])
     return figure
 
 
@@ -373,19 +378,4 @@ def _example(
     return picture
 
 
-def _forest(ax: Axes, metrics: dict[str, Estimate], region: str, name: str, scores: list[str]) -> None:
-    """One measure with its interval for every score, best read against the dashed line of `uniform`."""
-    for place, score in enumerate(reversed(scores)):
-        found = metrics.get(f"{region}/{name}" + ("" if score == "mean" else f":{score}"))
-        if found is None:
-            continue
-        colour = "#D55E00" if score == "mean" else "#0072B2" if score.startswith("head") else "#777777"
-        ax.plot([found.low, found.high], [place, place], color=colour, lw=2)
-        ax.plot(found.value, place, "o", color=colour, ms=6)
-    chance = metrics.get(f"{region}/{name}:uniform")
-    if chance is not None:
-        ax.axvline(chance.value, color="#777777", ls="--", lw=1)
-    ax.set_title(name.replace("_", " "), fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="x", alpha=0.25)
-    ax.set_ylim(-0.6, len(scores) - 0.4)
+TASKS = {"localize": Task(localize, headline="*/lift", stored=True)}

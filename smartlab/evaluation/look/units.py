@@ -18,25 +18,25 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+import pandas as pd
+from tqdm.auto import tqdm
 
 from smartlab.core.errors import DataError, UseError
 from smartlab.data.store.store import Store
-from smartlab.evaluation.features.encoders import as_encoder, random_encoder
-from smartlab.evaluation.features.grids import scans, unit_counts
+from smartlab.evaluation.features.encoders import EncoderSource, as_encoder
+from smartlab.evaluation.features.tokens import FEATURES, organs_of, stride_of, units_of_scans
+from smartlab.evaluation.judge import figures
 from smartlab.evaluation.judge.means import interval, patient_weights
 from smartlab.evaluation.judge.result import Estimate, Result
+from smartlab.evaluation.learn.folds import learned_and_judged
 from smartlab.evaluation.learn.linear import fit_tuned, one_thread
-from smartlab.evaluation.look.unsupervised import FEATURES, fold_pairs, organs_of, plain
+from smartlab.evaluation.task import Task
 from smartlab.models.build import AnyEncoder
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
-    from smartlab.evaluation.features.encoders import EncoderSource
-
-LEVELS = ("stage 1", "stage 2", "stage 3", "stage 4", "tokens")
+LEVELS = {"stage 1": 1, "stage 2": 2, "stage 3": 3, "stage 4": 4, "tokens": None}  # and their stage
 MEASURES = ("balanced accuracy", "mIoU")
 
 
@@ -99,8 +99,6 @@ def units(
                 {"level": level, "feature": feature, "class": name, "units": n, "right": r / max(n, 1), "iou": i}
                 for name, n, r, i in zip(names, table.sum((0, 2)), right, right / np.maximum(union - right, 1), strict=True)
             ]  # fmt: skip
-    import pandas as pd
-
     facts = origin | {"labelled": labelled, "minimum": minimum, "per_class": per_class, "folds": len(pairs)}
     facts |= {"classes": names, "patients": weights.shape[1], "chance": 1 / len(names)}
     facts |= {"data": store.fingerprint, "seed": seed, "draws": draws}
@@ -119,53 +117,23 @@ def _collect(
     progress: bool,
 ) -> tuple[pd.DataFrame, dict[str, list[Scan]], list[str]]:
     """The scans that have organ labels, their units by level, and the names of the classes that occur."""
-    names, about = organs_of(store), scans(store, images)
-    untrained = random_encoder(encoder.config, seed).to(encoder.device)
-    codes = np.zeros(256, np.int64)
-    codes[list(names)] = np.arange(1, len(names) + 1)
+    called = ["background", *organs_of(store).values()]
+    stages = [LEVELS[level] for level in levels]
+    about, scans = units_of_scans(encoder, store, images, stages, seed, progress)
     every: dict[str, list[Scan]] = {level: [] for level in levels}
-    kept = []
-    for place, image in enumerate(tqdm(about.image, desc="features", disable=not progress)):
-        stored = store.labels(int(image))
-        if stored is None:
-            continue
-        kept.append(place)
-        hu, labels = store.array(int(image))[:], stored[:]
-        found = {
-            name: _levels(net, hu, levels) for name, net in (("encoder", encoder), ("random", untrained))
-        }
-        for level in levels:
-            grid = found["encoder"][level].shape[:3]
-            stride = _stride(encoder, level)
-            counts = unit_counts(labels, codes, len(names) + 1, stride, grid)
-            clear = counts.max(1) >= minimum * stride**3
-            features = {n: f[level].reshape(-1, f[level].shape[-1]) for n, f in found.items()} | plain(
-                hu, stride, grid
-            )
-            every[level].append(
-                Scan({n: f[clear].astype(np.float32) for n, f in features.items()}, counts.argmax(1)[clear])
-            )
+    for scan in scans:
+        for level, (features, counts) in zip(levels, scan, strict=True):
+            clear = counts.max(1) >= minimum * stride_of(encoder, LEVELS[level]) ** 3
+            kept = {name: one[clear] for name, one in features.items()}
+            every[level].append(Scan(kept, counts.argmax(1)[clear]))
     present = {int(c) for level in every.values() for scan in level for c in np.unique(scan.organ)}
     if len(present) < 3:
         raise DataError("no scan has labels of two organs", path=store.path, fix="choose other images")
     order = sorted(present)
-    recode = np.zeros(len(names) + 1, np.int64)
+    recode = np.zeros(len(called), np.int64)
     recode[order] = range(len(order))
     every = {k: [s._replace(organ=recode[s.organ]) for s in v] for k, v in every.items()}
-    called = ["background", *names.values()]
-    return about.iloc[kept].reset_index(drop=True), every, [called[i] for i in order]
-
-
-def _stride(encoder: AnyEncoder, level: str) -> int:
-    return encoder.stride if level == "tokens" else encoder.stage_strides[int(level[-1])]
-
-
-def _levels(encoder: AnyEncoder, hu: np.ndarray, levels: Sequence[str]) -> dict[str, np.ndarray]:
-    """Features (D, H, W, C) of a scan by level."""
-    found = encoder.features(hu)
-    every = {f"stage {i}": maps[0].permute(1, 2, 3, 0) for i, maps in enumerate(found["stages"])}
-    every["tokens"] = found["tokens"][0].unflatten(0, tuple(found["grid"]))
-    return {level: every[level].float().cpu().numpy() for level in levels}
+    return about, every, [called[i] for i in order]
 
 
 def _pairs(
@@ -173,15 +141,13 @@ def _pairs(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(scans to learn from, scans to judge), no patient in both."""
     patients = about.patient.to_numpy(str)
-    split = about.split.where(about.split.notna() & (about.split != ""), "train")  # as in pretraining
-    train = (split == "train").to_numpy()
-    pairs = [(np.flatnonzero(train), np.flatnonzero(~train))] if train.any() and not train.all() else None
-    if pairs is None:
-        pairs, notes = fold_pairs(patients, folds, seed)
-        if notes:
-            raise DataError(
-                "one patient cannot be learned from and judged", fix="give scans of several patients"
-            )
+    train = (about.split.fillna("").replace("", "train") == "train").to_numpy()  # as in pretraining
+    if train.any() and not train.all():
+        pairs = [(np.flatnonzero(train), np.flatnonzero(~train))]
+    elif len(set(patients)) > 1:
+        pairs = learned_and_judged(patients, folds, seed)
+    else:
+        raise DataError("one patient cannot be learned from and judged", fix="give scans of several patients")
     if labelled is None:
         return pairs
     few = []
@@ -254,23 +220,20 @@ def _estimates(name: str, found: dict[str, tuple[float, np.ndarray]], patients: 
 
 def _draw(metrics: dict[str, Estimate], levels: tuple[str, ...], chance: float) -> Figure:
     """Both measures by level, the encoder beside what it must beat."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.8), layout="constrained")
-    colours = dict(zip(FEATURES, ("#D55E00", "#999999", "#0072B2", "#009E73"), strict=True))
+    figure, (axes,) = figures.panels(2, 5.25, 3.8)
+    called = {"random": "random weights", "intensity": "mean and spread of HU"}
     for ax, measure in zip(axes, MEASURES, strict=True):
-        for shift, feature in enumerate(FEATURES):
-            names = [f"{level}/{measure}" + (f": {feature}" if shift else "") for level in levels]
-            value = np.array([metrics[n].value for n in names])
-            spread = np.abs(np.array([[metrics[n].low, metrics[n].high] for n in names]).T - value)
+        for shift, (feature, shade) in enumerate(figures.colours(FEATURES).items()):
+            of = f": {feature}" if shift else ""
+            found = [metrics[f"{level}/{measure}{of}"] for level in levels]
             at = np.arange(len(levels)) + 0.14 * (shift - 1.5)
-            label = {"random": "random weights", "intensity": "mean and spread of HU"}.get(feature, feature)
-            ax.errorbar(at, value, spread, fmt="o", color=colours[feature], label=label, capsize=3)
+            figures.intervals(ax, at, found, shade, label=called.get(feature, feature))
         ax.set_xticks(range(len(levels)), levels)
-        ax.set_ylabel(measure)
         ax.set_ylim(0)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", alpha=0.25)
-    axes[0].axhline(chance, color="0.3", ls="--", lw=1)
-    axes[1].legend(frameon=False, fontsize=9)
+        figures.plain(ax, grid="y", ylabel=measure)
+    axes[0].axhline(chance, **figures.DOTTED)
+    figures.legend(axes[1], fontsize=9)
     return figure
+
+
+TASKS = {"units": Task(units, headline="*/balanced accuracy", stored=True)}

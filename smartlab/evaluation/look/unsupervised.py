@@ -13,84 +13,28 @@ unit; `position`, the unit's place in the scan, which alone finds much of an ana
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
+import pandas as pd
+from tqdm.auto import tqdm
 
 from smartlab.core.errors import DataError, UseError
-from smartlab.data.cohort.case import LabelSpec
-from smartlab.data.crops.regions import is_lesion
 from smartlab.data.store.store import Store
-from smartlab.evaluation.features.encoders import as_encoder, random_encoder
-from smartlab.evaluation.features.grids import scans, unit_counts
-from smartlab.evaluation.features.table import FeatureTable
+from smartlab.evaluation.features.encoders import EncoderSource, as_encoder
+from smartlab.evaluation.features.tokens import FEATURES, Units, organs_of, stride_of, units_of_scans
+from smartlab.evaluation.judge import figures
 from smartlab.evaluation.judge.means import patient_means
 from smartlab.evaluation.judge.result import Estimate, Result
-from smartlab.models.build import AnyEncoder
+from smartlab.evaluation.learn.folds import learned_and_judged
+from smartlab.evaluation.task import Task
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
-    from smartlab.evaluation.features.encoders import EncoderSource
-
-FEATURES = ("encoder", "random", "intensity", "position")
 FIT_TOKENS = 20_000  # k-means is fitted on a random sample of this many
-
-
-class Units(NamedTuple):
-    """The units of one scan that hold any of its voxels."""
-
-    features: dict[str, np.ndarray]  # name -> (units, C) float32
-    counts: np.ndarray  # (units, 1 + organs): voxels of background and of every organ
-
-
-def organ_tokens(
-    source: EncoderSource,
-    store: Store,
-    images: Iterable[int] | None = None,
-    *,
-    stage: int | None = None,
-    minimum: float = 0.5,
-    per_organ: int = 20,
-    seed: int = 0,
-) -> FeatureTable:
-    """Token features of units that lie in one organ, for `clusters`: several rows per organ and scan.
-
-    stage:     of the encoder, 0 to 4; by default its semantic tokens.
-    minimum:   share of the unit's volume that is the organ.
-    per_organ: rows per organ and scan at most, drawn at random.
-    """
-    import pandas as pd
-
-    names, (encoder, origin) = organs_of(store), as_encoder(source)
-    rng, rows, parts = np.random.default_rng(seed), [], []
-    for _, scan in scans(store, images).iterrows():
-        units = _units(encoder, None, store, int(scan.image), names, stage)
-        if units is None:
-            continue
-        size = _stride(encoder, stage) ** 3
-        for organ, name in enumerate(names.values(), 1):
-            found = np.flatnonzero(units.counts[:, organ] >= minimum * size)
-            found = rng.permutation(found)[:per_organ]
-            parts.append(units.features["encoder"][found])
-            about = {"case": scan.case, "patient": scan.patient, "image": scan.image, "split": scan.split}
-            rows += [about | {"fold": scan.fold, "label:organ": name} for _ in found]
-    if not rows:
-        raise DataError(
-            f"no unit of {_stride(encoder, stage)} voxels lies in an organ to {minimum:.0%}",
-            path=store.path,
-            fix="lower `minimum`, take an earlier `stage`, or build the store at a smaller spacing",
-        )
-    present = {row["label:organ"] for row in rows}
-    spec = LabelSpec(kind="multiclass", classes=[name for name in names.values() if name in present])
-    facts = origin | {"features": "tokens", "stage": stage, "minimum": minimum, "data": store.fingerprint}
-    return FeatureTable(np.concatenate(parts), pd.DataFrame(rows), {"organ": spec}, facts)
 
 
 def unsupervised(
@@ -118,150 +62,55 @@ def unsupervised(
              baselines; "dice minus random", … differences; "ceiling", "ceiling:liver", ….
     table:   a row per scan, organ and feature.
     """
-
     encoder, origin = as_encoder(source)
     about, units, names = _collect(encoder, store, images, stage, seed, progress)
     number = len(names) + 1 if number is None else number
     if number < 2:
         raise UseError(f"{number} clusters tell nothing apart", expected="two or more")
-    pairs, notes = fold_pairs(about.patient.to_numpy(str), folds, seed)
-    table = _score(about, units, names, pairs, number, seed, progress)
+    patients, notes = about.patient.to_numpy(str), []
+    if len(set(patients)) > 1:
+        pairs = learned_and_judged(patients, folds, seed)
+    else:
+        pairs = [(np.arange(len(patients)),) * 2]
+        notes.append("one patient: clusters were fitted and matched on the patient they are scored on")
+
+    def predictor(feature: str, fit: np.ndarray) -> Callable[[Units], np.ndarray]:
+        return ceiling if feature == "ceiling" else _fit([units[i] for i in fit], feature, number, seed)
+
+    rows = []
+    for feature in tqdm([*FEATURES, "ceiling"], desc="clusters", disable=not progress):
+        for fit, judged in pairs:
+            predict = predictor(feature, fit)
+            for i in judged:
+                scan = about.loc[i, ["image", "case", "patient"]].to_dict() | {"feature": feature}
+                rows += [
+                    scan | {"organ": n, "dice": d} for n, d in zip(names, predict(units[i]), strict=True)
+                ]
+    table = pd.DataFrame(rows).dropna(subset="dice").reset_index(drop=True)
     metrics = _summarise(table)
-    facts = origin | {"number": number, "stride_voxels": _stride(encoder, stage), "folds": len(pairs)}
+    facts = origin | {"number": number, "stride_voxels": stride_of(encoder, stage), "folds": len(pairs)}
     facts |= {"notes": notes, "images": len(about), "patients": about.patient.nunique()}
     facts |= {"seed": seed, "data": store.fingerprint}
     return Result("unsupervised", metrics, table, partial(_draw, metrics), facts)
 
 
 def _collect(
-    encoder: AnyEncoder,
-    store: Store,
-    images: Iterable[int] | None,
-    stage: int | None,
-    seed: int,
-    progress: bool,
+    encoder: Any, store: Store, images: Iterable[int] | None, stage: int | None, seed: int, progress: bool
 ) -> tuple[pd.DataFrame, list[Units], list[str]]:
-    """The scans that have organ labels, their units, and the names of the organs that occur."""
-    names = organs_of(store)
-    about = scans(store, images)
-    untrained = random_encoder(encoder.config, seed).to(encoder.device)
-    found: dict[int, Units] = {}
-    for image in tqdm(about.image, desc="tokens", disable=not progress):
-        units = _units(encoder, untrained, store, int(image), names, stage)
-        if units is not None:
-            found[image] = units
-    if not found:
+    """The scans that have an organ, their units, and the names of the organs that occur."""
+    stride_of(encoder, stage)  # refuses what there is not
+    names = [*organs_of(store).values()]
+    about, every = units_of_scans(encoder, store, images, [stage], seed, progress)
+    total = np.array([units.counts.sum(0) for (units,) in every]).reshape(len(every), -1)
+    shown, present = total[:, 1:].any(1), np.flatnonzero(total[:, 1:].any(0))
+    if not shown.any():
         raise DataError("no scan has labels of organs", path=store.path, fix="choose other images")
-    present = np.flatnonzero(sum(u.counts.sum(0) for u in found.values())[1:])
-    kept = [0, *(present + 1)]
-    return (
-        about[about.image.isin(found)].reset_index(drop=True),
-        [u._replace(counts=u.counts[:, kept]) for u in found.values()],
-        [list(names.values())[i] for i in present],
-    )
-
-
-def _score(
-    about: pd.DataFrame,
-    units: list[Units],
-    names: list[str],
-    pairs: list[tuple[np.ndarray, np.ndarray]],
-    number: int,
-    seed: int,
-    progress: bool,
-) -> pd.DataFrame:
-    """Dice of every scan, organ and feature, with clusters fitted on the other part of the pair."""
-    import pandas as pd
-
-    rows = []
-    for feature in tqdm([*FEATURES, "ceiling"], desc="clusters", disable=not progress):
-        for fit, score in pairs:
-            predict = (
-                ceiling if feature == "ceiling" else _fit([units[i] for i in fit], feature, number, seed)
-            )
-            for i in score:
-                scan, dice = about.iloc[i], predict(units[i])
-                facts = {"image": scan.image, "case": scan.case, "patient": scan.patient, "feature": feature}
-                rows += [facts | {"organ": n, "dice": d} for n, d in zip(names, dice, strict=True)]
-    return pd.DataFrame(rows).dropna(subset="dice").reset_index(drop=True)
-
-
-def organs_of(store: Store) -> dict[int, str]:
-    names = {value: name for value, name in store.label_names.items() if not is_lesion(name)}
-    if not names:
-        raise DataError(
-            "the store has no labels of organs", path=store.path, fix="give masks in the manifest"
-        )
-    return names
-
-
-def _stride(encoder: AnyEncoder, stage: int | None) -> int:
-    if stage is not None and not 0 <= stage <= 4:
-        raise UseError(f"stage={stage}", expected="0 to 4, or None for the semantic tokens")
-    return encoder.stride if stage is None else encoder.stage_strides[stage]
-
-
-def _units(
-    encoder: AnyEncoder,
-    untrained: AnyEncoder | None,
-    store: Store,
-    image: int,
-    names: dict[int, str],
-    stage: int | None,
-) -> Units | None:
-    """Features and label counts of a scan's units; None without organ labels."""
-    stored = store.labels(image)
-    if stored is None:
-        return None
-    stride, hu = _stride(encoder, stage), store.array(image)[:]
-    tokens, grid = _tokens(encoder, hu, stage)
-    codes = np.zeros(256, np.int64)
-    codes[list(names)] = np.arange(1, len(names) + 1)
-    counts = unit_counts(stored[:], codes, len(names) + 1, stride, grid)
-    if not counts[:, 1:].any():
-        return None
-    inside = counts.sum(1) > 0
-    features = {"encoder": tokens}
-    if untrained is not None:
-        features["random"] = _tokens(untrained, hu, stage)[0]
-        features |= plain(hu, stride, grid)
-    return Units({k: v[inside].astype(np.float32) for k, v in features.items()}, counts[inside])
-
-
-def plain(hu: np.ndarray, stride: int, grid: Sequence[int]) -> dict[str, np.ndarray]:
-    """What needs no network: mean and spread of HU per unit, and its place as a share of the scan."""
-    pad = [(0, g * stride - n) for g, n in zip(grid, hu.shape, strict=True)]
-    padded = torch.from_numpy(np.pad(hu.astype(np.float32), pad, mode="edge"))[None, None]
-    mean, square = (F.avg_pool3d(v, stride).numpy().ravel() for v in (padded, padded**2))
-    ends = [np.arange(g) * stride / n for g, n in zip(grid, hu.shape, strict=True)]
-    return {
-        "intensity": np.stack([mean, np.sqrt(np.maximum(square - mean**2, 0))], 1),
-        "position": np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, 3),
-    }
-
-
-def _tokens(encoder: AnyEncoder, hu: np.ndarray, stage: int | None) -> tuple[np.ndarray, tuple[int, ...]]:
-    found = encoder.features(hu)
-    if stage is None:
-        return found["tokens"][0].float().cpu().numpy(), tuple(found["grid"])
-    maps = found["stages"][stage][0].float().cpu()
-    return maps.flatten(1).T.numpy(), tuple(maps.shape[1:])
-
-
-def fold_pairs(
-    patients: np.ndarray, folds: int, seed: int
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[str]]:
-    """(scans to fit on, scans to score) with no patient in both, every scan scored once."""
-    names = np.random.default_rng(seed).permutation(np.unique(patients))
-    if len(names) == 1:
-        every = np.arange(len(patients))
-        return [(every, every)], [
-            "one patient: clusters were fitted and matched on the patient they are scored on"
-        ]
-    if folds < 2:
-        raise UseError(f"folds={folds}", expected="two or more")
-    parts = np.array_split(names, min(folds, len(names)))
-    return [(np.flatnonzero(~np.isin(patients, p)), np.flatnonzero(np.isin(patients, p))) for p in parts], []
+    kept = [
+        u._replace(counts=u.counts[:, [0, *(present + 1)]])
+        for (u,), yes in zip(every, shown, strict=True)
+        if yes
+    ]
+    return about[shown].reset_index(drop=True), kept, [names[i] for i in present]
 
 
 def _fit(units: list[Units], feature: str, number: int, seed: int) -> Callable[[Units], np.ndarray]:
@@ -343,35 +192,24 @@ def _summarise(table: pd.DataFrame) -> dict[str, Estimate]:
 
 def _draw(metrics: dict[str, Estimate]) -> Figure:
     """Dice per organ with its interval and ceiling; the mean beside those of the baselines."""
-    import matplotlib.pyplot as plt
-
     organs = [n.removeprefix("ceiling:") for n in metrics if n.startswith("ceiling:")]
-    organs.sort(key=lambda organ: metrics[f"dice:{organ}"].value)
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10.5, max(3.2, 0.24 * len(organs) + 1)), layout="constrained", width_ratios=(3, 2)
-    )
-    for place, organ in enumerate(organs):
-        found = metrics[f"dice:{organ}"]
-        left.plot([found.low, found.high], [place, place], color="#0072B2", lw=2)
-        left.plot(found.value, place, "o", color="#0072B2", ms=5, label="clusters" if not place else None)
-        left.plot(metrics[f"ceiling:{organ}"].value, place, "|", color="#333333", ms=11, mew=2,
-                  label="best that units allow" if not place else None)  # fmt: skip
-    left.set_yticks(range(len(organs)), [o.replace("_", " ") for o in organs], fontsize=8)
-    left.set_xlabel("Dice")
-    left.set_xlim(-0.02, 1)
-    left.legend(frameon=False, fontsize=8, loc="lower right")
+    organs.sort(key=lambda organ: -metrics[f"dice:{organ}"].value)
+    height, best = max(3.2, 0.24 * len(organs) + 1), "best that units allow"
+    figure, ((left, right),) = figures.panels(2, 5.25, height, width_ratios=(3, 2))
+    shown = {organ.replace("_", " "): metrics[f"dice:{organ}"] for organ in organs}
+    figures.listed(left, shown, [figures.BLUE] * len(organs))
+    left.plot([], [], "o", color=figures.BLUE, label="clusters")
+    most = [metrics[f"ceiling:{organ}"].value for organ in organs]
+    left.plot(most, range(len(organs)), "|", color="#333333", ms=11, mew=2, label=best)
+    left.set(xlabel="Dice", xlim=(-0.02, 1))
     bars = {"encoder": metrics["dice"]} | {f: metrics[f"dice:{f}"] for f in FEATURES[1:]}
-    for place, (name, found) in enumerate(bars.items()):
-        colour = "#D55E00" if name == "encoder" else "#777777"
-        right.plot([place, place], [found.low, found.high], color=colour, lw=2)
-        right.plot(place, found.value, "o", color=colour, ms=7)
-    right.axhline(metrics["ceiling"].value, color="#333333", ls="--", lw=1, label="best that units allow")
-    right.set_xticks(range(len(bars)), [*bars])
-    right.set_xlim(-0.5, len(bars) - 0.5)
+    figures.listed(right, bars, [figures.BLUE, *[figures.GREY] * (len(bars) - 1)], across=False)
+    right.axhline(metrics["ceiling"].value, color="#333333", ls="--", lw=1, label=best)
     right.set_ylim(0, None)
     right.set_ylabel("Dice, mean over organs")
-    right.legend(frameon=False, fontsize=8)
     for ax in (left, right):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
+        figures.legend(ax)
     return figure
+
+
+TASKS = {"unsupervised": Task(unsupervised, headline="dice", stored=True)}

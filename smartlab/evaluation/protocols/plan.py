@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import ValidationError
 
 from smartlab.core.errors import UseError
 from smartlab.data.cohort.case import Case
 from smartlab.data.cohort.manifest import Manifest, load_manifest
-from smartlab.evaluation.evaluate import check_dimensions, checked
-from smartlab.evaluation.features.encoders import as_encoder
+from smartlab.evaluation.evaluate import check_dimensions
+from smartlab.evaluation.features.encoders import EncoderSource, as_encoder
 from smartlab.evaluation.finetune.trainer import Settings, make_settings
 from smartlab.evaluation.learn.folds import deal, nested
-from smartlab.evaluation.protocols.run import TFLOPS, Prepared
+from smartlab.evaluation.protocols.run import Own, Prepared
 from smartlab.evaluation.protocols.table import Protocol, protocols
-
-if TYPE_CHECKING:
-    from smartlab.evaluation.features.encoders import EncoderSource
-
-
-class Own(BaseModel):
-    """Settings of the protocol itself, beside those of its tasks.
-
-    shares: of the training patients, only these.   epochs: of fine-tuning, in place of the protocol's.
-    tflops: what your GPU sustains, for the estimate of hours.
-    """
-
-    model_config = ConfigDict(extra="ignore")
-
-    shares: list[float] | None = None
-    epochs: PositiveInt | None = None
-    tflops: PositiveFloat = TFLOPS
+from smartlab.evaluation.task import find
 
 
 def plan_protocol(
@@ -78,19 +62,18 @@ def plan_protocol(
     changed = {k: v for k, v in settings.items() if k not in ("tflops", "workers")}
     changed |= {"label": label} if label != protocol.label else {}
     return Prepared(
-        name,
-        protocol,
-        parts,
-        encoder,
-        facts,
-        man,
-        label,
-        root,
-        seed,
-        own.tflops,
-        own.epochs,
-        settings,
-        changed,
+        name=name,
+        protocol=protocol,
+        parts=parts,
+        encoder=encoder,
+        facts=facts,
+        manifest=man,
+        label=label,
+        root=root,
+        seed=seed,
+        own=own,
+        settings_given=settings,
+        changed=changed,
     )
 
 
@@ -109,7 +92,7 @@ def _own(name: str, protocol: Protocol, settings: dict[str, Any]) -> Own:
     )
     for part in protocol.parts:
         mine = {k: v for k, v in settings.items() if k in part.known}
-        checked(part.task, mine)
+        find(part.task).check(mine)
         make_settings(**{k: v for k, v in mine.items() if part.trains and k in Settings.model_fields})
         every |= part.known
     if unknown := sorted(settings.keys() - every):

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
 from smartlab.core.config import DataConfig
 from smartlab.core.errors import UseError
@@ -18,6 +18,7 @@ from smartlab.data.cohort.manifest import Manifest
 from smartlab.data.store.prepare import locate_images, prepare_store
 from smartlab.evaluation.evaluate import evaluate
 from smartlab.evaluation.finetune.trainer import HELD_OUT
+from smartlab.evaluation.judge import figures
 from smartlab.evaluation.judge.result import Estimate, Result
 from smartlab.evaluation.protocols.table import Paper, Part, Protocol
 from smartlab.models.build import make_encoder
@@ -29,6 +30,20 @@ TFLOPS = 10.0  # operations per second of one GPU, sustained: assumed for the es
 LEAST_SECONDS = 0.05  # of a training step, however small the network: assumed as well
 LOOKS = 50  # at the validation score during a training, which goes on to its end and keeps the best
 NOWHERE = Estimate(math.nan)
+
+
+class Own(BaseModel):
+    """Settings of the protocol itself, beside those of its tasks.
+
+    shares: of the training patients, only these.   epochs: of fine-tuning, in place of the protocol's.
+    tflops: what your GPU sustains, for the estimate of hours.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    shares: list[float] | None = None
+    epochs: PositiveInt | None = None
+    tflops: PositiveFloat = TFLOPS
 
 
 @dataclass(frozen=True)
@@ -44,17 +59,16 @@ class Prepared:
     label: str | None
     root: str | Path | None
     seed: int
-    tflops: float
-    epochs: int | None  # in place of the protocol's
-    own: dict[str, Any]  # settings of tasks in place of the protocol's
+    own: Own
+    settings_given: dict[str, Any]  # of tasks, in place of the protocol's
     changed: dict[str, Any]  # all that is not the protocol's
 
     def settings(self, part: Part) -> dict[str, Any]:
         """Of one part, as `evaluate` takes them."""
-        chosen = part.settings | {k: v for k, v in self.own.items() if k in part.known}
+        chosen = part.settings | {k: v for k, v in self.settings_given.items() if k in part.known}
         if not part.trains:
             return chosen
-        if epochs := part.epochs and (self.epochs or part.epochs):
+        if epochs := part.epochs and (self.own.epochs or part.epochs):
             steps = epochs * math.ceil(self.learned(part) / chosen["batch"])
             chosen = {"steps": steps} | chosen
         every = max(1, chosen["steps"] // LOOKS)
@@ -80,11 +94,11 @@ class Prepared:
                 times = (len(s["modes"]) * (self.protocol.folds or 1), s["steps"])
                 what = f"{times[0]} trainings × {times[1]:,} steps of {s['batch']} crops of {size}³"
                 each = 3 * s["batch"] * counted[part.task, size]  # backward: twice the forward pass
-                seconds = max(LEAST_SECONDS, each / self.tflops)
+                seconds = max(LEAST_SECONDS, each / self.own.tflops)
             else:
                 times, each = (2, cases), counted[part.task, size]
                 what = f"{cases:,} crops of {size}³, this and an untrained encoder"
-                seconds = each / self.tflops
+                seconds = each / self.own.tflops
             rows.append((part.name, part.task, what, *times, each, math.prod(times) * seconds / 3600))
         columns = ["part", "task", "what", "trainings", "number", "tflop", "gpu_hours"]
         return pd.DataFrame(rows, columns=columns)
@@ -96,7 +110,7 @@ class Prepared:
             "label": self.label,
             "cases": len(self.manifest.cases),
             "gpu_hours": float(self.cost.gpu_hours.sum()),
-            "assumed": {"tflops": self.tflops, "least_seconds_a_step": LEAST_SECONDS},
+            "assumed": {"tflops": self.own.tflops, "least_seconds_a_step": LEAST_SECONDS},
             "parts": self.cost.to_dict("records"),
             "changed": self.changed,
             "unlike_the_paper": self.protocol.unlike,
@@ -115,7 +129,7 @@ class Prepared:
         ]
         lines += [
             f"  in all about {hours:.2g} GPU hours. An estimate: operations are counted for this encoder, a GPU is assumed",
-            f"  to do {self.tflops:g} TFLOP a second (tflops=…), a step to take {LEAST_SECONDS:g} s at least; without reading and testing",
+            f"  to do {self.own.tflops:g} TFLOP a second (tflops=…), a step to take {LEAST_SECONDS:g} s at least; without reading and testing",
             *([f"  changed here: {_words(self.changed)}"] if self.changed else []),
             "  unlike the paper:",
             *(f"  - {line}" for line in self.protocol.unlike),
@@ -130,7 +144,10 @@ class Prepared:
         out, spacing = Path(out), self.encoder.config.data.spacing
         place = None if self.root is None else str(self.root)
         data = DataConfig(
-            manifest=self.manifest.name, root=place, spacing=spacing, workers=self.own.get("workers", 2)
+            manifest=self.manifest.name,
+            root=place,
+            spacing=spacing,
+            workers=self.settings_given.get("workers", 2),
         )
         man, root = locate_images(data, progress, self.manifest)
         if not man.cases:
@@ -208,20 +225,16 @@ def operations(task: str, encoder: Any, size: int) -> float:
 
 def draw(name: str, table: pd.DataFrame) -> Figure:
     """Own figures with their intervals, those of an untrained net and the paper's, a row each."""
-    import matplotlib.pyplot as plt
-
-    from smartlab.core.plots import OKABE_ITO
-
-    figure, ax = plt.subplots(figsize=(8, 1.6 + 0.5 * len(table)), layout="constrained")
-    at = -np.arange(len(table))
-    errors = np.nan_to_num([table.value - table.low, table.high - table.value]).clip(0)
-    ax.errorbar(table.value, at, xerr=errors, fmt="o", capsize=3, color=OKABE_ITO[4], label="yours")
-    others = (("untrained", "x", "0.5"), ("SMIT", "|", OKABE_ITO[0]), ("DAGMaN", "d", OKABE_ITO[5]))
+    figure, ((ax,),) = figures.panels(1, 8, 1.6 + 0.5 * len(table))
+    rows = [Estimate(*one) for one in table[[*Estimate._fields]].itertuples(index=False)]
+    names = [f"{row.part}, {row.metric}" for row in table.itertuples()]
+    figures.listed(ax, dict(zip(names, rows, strict=True)), [figures.BLUE] * len(rows))
+    ax.plot([], [], "o", color=figures.BLUE, label="yours")
+    others = (("untrained", "x", "0.5"), ("SMIT", "|", figures.OTHERS[3]), ("DAGMaN", "d", figures.OTHERS[0]))
     for label, marker, colour in others:
-        ax.scatter(table[label.lower()], at, marker=marker, color=colour, label=label)
-    ax.set_yticks(at, list(table.part + ", " + table.metric))
+        ax.scatter(table[label.lower()], range(len(table)), marker=marker, color=colour, label=label)
     ax.set_title(f"{name}: yours (95% interval) beside the paper's", fontsize=11)
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figures.legend(ax, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from functools import cache, cached_property
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from smartlab.evaluation.evaluate import FINE_TUNING, function_of
 from smartlab.evaluation.finetune.trainer import Settings
+from smartlab.evaluation.task import find
 
 OF_THE_CALL = {"beside", "label", "root", "seed", "progress", "resume", "fractions"}  # given by the protocol
 
@@ -40,14 +39,14 @@ class Part(_Entry):
 
     @property
     def trains(self) -> bool:
-        return self.task in FINE_TUNING
+        return find(self.task).trains
 
     @cached_property
     def known(self) -> set[str]:
         """Settings that its task takes here."""
-        parameters = signature(function_of(self.task)).parameters.values()
-        names = {p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY} - OF_THE_CALL
-        return names | (set(Settings.model_fields) if self.trains else set())
+        return (find(self.task).settings.keys() - OF_THE_CALL) | (
+            set(Settings.model_fields) if self.trains else set()
+        )
 
     @property
     def folder(self) -> str:

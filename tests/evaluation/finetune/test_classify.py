@@ -51,6 +51,7 @@ class FakeStore:
                         "fold": None,
                         "labels": {"kind": value},
                         "center_mm": [48.0, 48.0, 48.0],
+                        "diameter_mm": None,
                     }
                 )
         self.cases = pd.DataFrame(rows).set_index("key").astype(object)

@@ -8,9 +8,10 @@ import pytest
 from smartlab import build_store, open_store
 from smartlab.data.cohort.case import Case
 from smartlab.data.cohort.manifest import Manifest, Source
+from smartlab.evaluation.features.tokens import organ_tokens
 from smartlab.evaluation.look.clusters import clusters
 from smartlab.evaluation.look.localize import localize
-from smartlab.evaluation.look.unsupervised import organ_tokens, unsupervised
+from smartlab.evaluation.look.unsupervised import unsupervised
 from tests.evaluation.attention_store import small_encoder
 
 

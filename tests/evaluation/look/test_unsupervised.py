@@ -7,16 +7,10 @@ import pytest
 from matplotlib import pyplot as plt
 
 from smartlab.core.errors import DataError, UseError
+from smartlab.evaluation.features.tokens import Units, organ_tokens
+from smartlab.evaluation.learn.folds import learned_and_judged
 from smartlab.evaluation.look.clusters import clusters
-from smartlab.evaluation.look.unsupervised import (
-    Units,
-    _dice,
-    ceiling,
-    fold_pairs,
-    match,
-    organ_tokens,
-    unsupervised,
-)
+from smartlab.evaluation.look.unsupervised import _dice, ceiling, match, unsupervised
 from tests.evaluation.attention_store import made_store, small_encoder
 
 
@@ -62,7 +56,7 @@ def test_no_choice_of_units_exceeds_the_ceiling():
 
 def test_no_patient_is_on_both_sides():
     patients = np.array(["a", "b", "a", "c", "d", "d", "e"])
-    pairs, _ = fold_pairs(patients, 3, seed=1)
+    pairs = learned_and_judged(patients, 3, seed=1)
     for fit, score in pairs:
         assert not set(patients[fit]) & set(patients[score])
     assert sorted(np.concatenate([score for _, score in pairs])) == list(range(7))

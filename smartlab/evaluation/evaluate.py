@@ -99,7 +99,7 @@ def evaluate(
         rows=rows,
         pooling=pooling,
         compares=beside,
-        out=None if out is None else Path(out),
+        out=Path(out or "."),
         seed=seed,
         progress=progress,
     )

@@ -161,7 +161,7 @@ class Job:
     rows: Rows | None
     pooling: str | None
     compares: bool  # with what stands beside
-    out: Path | None
+    out: Path  # where fine-tuning trains
     seed: int
     progress: bool
 
@@ -212,7 +212,7 @@ class Job:
             return features.stack_features(encoder, self.given, self._folder(), **how)
         if self.of_lesions:
             return features.lesion_features(encoder, self.store, self.manifest, **how)
-        by = "patient" if self.rows == "patient" else "image"
+        by: Literal["image", "patient"] = "patient" if self.rows == "patient" else "image"
         return features.scan_features(encoder, self.store, self.manifest, by=by, **how)
 
     def organs(self, encoder: Any) -> FeatureTable:

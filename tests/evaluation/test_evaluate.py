@@ -15,8 +15,9 @@ from smartlab.data.cohort.case import Case, LabelSpec
 from smartlab.data.cohort.manifest import Manifest, Source
 from smartlab.data.cohort.privacy import hashed, salt
 from smartlab.data.store.prepare import locate_images
+from smartlab.evaluation import task
 from smartlab.evaluation.features.cases import write_keys
-from smartlab.evaluation.features.encoders import random_encoder
+from smartlab.evaluation.features.encoders import identity, random_encoder
 from tests.shared import once, phantoms
 from tests.training.conftest import SMALL, cohort, settings  # noqa: F401 - fixtures
 
@@ -46,6 +47,7 @@ def where(cohort):  # noqa: F811
         ("heads", {"views": 1, "draws": 50}, "cosine"),
         ("localize", {"draws": 50}, "lesion/lift"),
         ("unsupervised", {"draws": 50, "folds": 2}, "dice"),
+        ("classify", {"label": "malignancy", "split": "cross", "folds": 2, "steps": 1, "size": 32}, "auc"),
     ],
 )
 def test_every_task_from_a_run_in_one_call(task, more, metric, run, where, tmp_path):
@@ -53,7 +55,9 @@ def test_every_task_from_a_run_in_one_call(task, more, metric, run, where, tmp_p
     assert metric in result.metrics, sorted(result.metrics)[:20]
     written = json.loads((tmp_path / task / "result.json").read_text())
     assert written["metrics"][metric]["value"] == pytest.approx(result.metrics[metric].value, nan_ok=True)
-    assert written["code"] and written["weights"] and written["manifest"]
+    assert written["code"] and written["manifest"] and written["headline"] in written["metrics"]
+    assert written["encoder"] == run.path.name and written["step"] == run.step
+    assert written["weights"] == identity(run.encoder("teacher"))[:16]
     assert (tmp_path / task / "figure.png").stat().st_size > 5000
     assert len((tmp_path / task / "table.csv").read_text().splitlines()) > 1
 
@@ -76,6 +80,15 @@ def test_a_vision_transformer_of_scans_is_looked_at_like_any_other(task, more, m
     result = sl.evaluate(encoder, task, **where, **more)
     assert result.metrics[metric].value > 0
     assert result.figure().axes
+
+
+@pytest.mark.parametrize("name", task.TASKS)
+def test_a_task_stands_where_the_table_says_and_checks_what_it_is_given(name):
+    one = task.find(name)
+    assert one.name == name and one.headline and one.check({"seed": "3"}) == {"seed": 3}
+    assert one.trains == (name in task.FINE_TUNING) and bool(one.kinds) == (one.ask is not None)
+    with pytest.raises(UseError, match=f"{name}: seed='x' does not fit"):
+        one.check({"seed": "x"})
 
 
 def test_the_command_line_does_the_same(run, cohort, tmp_path, monkeypatch):  # noqa: F811
@@ -128,7 +141,6 @@ def test_a_run_on_an_open_store_alone_asks_which_data(cohort, tmp_path):  # noqa
 
 def test_help_shows_an_example_of_every_task_and_bad_use_has_its_exit_code(tmp_path, monkeypatch, capsys):
     from smartlab.cli.app import main
-    from smartlab.evaluation.task import FINE_TUNING, TASKS
 
     def say(*words):
         monkeypatch.setattr("sys.argv", ["smartlab", *map(str, words)])
@@ -139,10 +151,9 @@ def test_help_shows_an_example_of_every_task_and_bad_use_has_its_exit_code(tmp_p
 
     for command in ("evaluate", "finetune"):
         code, said = say(command, "--help")
-        for task in TASKS:
-            assert code == 0 and (f"--task {task}" in said) == (
-                (task in FINE_TUNING) == (command == "finetune")
-            )
+        for name in task.TASKS:
+            fine_tuning = name in task.FINE_TUNING
+            assert code == 0 and (f"--task {name}" in said) == (fine_tuning == (command == "finetune"))
     assert say("evaluate", tmp_path, "--task", "porbe")[0] == 2
     assert say("evaluate", tmp_path, "--task", "probe", "label=x")[0] == 2
     assert say("evaluate", tmp_path / "none.safetensors", "--task", "probe")[0] in (1, 2)

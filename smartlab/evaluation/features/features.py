@@ -229,7 +229,8 @@ def organ_features(
     """
     if is_flat(store):
         raise UseError("mammograms have no organs", path=store.path, fix="use lesion or scan features")
-    job = Extraction(encoder, ("tokens", "stages"), **{"pooling": "tokens", **how})
+    how.setdefault("pooling", "tokens")
+    job = Extraction(encoder, ("tokens", "stages"), **how)
     names = {v: name for v, name in store.label_names.items() if lesions or not is_lesion(name)}
     man = load_manifest(manifest)
     chosen = [i for i in _images(store, images) if store.rows[i]["labels"]]

@@ -35,7 +35,7 @@ def segmentation(
 
     structures = list(dict.fromkeys(table.structure))
     figure = plt.figure(figsize=(4.5 + max(4.0, 0.55 * len(structures)), 7.2), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.15), squeeze=False)[:, 0]
     left, right = above.subplots(1, 2, width_ratios=(1, max(1.3, 0.18 * len(structures))))
     learning_curves(left, histories, "validation Dice")
     dice_by_structure(right, table, estimates, structures)

@@ -78,7 +78,8 @@ def intervals(
     value, low, high = np.array([one[:3] for one in found], float).reshape(-1, 3).T
     error = np.maximum([value - low, high - value], 0)  # the mean of draws may lie outside their middle
     drawn = (value, at, None, error) if across else (at, value, error)
-    ax.errorbar(*drawn, **({"fmt": "o", "color": colour, "markersize": 6, "capsize": 2} | style))
+    usual: dict[str, Any] = {"fmt": "o", "color": colour, "markersize": 6, "capsize": 2}
+    ax.errorbar(*drawn, **(usual | style))
 
 
 def listed(
@@ -231,8 +232,9 @@ def draw_forest(
             label = None if place else name
             intervals(ax, [at], [one], shade[name], across=True, capsize=0, markersize=5, label=label)
             text = f"{one.value:.3f}"
-            for pair in compared[(compared.metric == metric) & (compared.b == name)].head(1).itertuples():
-                text += f"   {_p(pair.p_holm)}" + ("" if pair.a == first else f" vs {pair.a}")
+            pairs = compared[(compared.metric == metric) & (compared.b == name)]
+            for p, of in zip(pairs.p_holm.head(1), pairs.a, strict=False):
+                text += f"   {_p(p)}" + ("" if of == first else f" vs {of}")
             ax.text(1.02, at, text, transform=across, fontsize=7.5, va="center", color="0.25")
     ax.set_ylim(len(names) - 0.1, -0.25)
     ax.set_yticks([])
@@ -296,10 +298,9 @@ def draw_halves(
 
 def _below(ax: Axes, at: float, text: str, points: float, shade: str) -> None:
     """Small text under the axis, some points below it."""
-    where = {"xycoords": ("data", "axes fraction"), "xytext": (0, points), "textcoords": "offset points"}
-    ax.annotate(
-        text, (at, 0), **where, ha="center", va="center", fontsize=8, color=shade, annotation_clip=False
-    )
+    style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 8, "color": shade}
+    style |= {"xycoords": ("data", "axes fraction"), "xytext": (0, points), "textcoords": "offset points"}
+    ax.annotate(text, (at, 0), annotation_clip=False, **style)
 
 
 def _p(value: float) -> str:

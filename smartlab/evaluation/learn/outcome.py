@@ -265,7 +265,7 @@ def _report_follow_up(study: Study, time: np.ndarray, facts: dict[str, Any]) -> 
         for one, own in zip(scores, study.tests, strict=True):
             for rows in own:
                 counts[:, k, rows] += metrics.in_order(time[rows], event[rows], one[rows])
-    shares = stats.pair_shares(*counts, fewest=int(event.sum()))
+    shares = stats.pair_shares(counts[0], counts[1], fewest=int(event.sum()))
     standing = {name: _standing(scores, study.tests) for name, scores in study.scores.items()}
     estimates = {name: {"concordance": stats.mean_area(shares, [k])} for k, name in enumerate(names)}
     results: dict[str, Estimate] = {}
@@ -276,19 +276,18 @@ def _report_follow_up(study: Study, time: np.ndarray, facts: dict[str, Any]) -> 
         results |= {f"{prefix}concordance": estimates[name]["concordance"]}
         results |= {f"{prefix}log_rank_p": Estimate(_log_rank(time, event, one), n=len(time))}
         table[f"{prefix}risk"] = study.scores[name].mean(0)
-    rows = []
+    found = []
     for a, b in study.pairs:
         d = stats.area_difference(shares, [names.index(a)], [names.index(b)])
         values = estimates[a]["concordance"].value, estimates[b]["concordance"].value
-        rows.append(("concordance", a, b, *values, *d[:4], np.nan, "pairs", d.n))
-    compared = holm_by_metric(pd.DataFrame(rows, columns=COLUMNS))
+        found.append(("concordance", a, b, *values, *d[:4], np.nan, "pairs", d.n))
+    compared = holm_by_metric(pd.DataFrame(found, columns=COLUMNS))
     facts = facts | {
         "events": int(event.sum()),
         "interval": "95%, over patients; the fitted models are kept as they are",
         "comparisons": compared.to_dict("records"),
     }
-
-    shown = {name: standing[name] for name in ("features", "both") if name in standing}
+    shown = {name: one for name, one in standing.items() if name in ("features", "both")}
     p = {name: results["both/log_rank_p" if name == "both" else "log_rank_p"].value for name in shown}
     draw = partial(follow_up, time, event, shown, p, estimates, compared, facts)
     return Result("outcome", results | differences(compared, "features"), table, draw, facts)

@@ -317,8 +317,8 @@ class _Clusters(Task):
         if "organ" in job.given.labels:  # every image shows one organ and is a row, as in OrganMNIST3D
             job.pooling, rows = job.pooling or "tokens", job.table
         beside = {"random": rows(job.untrained)} if job.compares else None
-        label = {"label": job.label} if job.label else {}
-        return clusters(rows(job.encoder), beside=beside, **settings, **label)
+        more = {**settings, "label": job.label} if job.label else settings
+        return clusters(rows(job.encoder), beside=beside, **more)
 
 
 TASKS = {"clusters": _Clusters(clusters, headline="features/ratio", named=True)}

@@ -308,7 +308,7 @@ def _by_stage(ax: Axes, rows: pd.DataFrame, title: str) -> None:
     newest = rows[rows.step.isna() | (rows.step == rows.step.iloc[-1])]
     for shift, (teacher, part) in enumerate(newest.groupby("teacher", sort=False)):
         at, fmt = np.arange(len(part)) + 0.06 * (shift - 1), "".join(STYLE[str(teacher)])
-        style = {"fmt": fmt, "markersize": 4, "capsize": 0, "label": CALLED[str(teacher)]}
+        style: dict[str, Any] = {"fmt": fmt, "markersize": 4, "capsize": 0, "label": CALLED[str(teacher)]}
         figures.intervals(ax, at, _estimates(part), SHADES[str(teacher)], **style)
     names = newest.measure.unique()
     ax.axis("on")

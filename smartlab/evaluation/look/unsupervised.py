@@ -101,16 +101,13 @@ def _collect(
     stride_of(encoder, stage)  # refuses what there is not
     names = [*organs_of(store).values()]
     about, every = units_of_scans(encoder, store, images, [stage], seed, progress)
-    total = np.array([units.counts.sum(0) for (units,) in every]).reshape(len(every), -1)
-    shown, present = total[:, 1:].any(1), np.flatnonzero(total[:, 1:].any(0))
-    if not shown.any():
+    shown = [bool(units.counts[:, 1:].any()) for (units,) in every]
+    found = [units for (units,), yes in zip(every, shown, strict=True) if yes]
+    if not found:
         raise DataError("no scan has labels of organs", path=store.path, fix="choose other images")
-    kept = [
-        u._replace(counts=u.counts[:, [0, *(present + 1)]])
-        for (u,), yes in zip(every, shown, strict=True)
-        if yes
-    ]
-    return about[shown].reset_index(drop=True), kept, [names[i] for i in present]
+    present = np.flatnonzero(sum(units.counts[:, 1:].sum(0) for units in found))
+    kept = [units._replace(counts=units.counts[:, [0, *(present + 1)]]) for units in found]
+    return about.loc[shown].reset_index(drop=True), kept, [names[i] for i in present]
 
 
 def _fit(units: list[Units], feature: str, number: int, seed: int) -> Callable[[Units], np.ndarray]:

@@ -177,6 +177,7 @@ def test_few_shot_takes_k_patients_of_each_class():
         == few(patients, targets, train, 4, 0).tolist()
         != few(patients, targets, train, 4, 1).tolist()
     )
+    assert set(few(patients, targets, train, 2, 0)) < set(rows)  # more shots keep the fewer
     with pytest.raises(UseError, match="too few patients for 9 per class"):
         few(patients, targets, train, 9, 0)
 

@@ -212,6 +212,17 @@ def test_results_are_compared_from_their_folders_as_from_memory(tmp_path):
         compare({n: tmp_path / n for n in tables}, "probe")
 
 
+def test_what_a_result_says_of_its_label_is_not_guessed_from_its_table(tmp_path):
+    """Labels of which every case happens to have one, with probabilities that sum to 1, look like classes."""
+    truth, p, _ = arrays("multiclass")
+    table = to_table("multilabel", CASES, PATIENTS, np.eye(3, dtype=int)[truth], p, ["a", "b", "c"])
+    told = Result("probe", {}, table, plt.figure, {"label_kind": "multilabel"})
+    told.save(tmp_path / "x")
+    assert from_table(table).kind == "multiclass"
+    for results in ({"x": told, "y": told}, {"x": tmp_path / "x", "y": told}):
+        assert "exact_match" in set(compare(results, draws=100).metric)
+
+
 def dice(shift: float, seed: int) -> pd.DataFrame:
     """Dice of two structures in one or two scans of 20 patients, for two ways to start."""
     r, rows = np.random.default_rng(seed), []

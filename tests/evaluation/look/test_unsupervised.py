@@ -112,3 +112,14 @@ def test_bad_requests_say_what_is_wrong(store, tmp_path):
     bare = made_store(tmp_path, {"p": (np.zeros((32, 32, 32)), {})})
     with pytest.raises(DataError, match="no labels of organs"):
         unsupervised(small_encoder(), bare, progress=False)
+
+
+def test_scans_without_labels_are_left_out_and_none_with_any_is_told(tmp_path):
+    rng = np.random.default_rng(0)
+    scans = {f"p{i}": scan(rng) for i in range(3)} | {"q": (scan(rng)[0], {})}
+    store = made_store(tmp_path, scans)
+    result = unsupervised(small_encoder(), store, number=3, folds=2, progress=False)
+    assert result.facts["images"] == result.facts["patients"] == 3
+    bare = next(i for i in range(4) if store.labels(i) is None)
+    with pytest.raises(DataError, match="no scan has labels of organs"):
+        unsupervised(small_encoder(), store, images=[bare], progress=False)

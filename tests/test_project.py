@@ -194,6 +194,16 @@ def test_the_map_is_drawn_from_todays_imports():
         assert f"`{room}`" in text("docs/ARCHITECTURE.md"), f"docs/ARCHITECTURE.md says nothing of {room}"
 
 
+def test_rooms_import_one_way_and_in_no_circle():
+    told = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stdout[-3000:]
+
+
 # ---- the site
 
 

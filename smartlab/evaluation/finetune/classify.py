@@ -48,11 +48,10 @@ from smartlab.evaluation.finetune.trainer import (
 )
 from smartlab.evaluation.judge import stats
 from smartlab.evaluation.judge.compare import estimate, score
-from smartlab.evaluation.judge.predictions import to_table
+from smartlab.evaluation.judge.predictions import Part, to_table
 from smartlab.evaluation.judge.report import comparisons, differences
 from smartlab.evaluation.judge.result import Estimate, Result
 from smartlab.evaluation.learn.folds import (
-    Part,
     Plan,
     Split,
     averaged,

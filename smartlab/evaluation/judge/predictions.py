@@ -21,7 +21,8 @@ import pandas as pd
 
 from smartlab.core.errors import DataError
 from smartlab.evaluation.judge import metrics, stats
-from smartlab.evaluation.learn.folds import Part
+
+Part = tuple[np.ndarray, np.ndarray]  # one fold: positions of rows, and their predictions by one model
 
 
 class Predictions(NamedTuple):

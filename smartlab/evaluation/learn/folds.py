@@ -26,10 +26,10 @@ import pandas as pd
 
 from smartlab.core.errors import DataError, UseError
 from smartlab.data.cohort.case import LabelSpec
+from smartlab.evaluation.judge.predictions import Part
 
 Split = Literal["auto", "official", "folds", "cross", "held-out"]
 Rows = np.ndarray  # positions of rows
-Part = tuple[Rows, np.ndarray]  # one fold: rows, and their predictions by one model
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,10 @@ from smartlab.evaluation.features.table import FeatureTable
 from smartlab.evaluation.judge import metrics, stats
 from smartlab.evaluation.judge.compare import COLUMNS
 from smartlab.evaluation.judge.figures import follow_up
-from smartlab.evaluation.judge.predictions import areas, from_table, to_table
+from smartlab.evaluation.judge.predictions import Part, areas, from_table, to_table
 from smartlab.evaluation.judge.report import Pairs, align, check_varying, differences, holm_by_metric, report
 from smartlab.evaluation.judge.result import Estimate, Result
-from smartlab.evaluation.learn.folds import Part, make_plan, present_classes, splits
+from smartlab.evaluation.learn.folds import make_plan, present_classes, splits
 from smartlab.evaluation.learn.linear import Linear, fit, fit_tuned, one_thread
 from smartlab.evaluation.learn.survival import Cox, fit_cox, fit_cox_tuned
 from smartlab.evaluation.task import OnFeatures

@@ -13,6 +13,7 @@ from smartlab.core.config import parse_overrides
 from smartlab.core.places import default_encoder
 from smartlab.data.crops.augment import window
 from smartlab.data.crops.regions import is_lesion
+from smartlab.data.images.resample import at_spacing
 from smartlab.masking import STRATEGIES, head_diversity, informativeness, make_mask
 from smartlab.methods.masked_distillation import MaskedDistillation
 from smartlab.methods.multiscale_mae import MultiscaleMAE
@@ -162,7 +163,7 @@ def test_the_same_scan_is_explored_however_it_is_given(folder):
     volume, encoder = sl.read_volume(path), sl.load_encoder(default_encoder())
     views = [sl.explore(given, encoder).view for given in (path, str(path), volume)]
     assert all(np.array_equal(views[0].image, view.image) for view in views)
-    whole = encoder._on_grid(volume)
+    whole = at_spacing(volume.array, volume.affine, encoder.config.data.spacing)[0]
     array = sl.explore(whole, encoder, center=subject_of(volume, 2.0, False).center).view
     assert np.abs(array.image.astype(int) - views[0].image).max() <= 1
     corner = volume.to_index(views[0].affine[:3, 3])

@@ -38,6 +38,7 @@ from smartlab.core.config import parse_overrides
 from smartlab.core.places import code_version
 from smartlab.data.cohort.manifest import Case, Manifest, Source
 from smartlab.data.store.prepare import prepare_store
+from smartlab.evaluation.features import tokens
 from smartlab.evaluation.features.encoders import random_encoder
 from smartlab.evaluation.features.grids import unit_counts
 from smartlab.evaluation.judge.means import patient_weights
@@ -81,6 +82,7 @@ def main() -> None:
         "settings": SETTINGS | overrides,
         "scans": {"real": 25, "phantoms": asked.phantoms},
         "training": recipe.spent(run.path),
+        "warnings": warned(run.path),
         "history": run.history.tail(5).mean(numeric_only=True).to_dict(),
         "machine": machine(),
         "code": code_version(),
@@ -90,6 +92,12 @@ def main() -> None:
         asked.json.write_text(json.dumps(clean(report), indent=1) + "\n", encoding="utf-8")
         for name, found in report[part].items():
             print(f"{part}: {name:<60} {[round(v, 3) for v in found]}", flush=True)
+
+
+def warned(folder: Path) -> list[dict[str, Any]]:
+    """What the run warned of, and when."""
+    events = map(json.loads, (folder / "events.jsonl").read_text(encoding="utf-8").splitlines())
+    return [{key: e[key] for key in ("step", "message")} for e in events if e["event"] == "warning"]
 
 
 def compose(home: Path, phantoms: int) -> Path:
@@ -125,7 +133,7 @@ def real_organs(run: sl.Run, asked: argparse.Namespace) -> Found:
     man = Manifest(name="organs", source=Source(kind="local"), cases=[case], **facts)
     sl.build_store(man, data, asked.out / "organs", workers=0, spacing=run.config.data.spacing)
     store = sl.open_store(asked.out / "organs")
-    hu, labels, names = store.array(0)[:], store.labels(0)[:], units.organs_of(store)
+    hu, labels, names = store.array(0)[:], store.labels(0)[:], tokens.organs_of(store)
     nets = {
         "encoder": run.encoder("teacher"),
         "student": run.encoder("student"),
@@ -134,15 +142,16 @@ def real_organs(run: sl.Run, asked: argparse.Namespace) -> Found:
     if asked.beside:
         nets["phantoms only"] = sl.Run(asked.beside).encoder("teacher")
     with torch.inference_mode():
-        maps = {name: units._levels(net, hu, ("stage 2", "tokens")) for name, net in nets.items()}
+        seen = {name: net.features(hu) for name, net in nets.items()}
     kinds = {value: SIDES.sub("", name) for value, name in names.items()}
     codes = np.zeros(256, np.int64)
     codes[list(kinds)] = 1 + np.unique(list(kinds.values()), return_inverse=True)[1]
     found: Found = {}
     for level in ("stage 2", "tokens"):
-        stride = units._stride(nets["encoder"], level)
+        maps = {name: tokens._grid(one, units.LEVELS[level]) for name, one in seen.items()}
+        stride = tokens.stride_of(nets["encoder"], units.LEVELS[level])
         for few in (None, *FEW):
-            one = by_block({name: m[level] for name, m in maps.items()}, hu, labels, codes, stride, few)
+            one = by_block(maps, hu, labels, codes, stride, few)
             found |= {
                 f"{level}{f', {few} blocks' if few else ''}/{name}": value for name, value in one.items()
             }
@@ -164,7 +173,7 @@ def by_block(
     present, organ = np.unique(np.where(clear, counts.argmax(1), 0), return_inverse=True)
     place = np.indices(grid) * stride // BLOCK
     block = np.ravel_multi_index(tuple(place), tuple(place.max((1, 2, 3)) + 1)).ravel()
-    features = {n: m.reshape(-1, m.shape[-1]) for n, m in maps.items()} | units.plain(hu, stride, grid)
+    features = {n: m.reshape(-1, m.shape[-1]) for n, m in maps.items()} | tokens.plain(hu, stride, grid)
     every = [
         units.Scan({n: f[here].astype(np.float32) for n, f in features.items()}, organ[here])
         for here in (clear & (block == number) for number in np.unique(block[clear]))

@@ -88,7 +88,7 @@ def spent(folder: Path) -> dict[str, float]:
     """Time of all its processes, from what the run wrote of itself; the threads are this process's."""
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     times = [datetime.fromisoformat(event["time"]).timestamp() for event in events]
-    going = [event["event"] != "start" for event in events[1:]]  # a start ends a pause
+    going = [event["event"] not in ("start", "resume") for event in events[1:]]  # these end a pause
     seconds = sum(b - a for a, b, on in zip(times, times[1:], going, strict=False) if on)
     return {"seconds": seconds, "core_hours": seconds * torch.get_num_threads() / 3600}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ from tests.training.test_resume import assert_same_run, train
 
 def full_at(size, words):
     """The command line where no file may be larger than `size` bytes, which libraries meet as they meet a full disk."""
+    sys.dont_write_bytecode = (
+        True  # Python would put the beginning of a compiled module in place of all of it
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     command(words)
 

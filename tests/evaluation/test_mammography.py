@@ -190,7 +190,7 @@ def test_scans_are_refused_before_any_work(encoder, tmp_path, monkeypatch):
 @pytest.mark.parametrize("grey", ["voi", "percentile"])
 def test_the_store_is_that_of_training(encoder, grey, tmp_path, monkeypatch):
     """Evaluation windows the images as the encoder saw them."""
-    from smartlab.evaluation import evaluate as module
+    from smartlab.evaluation import task as module
 
     asked = []
     monkeypatch.setattr(module, "locate_images", lambda data, *_: asked.append(data) or 1 / 0)

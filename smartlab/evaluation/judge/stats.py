@@ -102,7 +102,7 @@ def bootstrap(
     bounded: names of scores between 0 and 1, which get a `logit_interval` by the variance of their draws,
     and how many patients there are of the class with the fewest.
 
-    >>> bootstrap(lambda truth, score: {"auc": auc(truth, score)}, patients, truth, score)["auc"]
+    >>> bootstrap(lambda truth, score: {"brier": ((truth - score) ** 2).mean()}, patients, truth, score)["brier"]
     """
     groups, out = Patients(patients, *arrays), {}
     whole, samples = _resample(measure, groups, arrays, draws, seed)

@@ -163,7 +163,7 @@ def test_no_scan_of_a_tested_patient_is_ever_drawn_from(cohort, tmp_path, monkey
 
     monkeypatch.setattr(module, "ForegroundCrops", Spy)
     monkeypatch.setattr(module, "_measure", measure)
-    monkeypatch.setattr(module.Job, "fit", fit)
+    monkeypatch.setattr(module.Trainings, "fit", fit)
     store = sl.open_store(cohort[2])
     segment(make_encoder(), store, cohort[0], tmp_path, split=split, folds=3, **QUICK)
     folds = 1 if split == "official" else 3

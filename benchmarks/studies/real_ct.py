@@ -108,13 +108,18 @@ def compose(home: Path, phantoms: int) -> Path:
     for scan in sorted((real / "ct_sarcoma").glob("*/CT_image.nii.gz")):
         copy(scan, home / f"{scan.parent.name}.nii.gz")
     shutil.copytree(real / "ct_series" / "Pancreas-CT-CB_001", home / "pancreas", dirs_exist_ok=True)
+    if phantoms:
+        add_phantoms(home, phantoms)
+    sl.scan_folder(home).save(home / "manifest.json")
+    return home
+
+
+def add_phantoms(home: Path, phantoms: int) -> None:
     drawn = phantom_folder("phantom-ct", RECIPE["data.phantom_cases"])
     patients = sl.make_phantom("ct", drawn, n=RECIPE["data.phantom_cases"], workers=2)
     learned = dict.fromkeys(case.locate(drawn) for case in patients.cases if case.split == "train")
     for scan in list(learned)[:phantoms]:
         copy(scan, home / scan.name)
-    sl.scan_folder(home).save(home / "manifest.json")
-    return home
 
 
 def copy(source: Path, target: Path) -> None:
@@ -122,7 +127,7 @@ def copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def real_organs(run: sl.Run, asked: argparse.Namespace) -> Found:
+def real_organs(run: sl.Run, asked: argparse.Namespace, few: tuple[int | None, ...] = (None, *FEW)) -> Found:
     """The scan with a model's organs, block by block: nothing of it, nor of its source, was trained on."""
     data = Path(os.environ.get("SMARTLAB_REAL_DATA") or "../shared/data")
     masks = {
@@ -150,10 +155,11 @@ def real_organs(run: sl.Run, asked: argparse.Namespace) -> Found:
     for level in ("stage 2", "tokens"):
         maps = {name: tokens._grid(one, units.LEVELS[level]) for name, one in seen.items()}
         stride = tokens.stride_of(nets["encoder"], units.LEVELS[level])
-        for few in (None, *FEW):
-            one = by_block(maps, hu, labels, codes, stride, few)
+        for blocks in few:
+            one = by_block(maps, hu, labels, codes, stride, blocks)
             found |= {
-                f"{level}{f', {few} blocks' if few else ''}/{name}": value for name, value in one.items()
+                f"{level}{f', {blocks} blocks' if blocks else ''}/{name}": value
+                for name, value in one.items()
             }
     return found
 

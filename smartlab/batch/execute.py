@@ -24,7 +24,6 @@ from smartlab.batch.progress import Count, Progress, Standing
 from smartlab.batch.report import write_progress
 from smartlab.batch.runs import code_digest, expand
 from smartlab.batch.summary import BLOCKED, WAITING, BatchReport, write_summary
-from smartlab.core.errors import DataError
 from smartlab.core.files import write_bytes
 from smartlab.core.workers import StopRequest, draining
 
@@ -239,7 +238,7 @@ class Batch:
     def _write_page(self, standing: Standing) -> None:
         """Now and then, so that it costs the batch little however many runs there are."""
         if (begin := time.monotonic()) > self.next_page:
-            with suppress(OSError, DataError):  # the report at the end says what is wrong
+            with suppress(Exception):  # no page is worth a batch; the report at the end says what is wrong
                 write_progress(self.out, self.plan, standing)
             self.next_page = time.monotonic() + min(60, max(PAGE_EVERY, 20 * (time.monotonic() - begin)))
 

@@ -89,7 +89,7 @@ class Server:
 
     def end(self) -> None:
         """End it and all that it forked."""
-        with suppress(psutil.NoSuchProcess):
+        if self.alive:
             kill(psutil.Process(self.process.pid))
         self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -186,11 +186,16 @@ def become_kernel(
     sys.argv = ["kernel"]
     if matplotlib := sys.modules.get("matplotlib"):
         matplotlib.rcParams["backend"] = "module://matplotlib_inline.backend_inline"
+    # what was imported before the fork would draw the same in every kernel
+    if numpy := sys.modules.get("numpy.random"):
+        numpy.seed()
+    if torch := sys.modules.get("torch"):
+        torch.seed()
     if threads := int(environment.get("OMP_NUM_THREADS") or 0):
         from threadpoolctl import threadpool_limits
 
         threadpool_limits(threads)
-        if torch := sys.modules.get("torch"):
+        if torch:
             torch.set_num_threads(threads)
     if fresh:  # the source of smartlab as it is now, not as it was when the server began
         for name in [name for name in sys.modules if name.partition(".")[0] == "smartlab"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, ClassVar, cast
 
 import psutil
@@ -25,7 +26,10 @@ class _Popen:
         self.process, self.pid = process, process.pid
 
     def poll(self) -> int | None:
-        return None if self.process.is_running() else 1
+        with suppress(psutil.NoSuchProcess):
+            if self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE:
+                return None
+        return 1
 
     def wait(self) -> int | None:
         self.process.wait()

@@ -95,13 +95,22 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def result(folder: Path) -> dict[str, Any] | None:
-    """The result of a run, None without a whole one."""
+    """The result of a run, None without a whole one; of what is to be shown, what can be."""
     try:
         found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         tables = [found.get(part, {}) for part in ("metrics", "parameters")]
     except (FileNotFoundError, ValueError, AttributeError, RecursionError):
         return None
-    return found if all(isinstance(table, dict) for table in tables) else None
+    if not all(isinstance(table, dict) for table in tables):
+        return None
+    said, figures, captions = (found.get(part) for part in ("headline", "figures", "captions"))
+    figures = [f for f in (figures if isinstance(figures, list) else []) if isinstance(f, str) and _inside(f)]
+    captions = {k: str(v) for k, v in captions.items()} if isinstance(captions, dict) else {}
+    return found | {"headline": str(said or ""), "figures": figures, "captions": captions}
+
+
+def _inside(path: str) -> bool:
+    return not Path(path).is_absolute() and ".." not in Path(path).parts
 
 
 def answer(folder: Path, record: dict[str, Any], now: bool) -> dict[str, Any]:

@@ -56,8 +56,7 @@ PAGE = "report.html"
 def write_report(out: str | Path, plan: Plan | None = None, metrics: Sequence[str] | None = None) -> Path:
     """Write `ablation.md`, its figures and `report.html` into the folder of a batch."""
     out = Path(out)
-    runs, table = (_in_order(found, plan) for found in (load_runs(out), load_results(out)))
-    title, blocks = _title(plan), _about(plan, runs, table) + _found(out, runs, table, metrics)
+    title, blocks = _title(plan), _told(out, plan, _in_order(load_runs(out), plan), metrics=metrics)
     write_text(out / PAGE, as_page(title, blocks, out))
     write_text(out / "ablation.md", as_markdown(title, blocks, out))
     return out / "ablation.md"
@@ -76,12 +75,23 @@ def write_progress(out: Path, plan: Plan, standing: Standing) -> None:
     ]
     if len(rows) > 1:
         head.append(Table(["step", *COLUMNS, "time left"], rows))
-    if (runs.state == records.DONE).any():
-        table = _in_order(load_results(out), plan)
-        blocks = [*_about(plan, runs, table), *head, *_found(out, runs, table, None, figures=False)]
-    else:
-        blocks = [Text(plan.about), *head, *_failures(out, runs)]
+    blocks = _told(out, plan, runs, head, figures=False)
     write_text(out / PAGE, as_page(_title(plan), blocks, out, refresh=10))
+
+
+def _told(
+    out: Path,
+    plan: Plan | None,
+    runs: pd.DataFrame,
+    head: Sequence[Block] = (),
+    metrics: Sequence[str] | None = None,
+    figures: bool = True,
+) -> list[Block]:
+    failed = _failures(out, runs)
+    if (head or failed) and not (runs.state == records.DONE).any():
+        return [Text(plan.about if plan else ""), *head, *failed]
+    table = _in_order(load_results(out), plan)
+    return [*_about(plan, runs, table), *head, *failed, *_found(out, runs, table, metrics, figures)]
 
 
 def _in_order(table: pd.DataFrame, plan: Plan | None) -> pd.DataFrame:
@@ -126,9 +136,9 @@ def _found(
     runs: pd.DataFrame,
     table: pd.DataFrame,
     metrics: Sequence[str] | None,
-    figures: bool = True,
+    figures: bool,
 ) -> list[Block]:
-    blocks = _failures(out, runs) + _varied(runs)
+    blocks = _varied(runs)
     for step in table.step.unique():
         rows, mine = (_of_step(part, step) for part in (table, runs))
         blocks += _step(out, str(step), rows, metrics, figures)

@@ -70,8 +70,9 @@ def execute(request: dict[str, Any], *above: dict[str, Any]) -> dict[str, Any]:
     task, has = worker.get_current_task(), int(worker.state.total_resources.get("GPU", 0))
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     # those in CUDA_VISIBLE_DEVICES, else as many as the worker was started with as a resource
-    devices = vars(worker).setdefault("smartlab_devices", Devices(named or [str(i) for i in range(has)]))
-    if wanted > len(devices.free) and wanted > has:
+    every = named or [str(i) for i in range(has)]
+    devices = vars(worker).setdefault("smartlab_devices", Devices(every))
+    if wanted > len(every):
         return {"state": "lost", "error": f"worker {worker.address} has no {wanted} GPUs to give"}
 
     def still_wanted() -> bool:

@@ -12,7 +12,6 @@ from smartlab.batch import records
 from smartlab.batch.plan import Plan
 from smartlab.batch.progress import clock
 from smartlab.batch.runs import expand
-from smartlab.core.errors import DataError
 
 WAITING, BLOCKED = "waiting", "blocked"  # besides done, failed and running
 
@@ -69,11 +68,14 @@ def write_summary(report: BatchReport) -> None:
     from smartlab.batch.results import export_results, load_results
 
     files = [report.out / name for name in (PAGE, "ablation.md", "results.csv")]
-    if report.counts[records.DONE] and (report.executed or not all(path.is_file() for path in files)):
+    ended = [path.stat().st_mtime for f in records.folders(report.out) if (path := f / "run.json").is_file()]
+    written = [path.stat().st_mtime for path in files if path.is_file()]
+    if ended and (len(written) < len(files) or min(written) < max(ended)):
         try:
-            export_results(load_results(report.out), files[-1])
+            if report.counts[records.DONE]:
+                export_results(load_results(report.out), files[-1])
             write_report(report.out, plan=report.plan)
-        except (DataError, OSError) as error:  # results that cannot be summarised are still results
+        except Exception as error:  # results that cannot be summarised are still results
             report.note = f"{report.note}\nno summary: {error}".strip()
             return
     report.files = [path for path in files if path.is_file()]

@@ -183,7 +183,7 @@ def export(
 
     path = interop.export(run, to, out, role)  # type: ignore[arg-type]
     if isinstance(path, str):
-        return say(as_json, {"address": path}, f"{path}: private; whoever may read it loads hf:{out}")
+        return say(as_json, {"address": path}, f"{path}\nwhoever may read {out} loads hf:{out}")
     say(
         as_json,
         {"file": str(path), "bytes": path.stat().st_size},

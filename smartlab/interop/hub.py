@@ -31,7 +31,10 @@ def download(name: str) -> Path:
 
 
 def publish(write: Callable[[Path], None], repo: str, private: bool = True) -> str:
-    """Put on the hub what `write` makes at a path, with its card; the address of the commit."""
+    """Put on the hub what `write` makes at a path, with its card; the address of the commit.
+
+    private: so a new repository is made; one that is there stays as it is.
+    """
     from huggingface_hub import HfApi
 
     _check(repo)
@@ -60,8 +63,11 @@ def write_card(file: Path, repo: str) -> Path:
     config = json.loads(about["config"])
     encoder, data = config["encoder"], config["data"]
     measured = json.loads(about.get("metrics", "{}"))
+    depth = f"depths {encoder['depths']}"
+    if encoder["kind"] == "vit":
+        depth = f"{encoder['blocks']} blocks of {encoder['heads']} heads, patches of {encoder['patch']}"
     rows = {
-        "architecture": f"{encoder['kind']}, embedding {encoder['embed_dim']}, depths {encoder['depths']}",
+        "architecture": f"{encoder['kind']}, embedding {encoder['embed_dim']}, {depth}",
         "method": f"{config['method']['preset']}, {about.get('role', 'encoder')}, {about.get('step', '?')} steps",
         "data": f"{data['manifest']} (fingerprint {about.get('data', '?')[:16]}), {data['spacing']} mm, window {data['window']}",
         "loss at that step": f"{measured['loss']:.4f}" if "loss" in measured else "not recorded",

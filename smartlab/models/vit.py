@@ -297,11 +297,12 @@ class ViTEncoder(ViT, AnyEncoder):
         pool = F.avg_pool2d if self.dims == 2 else F.avg_pool3d
         return pool(x, self.smaller // scale) if self.smaller > scale else x
 
-    def visible(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def visible(self, x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor | None]:
         """Images (B, 1, …) as the ViT sees them -> normalised tokens (B, 1 + n, C) of [CLS] (or the mean) and the
         patches `keep` (B, n), and the last block's [CLS] attention over these (B, heads, n)."""
         tokens, _, seen = self.encode(x, keep)
-        return torch.cat([self.image_token(tokens)[:, None], tokens[:, self.first :]], 1), seen.rows
+        attention = seen.rows if self.heads else None
+        return torch.cat([self.image_token(tokens)[:, None], tokens[:, self.first :]], 1), attention
 
     def image_token(self, tokens: Tensor) -> Tensor:
         """(B, C): [CLS], or the mean of the patches where there is none."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -62,6 +62,7 @@ class Engine:
         self.weights: dict[str, Tensor] | None = None  # and the rest of the checkpoint it begins with
         self.state: dict[str, Any] = {}
         self.damaged: list[Path] = []  # newer ones, which cannot be read
+        self.ends = ExitStack()
 
     # ---- from the folder to the first step, in this order
 
@@ -114,7 +115,6 @@ class Engine:
             self.parts["scaler"] = Part(scaler.state_dict, scaler.load_state_dict)
         self._restore()
         self.batches = self._endless()
-        self.requests = Requests(self.device, self.world)
         loader.stopped = lambda: self.requests.asked == "stop"
 
     def _restore(self) -> None:
@@ -136,6 +136,8 @@ class Engine:
 
     def run(self) -> bool:
         """Steps from where it stands; whether to the end: else it was asked to stop, and has saved itself."""
+        self.requests = Requests(self.device, self.world)
+        self.ends.callback(self.requests.close)
         while not self.done:
             try:
                 metrics = self.one_step()
@@ -192,7 +194,7 @@ class Engine:
         self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        self.requests.close()
+        self.ends.close()
         self.batches.close()
         self.loader.close()
 

@@ -71,8 +71,9 @@ def ranks() -> tuple[int, int]:
     """(which of the processes of this run this is, how many there are), as the launcher says."""
     if _together():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    launched = "LOCAL_RANK" in os.environ  # some schedulers set WORLD_SIZE for whatever they start
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) if launched else 1
+    if "LOCAL_RANK" not in os.environ:  # some schedulers set the others for whatever they start
+        return 0, 1
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextmanager

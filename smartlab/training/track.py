@@ -15,6 +15,9 @@ from smartlab.core.errors import UseError
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
+_MLFLOW = "MLFLOW_TRACKING_URI"
+_ours: set[str] = set()  # places of earlier runs of this process, which a later one does not take over
+
 
 def check_tracker(name: str) -> None:
     """Refuse one that is not installed, before any work."""
@@ -33,8 +36,9 @@ def open_tracker(config: Config, run: Path, start: int) -> GeneralTracker | None
     name = config.train.track
     if name == "none":
         return None
-    if name == "mlflow":
-        os.environ.setdefault("MLFLOW_TRACKING_URI", (run.absolute() / "mlruns").as_uri())
+    if name == "mlflow" and os.environ.get(_MLFLOW) in (None, *_ours):
+        os.environ[_MLFLOW] = (run.absolute() / "mlruns").as_uri()
+        _ours.add(os.environ[_MLFLOW])
     mode = os.environ.get("WANDB_MODE", "offline")
     given: dict[str, dict[str, Any]] = {  # the first is the name of the folder, or of the project
         "tensorboard": {"run_name": "tensorboard", "logging_dir": run, "purge_step": start},

@@ -59,3 +59,32 @@ def test_a_script_without_a_main_guard_is_not_run_again(tmp_path):
     (tmp_path / "script.py").write_text(code)
     said = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True)
     assert said.returncode == 0 and said.stdout == "once\n", said.stderr
+
+
+def test_what_is_forked_draws_its_own_random_numbers(tmp_path):
+    """Repetitions of a notebook that sets no seed are no copies of each other."""
+    from smartlab.batch import load_results, run_batch
+    from tests.batch.toys import toy_notebook, write_plan
+
+    draw = "import json, pathlib, numpy, torch\n"
+    draw += "drawn = {'numpy': numpy.random.rand(), 'torch': float(torch.rand(()))}\n"
+    draw += "pathlib.Path(out, 'result.json').write_text(json.dumps({'metrics': drawn}))"
+    toy_notebook(tmp_path, draw)
+    modules, one = ("torch", "numpy.random", *forked.LIGHT), forked.server
+    forked.end_server()
+    one(modules, ())
+    assert run_batch(write_plan(tmp_path, grid={"x": [1, 2]}), tmp_path / "out", progress=False).ok
+    found = load_results(tmp_path / "out")
+    assert found.groupby("metric").value.nunique().tolist() == [2, 2]
+
+
+def test_a_kernel_that_is_dead_and_not_reaped_is_seen_to_be_dead():
+    from smartlab.batch.kernels import _Popen
+
+    process = subprocess.Popen(["sleep", "100"])
+    face = _Popen(psutil.Process(process.pid))
+    assert face.poll() is None
+    process.kill()
+    wait_for(lambda: face.poll() == 1, 20)
+    process.wait()
+    assert face.poll() == 1

@@ -179,3 +179,44 @@ def test_factors_of_upstream_work_that_was_done_again_stay(tmp_path):
     table = sl.load_results(tmp_path)
     assert list(table[table.step == "probe"].strategy) == ["block"]
     assert len(table[table.step == "pre"]) == 1
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"headline": None},
+        {"headline": 3},
+        {"figures": None},
+        {"figures": ["/etc/seen.png", "../seen.png", 4]},
+        {"captions": ["a"]},
+        {"captions": {"seen.png": None}},
+    ],
+)
+def test_what_a_notebook_of_ones_own_tells_oddly_costs_no_batch(batch, odd):
+    path = next(batch.glob("toy/*/result.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | odd))
+    write_report(batch)
+    text = (batch / "report.html").read_text(encoding="utf-8")
+    assert "/etc" not in text and "../" not in text and "seen with 1" in text
+
+
+def test_a_page_that_cannot_be_made_is_told_and_ends_no_batch(tmp_path, monkeypatch):
+    from smartlab.batch import execute, report, run_batch
+    from tests.batch.toys import write_plan
+
+    def broken(*given, **more):
+        raise AttributeError("no page today")
+
+    monkeypatch.setattr(execute, "write_progress", broken)
+    monkeypatch.setattr(report, "write_report", broken)
+    done = run_batch(write_plan(tmp_path), tmp_path / "out", progress=False)
+    assert done.ok and "no page today" in str(done)
+
+
+def test_the_page_of_a_batch_in_which_all_failed_is_a_last_one(tmp_path):
+    from smartlab.batch import run_batch
+    from tests.batch.toys import write_plan
+
+    done = run_batch(write_plan(tmp_path, parameters={"fail": "0a0"}), tmp_path / "out", progress=False)
+    text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert not done.ok and "no 0 please" in text and "refresh" not in text

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 
 import smartlab as sl
 from smartlab.core.errors import UseError
+from smartlab.models.build import make_encoder
 from smartlab.models.encoder import Encoder
 
 REPO, COMMIT = "lab/swin-chest", "0123456789abcdef0123456789abcdef01234567"
@@ -108,10 +109,19 @@ def test_what_is_put_on_the_hub_comes_back(hub, encoder):
     assert card.startswith("---\nlibrary_name: smartlab\n") and f'sl.load_encoder("hf:{REPO}")' in card
 
 
-def test_no_folder_of_this_machine_goes_there(hub, encoder):
+@pytest.mark.parametrize("key", ["data.manifest", "data.root", "data.store"])
+def test_no_folder_of_this_machine_goes_there(hub, key):
+    encoder = Encoder(sl.load_config("tiny", SETTINGS | {key: "/elsewhere/somebody/scans/manifest.json"}))
     sl.export(encoder, "hub", REPO)
     assert all(b"/elsewhere/somebody" not in content for content in hub.files.values())
     assert b"manifest.json" in hub.files["encoder.safetensors"]
+
+
+def test_a_card_tells_what_the_network_is(hub):
+    settings = {"data.view": 16, "data.region": 16, "mae.input": 16}
+    sl.export(make_encoder(sl.load_config("primus-tiny", settings)), "hub", REPO)
+    card = hub.files["README.md"].decode()
+    assert "4 blocks of 4 heads, patches of 8" in card and "depths" not in card
 
 
 def test_wrong_names_and_absent_networks_are_told(hub, encoder, monkeypatch):

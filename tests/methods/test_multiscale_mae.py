@@ -230,6 +230,7 @@ def test_scans_are_autoencoded_at_one_scale_or_several(change):
     loss, metrics = step(net, x)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    assert ("attention_entropy" in metrics) == net.config.encoder.cls_token, "of nobody else"
     found = net.reconstruct(x.flatten(0, 1), torch.Generator().manual_seed(0))
     assert list(found) == list(net.config.mae.scales)
     for scale, parts in found.items():

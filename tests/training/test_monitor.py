@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -65,3 +66,32 @@ def test_a_tracker_is_told_every_number_and_one_that_is_not_installed_is_refused
     monitor.close()
     assert told.pop("dir") == str(tmp_path) and told.pop("mode") == "offline" and told.pop("ratio") == 0.7
     assert told[4] == {"loss": 1.5, "guided": 0.0} and told["started"] and told["finished"]
+
+
+def test_every_run_of_a_process_has_an_mlflow_folder_of_its_own(tmp_path, monkeypatch):
+    """But where the user says where they go, all go there."""
+    import accelerate.tracking as known
+
+    from smartlab.training import track
+
+    class Mlflow:
+        def __init__(self, **given):
+            pass
+
+        def start(self):
+            seen.append(os.environ["MLFLOW_TRACKING_URI"])
+
+        def store_init_configuration(self, values):
+            pass
+
+    seen = []
+    monkeypatch.setitem(known.LOGGER_TYPE_TO_CLASS, "mlflow", Mlflow)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    config = sl.load_config("tiny", {"train.track": "mlflow"})
+    for name in "ab":
+        track.open_tracker(config, tmp_path / name, 0)
+    assert seen == [(tmp_path / name / "mlruns").as_uri() for name in "ab"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://lab")
+    track.open_tracker(config, tmp_path / "c", 0)
+    assert seen[-1] == "http://lab"

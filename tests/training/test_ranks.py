@@ -14,6 +14,7 @@ import pytest
 
 import smartlab as sl
 from smartlab.training import checkpoint
+from smartlab.training.requests import ranks
 from tests.conftest import REPO
 from tests.processes import Child
 
@@ -123,6 +124,13 @@ def test_all_processes_resume_from_the_checkpoint_that_the_first_one_chose(setti
         ended.append(checkpoint.load(checkpoint.folder(run, 6))[0])
         shutil.rmtree(checkpoint.folder(run, 6))
     assert all((value - ended[1][name]).abs().max() < 1e-6 for name, value in ended[0].items())
+
+
+def test_a_scheduler_that_numbers_single_processes_makes_none_of_several(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert ranks() == (0, 1)
 
 
 @SLOW

@@ -334,6 +334,19 @@ def test_a_stop_is_not_forgotten_for_a_later_save():
         requests.close()
 
 
+def test_a_run_that_cannot_begin_leaves_signals_as_they_were(settings, tmp_path, monkeypatch):
+    from smartlab.training import pretrain
+
+    def unreachable(*given):
+        raise DataError("the tracker cannot be reached")
+
+    monkeypatch.setattr(pretrain, "Monitor", unreachable)
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    with pytest.raises(DataError, match="tracker"):
+        sl.pretrain(sl.load_config("tiny", settings), tmp_path / "r", progress=False)
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
+
+
 def test_a_guard_that_never_opened_is_told(settings, tmp_path):
     """Masks that were meant to be guided and never were: the run says so at its end."""
     run = sl.pretrain(

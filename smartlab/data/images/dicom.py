@@ -111,7 +111,8 @@ def scan_headers(
 ) -> Scan:
     """Read every header below a folder (or of one file, or of `files`) and sort them by what they are.
 
-    Damage is an error; when one `series` of several is wanted, only if it is known to be its own.
+    Damage is an error; when one `series` of several is wanted, only if it is known to be its own. What the disk
+    does not give is always one: read again, it may be of the series.
     """
     paths = files or (
         [path] if path.is_file() else [folder / name for folder, names in folders_in(path) for name in names]
@@ -125,7 +126,7 @@ def scan_headers(
     several = files is not None or len(scan.volumes) > 1
     for file, problem in damage:
         uid = owner(file, scan.volumes)
-        if series in (None, uid) or not several:
+        if series in (None, uid) or not several or isinstance(problem.__cause__, OSError):
             raise problem
         scan.lost += [] if uid else [file]
     return scan

@@ -287,7 +287,7 @@ class FineTuning(Engine):
 
     def not_finite(self, drawn: list[tuple[Any, Tensor]]) -> None:
         raise DataError(
-            "the loss is no longer a number",
+            "the loss or its gradient is no longer a number",
             path=self.out,
             found=f"step {self.step + 1}, learning rate {self.lr:.2g}, precision {self.settings.precision}",
             fix="lower lr, or use precision=fp32",
@@ -377,9 +377,9 @@ def place_of(name: str) -> tuple[int, int]:
         return int(found[1]), int(found[2]) if found[2] else _MERGING
     if found := re.search(r"(?:^|\.)semantic\.(?:blocks\.(\d+))?", name):
         return 5, int(found[1] or 0)
-    if found := re.search(r"^blocks\.(\d+)\.", name):  # of a plain transformer
+    if found := re.search(r"^(?:eva\.)?blocks\.(\d+)\.", name):  # of a plain transformer
         return 1 + int(found[1]), 0
-    if name.startswith("norm."):  # after its last block
+    if name.startswith(("norm.", "eva.norm.")):  # after its last block
         return _MERGING, 0
     return 0, 0
 

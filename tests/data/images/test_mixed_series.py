@@ -210,3 +210,18 @@ def test_a_tilted_series_is_stored_when_asked(tmp_path):
     assert build(tmp_path / "raw", 1, tmp_path / "out", tilt="correct").built == 1
     with pytest.raises(UseError, match="unknown tilt"):
         Settings(tilt="Correct")
+
+
+def test_a_slice_that_the_disk_does_not_give_is_an_error_and_no_shorter_scan(mixed, monkeypatch):
+    """Which series it is of cannot be told: perhaps of the one that is wanted."""
+    folder, files = mixed
+    real = type(folder).open
+
+    def failing(self, *given, **more):
+        if self == files[1][-1]:
+            raise OSError(5, "Input/output error")
+        return real(self, *given, **more)
+
+    monkeypatch.setattr(type(folder), "open", failing)
+    with pytest.raises(DataError, match="Input/output error"):
+        read_volume(folder, series=UIDS[1])

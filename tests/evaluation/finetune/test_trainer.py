@@ -24,6 +24,7 @@ from smartlab.evaluation.finetune.trainer import (
     make_settings,
     place_of,
 )
+from smartlab.models.build import make_encoder
 from smartlab.models.encoder import Encoder
 from smartlab.training import checkpoint
 from smartlab.training.engine import Engine
@@ -255,3 +256,15 @@ def test_held_out_patients_are_whole_and_official_where_there_are_any():
 def test_every_case_comes_once_per_round():
     drawn = [rounds(1, 7, i) for i in range(21)]
     assert all(sorted(drawn[i : i + 7]) == list(range(7)) for i in (0, 7, 14)) and drawn[:7] != drawn[7:14]
+
+
+def test_layers_of_a_vision_transformer_of_scans_lie_one_above_the_other():
+    config = sl.load_config("primus-tiny", {"data.view": 16, "data.region": 16, "mae.input": 16})
+    net = torch.nn.ModuleDict({"encoder": make_encoder(config), "head": torch.nn.Linear(2, 2)})
+    scale = {id(p): g["scale"] for g in layer_groups(net, "encoder.", 0.5) for p in g["params"]}
+    by_name = {name: scale[id(p)] for name, p in net.named_parameters()}
+    depths = [{s for n, s in by_name.items() if f".blocks.{block}." in n} for block in range(4)]
+    first = {s for n, s in by_name.items() if "down_projection" in n}
+    assert all(len(scales) == 1 for scales in [first, *depths])
+    values = [next(iter(scales)) for scales in [first, *depths]] + [by_name["head.weight"]]
+    assert values == sorted(set(values)), "each layer learns faster than the one below"

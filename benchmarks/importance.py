@@ -33,8 +33,8 @@ from smartlab.data.store.prepare import prepare_store
 from smartlab.data.store.store import Store
 from smartlab.evaluation.features.grids import scans
 from smartlab.evaluation.judge.result import clean
-from smartlab.evaluation.look.heads import dropped_patches
 from smartlab.masking import hidden_share, informativeness, lift, make_mask
+from smartlab.models.encoder import dropped_patches
 
 NOISE = (0.0, 0.3, 0.7)  # share of the teacher's units that are dropped; the first is the clean teacher
 RATIOS = (0.3, 0.5, 0.7, 0.9)

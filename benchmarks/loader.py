@@ -127,7 +127,8 @@ def cohort(name: str, images: dict[str, str]) -> Any:
 
 
 def measure(manifest: Any, folder: Path, rounds: int) -> dict[str, Any]:
-    from smartlab.data.store.store import build_store, open_store
+    from smartlab.data.store.build import build_store
+    from smartlab.data.store.store import open_store
 
     raw = len(manifest.cases) * int(np.prod(SHAPE)) * 2
     start = time.perf_counter()
@@ -269,7 +270,8 @@ def cold(files: Path, read: Reader) -> dict[str, int | None]:
 
 def real_cases(folder: Path) -> dict[str, Any] | None:
     """Share of the raw size for whole real scans as they are stored: resampled and cropped."""
-    from smartlab.data.store.store import build_store, open_store
+    from smartlab.data.store.build import build_store
+    from smartlab.data.store.store import open_store
 
     if (root := real_data()) is None:
         return None

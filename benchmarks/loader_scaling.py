@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def measure(folder: Path, count: int, passes: int, workers: list[int]) -> dict[str, Any]:
-    from smartlab.data.store.store import build_store
+    from smartlab.data.store.build import build_store
 
     manifest, source = make_volumes(folder / "volumes", count)
     build_store(manifest, folder / "volumes", folder / "store", workers=0, crop_body=False, progress=False)

@@ -48,7 +48,8 @@ def main() -> None:
 
 
 def measure(folder: Path, images: int, times: int) -> dict[str, Any]:
-    from smartlab.data.store.store import build_store, open_store
+    from smartlab.data.store.build import build_store
+    from smartlab.data.store.store import open_store
 
     man = make_images(folder / "raw", images)
     start = time.perf_counter()

@@ -101,15 +101,27 @@ READ = {  # what of recipe.json is shown -> its title
 
 SEEN = {  # what of real_ct.json is shown -> its title, its score, and what it is held against
     "organs, real": {
-        "organs of a real scan, tokens": ("tokens/balanced accuracy", ("random", "phantoms only", "intensity")),
-        "the same, units of stride 8 (stage 2)": ("stage 2/balanced accuracy", ("random", "phantoms only", "intensity")),
+        "organs of a real scan, tokens": (
+            "tokens/balanced accuracy",
+            ("random", "phantoms only", "intensity"),
+        ),
+        "the same, units of stride 8 (stage 2)": (
+            "stage 2/balanced accuracy",
+            ("random", "phantoms only", "intensity"),
+        ),
     },
     "nodules, real": {"real nodules, AUC": ("auc", ("random encoder", "largest area"))},
     "organs, phantoms": {
         "organs of held-out phantoms, tokens": ("teacher: tokens/balanced accuracy", ("random", "intensity")),
         "the same, stage 2": ("teacher: stage 2/balanced accuracy", ("random", "intensity")),
-        "stage 2, four labelled patients": ("teacher, 4 labelled: stage 2/balanced accuracy", ("random", "intensity")),
-        "tokens, four labelled patients": ("teacher, 4 labelled: tokens/balanced accuracy", ("random", "intensity")),
+        "stage 2, four labelled patients": (
+            "teacher, 4 labelled: stage 2/balanced accuracy",
+            ("random", "intensity"),
+        ),
+        "tokens, four labelled patients": (
+            "teacher, 4 labelled: tokens/balanced accuracy",
+            ("random", "intensity"),
+        ),
     },
 }
 OTHERS = {

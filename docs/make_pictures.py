@@ -21,7 +21,7 @@ from PIL import Image
 from smartlab.core.plots import OKABE_ITO
 from smartlab.data.phantoms import breast, ct, mammo
 from smartlab.data.phantoms.organs import ORGANS
-from smartlab.data.phantoms.patient import Patient, affine, draw_patient, world
+from smartlab.data.phantoms.patient import DEFAULT, Patient, affine, draw_patient, world
 
 IMAGES = Path(__file__).parent / "images"
 LUNG, SOFT = (-1350, 150), (-150, 250)
@@ -97,8 +97,8 @@ def _nodules(malignant: bool, rows: int = 2, columns: int = 6, half: int = 11) -
             continue
         array = np.pad(ct.render(patient).array, half, constant_values=-1000)
         for lump in lumps[:1]:
-            offset = world(patient, lump.place, ct.DEFAULT) - affine(patient, ct.DEFAULT)[:3, 3]
-            i, j, k = np.rint(offset / ct.DEFAULT.spacing).astype(int)
+            offset = world(patient, lump.place, DEFAULT) - affine(patient, DEFAULT)[:3, 3]
+            i, j, k = np.rint(offset / DEFAULT.spacing).astype(int)
             cut = array[i : i + 2 * half + 1, j : j + 2 * half + 1, k + half]
             found.append(np.pad(cut.T[::-1, ::-1], 1, constant_values=-1000))
         if len(found) >= rows * columns:
@@ -123,7 +123,7 @@ def _mass(margin: str, half: int = 80) -> np.ndarray:
         patient = breast.draw_patient(0, index)
         for mass in patient.masses:
             if mass.margins == (margin,) and patient.density <= 2 and 13 < mass.diameter < 22:
-                column, row = breast.mass_centre(patient, patient.views[0], mass, mammo.DEFAULT)
+                column, row = breast.mass_centre(patient, patient.views[0], mass, breast.DEFAULT)
                 image = np.pad(mammo.render(patient, patient.views[0])[0], half)
                 return image[int(row) : int(row) + 2 * half, int(column) : int(column) + 2 * half]
     raise LookupError(margin)

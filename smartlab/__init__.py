@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 # public name -> module that defines it
 _PUBLIC = {
     "load_config": "smartlab.core.config",
-    "Config": "smartlab.core.config",
+    "Config": "smartlab.core.settings",
     "read_volume": "smartlab.data.images.readers",
     "read_labels": "smartlab.data.images.readers",
     "Volume": "smartlab.data.images.readers",
@@ -22,7 +22,7 @@ _PUBLIC = {
     "load_manifest": "smartlab.data.cohort.manifest",
     "Manifest": "smartlab.data.cohort.manifest",
     "verify_manifest": "smartlab.data.cohort.verify",
-    "build_store": "smartlab.data.store.store",
+    "build_store": "smartlab.data.store.build",
     "open_store": "smartlab.data.store.store",
     "ViewDataset": "smartlab.data.crops.views",
     "LesionDataset": "smartlab.data.crops.views",
@@ -50,8 +50,9 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.batch.results import load_results
-    from smartlab.core.config import Config, load_config
+    from smartlab.core.config import load_config
     from smartlab.core.errors import DataError, SmartlabError, UseError
+    from smartlab.core.settings import Config
     from smartlab.data.cohort.manifest import Manifest, load_manifest
     from smartlab.data.cohort.scan import scan_folder
     from smartlab.data.cohort.verify import verify_manifest
@@ -62,7 +63,8 @@ if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.data.images.mammography import read_mammogram
     from smartlab.data.images.readers import Volume, read_labels, read_volume
     from smartlab.data.phantoms.make import make_phantom
-    from smartlab.data.store.store import build_store, open_store
+    from smartlab.data.store.build import build_store
+    from smartlab.data.store.store import open_store
     from smartlab.evaluation.evaluate import evaluate
     from smartlab.evaluation.judge.compare import compare
     from smartlab.evaluation.judge.result import Result

@@ -32,7 +32,7 @@ from smartlab.core.files import write_bytes, write_text
 from smartlab.core.places import code_version, default_encoder
 
 if TYPE_CHECKING:
-    from smartlab.core.config import Config
+    from smartlab.core.settings import Config
     from smartlab.data.cohort.manifest import Manifest
     from smartlab.data.store.store import Store
     from smartlab.models.encoder import AnyEncoder
@@ -185,7 +185,7 @@ def open_cohort(
 
     >>> cohort, store, root = open_cohort("phantom-ct")
     """
-    from smartlab.core.config import DataConfig
+    from smartlab.core.settings import DataConfig
     from smartlab.data.store.index import read_header
     from smartlab.data.store.prepare import find_data, locate_images, prepare_store, store_place
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib.util
 import json
@@ -202,6 +203,34 @@ def test_rooms_import_one_way_and_in_no_circle():
         text=True,
     )
     assert told.returncode == 0, told.stdout[-3000:]
+
+
+def imported(path):
+    """(module, name, name here) of all that a module, or the cells of a notebook, take by `from smartlab… import`."""
+    source = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = (cell for cell in json.loads(source)["cells"] if cell["cell_type"] == "code")
+        source = "\n".join("".join(cell["source"]) for cell in cells)
+    lines = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)]
+    ours = [line for line in lines if (line.module or "").split(".")[0] == "smartlab"]
+    return {(line.module, alias.name, alias.asname or alias.name) for line in ours for alias in line.names}
+
+
+def test_each_name_is_imported_from_the_module_that_defines_it():
+    """Only the front doors of packages (`__init__.py`) pass names on."""
+    files = [
+        path for place in PLACES for path in (REPO / place).rglob("*.*") if path.suffix in (".py", ".ipynb")
+    ]
+    assert len(files) > 300
+    names = {path: imported(path) for path in files}
+    passed_on = {
+        (".".join(path.relative_to(REPO).with_suffix("").parts), here)
+        for path, found in names.items()
+        for _, _, here in found
+        if path.name != "__init__.py"
+    }
+    wrong = [f"{path}: {one}" for path, found in names.items() for one in found if one[:2] in passed_on]
+    assert not wrong
 
 
 # ---- the site

@@ -36,7 +36,8 @@ from benchmarks.studies import recipe
 from benchmarks.studies.recipe import RECIPE
 from smartlab.core.config import parse_overrides
 from smartlab.core.places import code_version
-from smartlab.data.cohort.manifest import Case, Manifest, Source
+from smartlab.data.cohort.case import Case
+from smartlab.data.cohort.manifest import Manifest, Source
 from smartlab.data.store.prepare import prepare_store
 from smartlab.evaluation.features import tokens
 from smartlab.evaluation.features.encoders import random_encoder

@@ -24,8 +24,9 @@ import torch
 
 import smartlab as sl
 from benchmarks.harness import machine
-from smartlab.core.config import DataConfig, parse_overrides
+from smartlab.core.config import parse_overrides
 from smartlab.core.places import code_version
+from smartlab.core.settings import DataConfig
 from smartlab.data.store.prepare import prepare_store
 from smartlab.evaluation.judge.result import clean
 from smartlab.evaluation.look.units import units

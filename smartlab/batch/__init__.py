@@ -35,21 +35,7 @@ _PUBLIC = {  # imported lazily: kernels and launchers pass through this package
     "write_report": "report",
 }
 
-__all__ = [
-    "BatchReport",
-    "Plan",
-    "describe",
-    "dry_run",
-    "expand",
-    "export_results",
-    "load_plan",
-    "load_results",
-    "load_runs",
-    "run_batch",
-    "shipped_plans",
-    "summarise",
-    "write_report",
-]
+__all__ = [*_PUBLIC]
 
 if TYPE_CHECKING:
     from smartlab.batch.execute import run_batch

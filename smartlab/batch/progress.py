@@ -22,8 +22,6 @@ EVERY = 1.0  # seconds between two drawings
 LINE_EVERY = 30.0  # seconds between two lines of a log
 COLUMNS = ("done", "running", "failed", "waiting")
 
-__all__ = ["COLUMNS", "Count", "Progress", "Standing", "clock"]
-
 
 @dataclass
 class Count:

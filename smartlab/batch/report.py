@@ -25,7 +25,7 @@ from smartlab.batch.blocks import (
     as_page,
 )
 from smartlab.batch.plan import Plan
-from smartlab.batch.progress import COLUMNS, Standing, clock
+from smartlab.batch.progress import COLUMNS, Standing
 from smartlab.batch.results import (
     ESTIMATE,
     FACTS,
@@ -39,6 +39,7 @@ from smartlab.batch.results import (
     unaffected,
 )
 from smartlab.core.files import write_text
+from smartlab.training.live import clock
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,8 +10,8 @@ from typing import Any
 
 from smartlab.batch import records
 from smartlab.batch.plan import Plan
-from smartlab.batch.progress import clock
 from smartlab.batch.runs import expand
+from smartlab.training.live import clock
 
 WAITING, BLOCKED = "waiting", "blocked"  # besides done, failed and running
 

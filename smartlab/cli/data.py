@@ -203,8 +203,8 @@ def data_build(
     as_json: AsJson = False,
 ) -> None:
     """Resample a cohort into a store of fast partial reads; resumable, bad cases set aside."""
+    from smartlab.data.store.build import build_store
     from smartlab.data.store.prepare import store_place
-    from smartlab.data.store.store import build_store
 
     man, place = _located(name, data, root, as_json)
     result = build_store(

@@ -22,37 +22,7 @@ import yaml
 from pydantic import ValidationError
 
 from smartlab.core.errors import UseError
-from smartlab.core.settings import (
-    Config,
-    DataConfig,
-    DistillConfig,
-    EncoderConfig,
-    LossConfig,
-    MaeConfig,
-    MaskConfig,
-    MethodConfig,
-    SemanticConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-)
-
-__all__ = [
-    "Config",
-    "DataConfig",
-    "DistillConfig",
-    "EncoderConfig",
-    "LossConfig",
-    "MaeConfig",
-    "MaskConfig",
-    "MethodConfig",
-    "SemanticConfig",
-    "StudentConfig",
-    "TeacherConfig",
-    "TrainConfig",
-    "load_config",
-    "parse_overrides",
-]
+from smartlab.core.settings import Config
 
 PRESET_FOLDER = Path(__file__).parents[1] / "presets"
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from smartlab.core.config import DataConfig
 from smartlab.core.errors import UseError
+from smartlab.core.settings import DataConfig
 from smartlab.data.cohort.manifest import Manifest, load_manifest
 from smartlab.data.store.prepare import name_data
 from smartlab.data.store.store import Store

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from smartlab.core.config import DataConfig
 from smartlab.core.errors import UseError, near
+from smartlab.core.settings import DataConfig
 from smartlab.data.cohort.manifest import Manifest
 from smartlab.data.store.prepare import locate_images, prepare_store
 from smartlab.data.store.store import Store

@@ -24,12 +24,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from smartlab.core.config import Config, load_config
+from smartlab.core.config import load_config
 from smartlab.core.errors import DataError, UseError
 from smartlab.core.files import written
+from smartlab.core.settings import Config
 from smartlab.interop import hub
 from smartlab.interop.vit import config_of_vit, convert_vit, is_vit, to_monai
-from smartlab.models.build import AnyEncoder, make_encoder
+from smartlab.models.build import make_encoder
+from smartlab.models.encoder import AnyEncoder
 from smartlab.models.swin import MERGE_ORDER
 from smartlab.models.vit import ViTEncoder
 from smartlab.training.checkpoint import finite, header_of, load_pickled, load_weights, save_weights

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smartlab.core.config import DistillConfig
+from smartlab.core.settings import DistillConfig
 from smartlab.models.heads import Predictor, PrototypeHead
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from smartlab.core.config import Config
-from smartlab.models.encoder import AnyEncoder, Encoder
+from smartlab.core.settings import Config
+from smartlab.models.encoder import Encoder
 from smartlab.models.vit import ViTEncoder
-
-__all__ = ["AnyEncoder", "make_encoder"]
 
 
 def make_encoder(config: Config) -> Encoder | ViTEncoder:

@@ -26,9 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smartlab.core.config import MaeConfig
 from smartlab.core.errors import UseError
-from smartlab.core.settings import AttentionKind
+from smartlab.core.settings import AttentionKind, MaeConfig
 from smartlab.models.attend import keyless
 
 KINDS: tuple[str, ...] = get_args(AttentionKind)

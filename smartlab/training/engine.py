@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from smartlab.core.config import TrainConfig
 from smartlab.core.errors import UseError
+from smartlab.core.settings import TrainConfig
 from smartlab.data.crops.loader import CropLoader, GivenUp
 from smartlab.methods.distillation import mean_over_ranks
 from smartlab.training import checkpoint

@@ -9,14 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smartlab.core.config import Config, DataConfig, load_config
+from smartlab.core.config import load_config
 from smartlab.core.errors import DataError, UseError
+from smartlab.core.settings import Config, DataConfig
 from smartlab.training import checkpoint
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from smartlab.models.build import AnyEncoder
+    from smartlab.models.encoder import AnyEncoder
 
 
 class Run:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from smartlab.core.config import TeacherConfig, TrainConfig
+from smartlab.core.settings import TeacherConfig, TrainConfig
 
 
 def cosine(step: int, total: int, start: float, end: float) -> float:

@@ -6,10 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from smartlab.viewers.explore import Explorer as Explorer
-    from smartlab.viewers.scene import Panel as Panel
-    from smartlab.viewers.slices import SliceViewer as SliceViewer
-    from smartlab.viewers.slices import view as view
+    from smartlab.viewers.explore import Explorer
+    from smartlab.viewers.scene import Panel
+    from smartlab.viewers.slices import SliceViewer, view
 
 _PUBLIC = {"Explorer": "explore", "Panel": "scene", "SliceViewer": "slices", "view": "slices"}
 _MODULES = {name: f"{__name__}.{name}" for name in ("embedding", "masks", "slices")}

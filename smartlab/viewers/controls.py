@@ -11,8 +11,9 @@ import ipywidgets as widgets
 import traitlets
 from pydantic import ValidationError
 
-from smartlab.core.config import MaskConfig, TeacherConfig, load_config, parse_overrides
+from smartlab.core.config import load_config, parse_overrides
 from smartlab.core.errors import UseError
+from smartlab.core.settings import MaskConfig, TeacherConfig
 from smartlab.masking import STRATEGIES
 from smartlab.viewers.front import front_end
 

@@ -27,7 +27,6 @@ from smartlab.viewers.scene import Panel, Scene, build, window_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Panel", "SliceViewer", "view"]
 
 LOOK = ("window", "shown", "opacity", "head", "span", "hidden", "contours")  # as in `render.Look`
 STATE = ("meta", "cursor", "plane", "only", "picked", *LOOK)

@@ -12,8 +12,8 @@ import SimpleITK as sitk
 
 import smartlab as sl
 from smartlab.batch.runs import data_digest
-from smartlab.core.config import DataConfig
 from smartlab.core.errors import UseError
+from smartlab.core.settings import DataConfig
 from smartlab.data.store import current, prepare
 from smartlab.data.store.prepare import prepare_store
 from tests.data.dicom_factory import itk_image, scan, write_series

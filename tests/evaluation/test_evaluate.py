@@ -9,8 +9,8 @@ import pytest
 
 import smartlab as sl
 from smartlab.cli.app import app
-from smartlab.core.config import DataConfig
 from smartlab.core.errors import DataError, UseError
+from smartlab.core.settings import DataConfig
 from smartlab.data.cohort.case import Case, LabelSpec
 from smartlab.data.cohort.manifest import Manifest, Source
 from smartlab.data.cohort.privacy import hashed, salt

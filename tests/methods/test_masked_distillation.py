@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import smartlab as sl
-from smartlab.core.config import TeacherConfig, TrainConfig
+from smartlab.core.clock import Clock
+from smartlab.core.settings import TeacherConfig, TrainConfig
 from smartlab.masking import informativeness, upsample
 from smartlab.methods.distillation import (
     Centre,
@@ -19,7 +20,7 @@ from smartlab.methods.distillation import (
     prototype_loss,
     sinkhorn,
 )
-from smartlab.methods.masked_distillation import Clock, MaskedDistillation
+from smartlab.methods.masked_distillation import MaskedDistillation
 from smartlab.training.schedules import cosine, momentum
 from smartlab.training.setup import parameter_groups
 from tests.methods.overfit import overfit_one_batch

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smartlab.core.config import MaeConfig
 from smartlab.core.errors import UseError
+from smartlab.core.settings import MaeConfig
 from smartlab.models.linear_attention import (
     KINDS,
     Attention,

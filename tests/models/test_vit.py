@@ -12,7 +12,8 @@ import torch
 
 import smartlab as sl
 from smartlab.core.errors import UseError
-from smartlab.models.vit import Style, ViT, ViTEncoder, sine_positions
+from smartlab.models.patches import sine_positions
+from smartlab.models.vit import Style, ViT, ViTEncoder
 
 GREY = 4096
 SIZES = {"primus-s": "S", "primus-b": "B", "primus-m": "M", "primus-l": "L"}

@@ -21,7 +21,8 @@ from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
 
 from smartlab.core.errors import DataError
-from smartlab.data.images.dicom import HeaderTextError, scan_headers, series_uid
+from smartlab.data.images.dicom import HeaderTextError, scan_headers
+from smartlab.data.images.dicom_headers import series_uid
 from smartlab.data.images.grid import LPS_TO_RAS, by
 from smartlab.data.images.readers import Volume
 

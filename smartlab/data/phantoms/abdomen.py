@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from smartlab.data.phantoms import body as geo
-from smartlab.data.phantoms.body import Array
 from smartlab.data.phantoms.canvas import Canvas, grow_tree
-from smartlab.data.phantoms.curve import path
+from smartlab.data.phantoms.curve import Array, path
 from smartlab.data.phantoms.organs import LABEL
 
 

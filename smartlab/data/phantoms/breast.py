@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from smartlab.data.phantoms.body import Array
+from smartlab.data.phantoms.curve import Array
 from smartlab.data.phantoms.grid import Grid
 
 DEFAULT = Grid((1024, 768), 0.25, "dicom")

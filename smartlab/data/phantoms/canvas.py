@@ -12,7 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from smartlab.data.phantoms.body import Array, Body, Frame, grid_frame
+from smartlab.data.phantoms.body import Body, Frame, grid_frame
+from smartlab.data.phantoms.curve import Array
 
 Box = tuple[slice, slice, slice]
 SLAB = 96_000  # voxels

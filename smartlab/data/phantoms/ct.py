@@ -18,8 +18,8 @@ from smartlab.core.files import whole
 from smartlab.data.cohort.case import Case, LabelSpec, Lesion
 from smartlab.data.phantoms import body as geo
 from smartlab.data.phantoms.abdomen import paint_abdomen
-from smartlab.data.phantoms.body import Array
 from smartlab.data.phantoms.canvas import Canvas
+from smartlab.data.phantoms.curve import Array
 from smartlab.data.phantoms.dicom import write_ct_series
 from smartlab.data.phantoms.grid import Grid
 from smartlab.data.phantoms.lesions import BASELINE, MARGINS, TEXTURES, Lump, reach, render_lump

@@ -19,7 +19,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from smartlab.data.phantoms.body import Array
+from smartlab.data.phantoms.curve import Array
 
 
 def uid(*parts: object) -> UID:

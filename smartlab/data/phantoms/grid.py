@@ -1,4 +1,4 @@
-"""What every phantom kind shares: the grid it is made on, and files that appear whole or not at all."""
+"""What every phantom kind shares: the grid it is made on."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from smartlab.data.phantoms.body import Array
+from smartlab.data.phantoms.curve import Array
 
 BASELINE = (
     "Nodule malignancy, AUC of a logistic regression cross-validated by patient (1,106 nodules of 500 patients): "

@@ -16,7 +16,6 @@ from scipy import fft, ndimage
 
 from smartlab.core.files import whole
 from smartlab.data.cohort.case import Case, LabelSpec, Lesion
-from smartlab.data.phantoms.body import Array
 from smartlab.data.phantoms.breast import (
     DEFAULT,
     MARGINS,
@@ -29,6 +28,7 @@ from smartlab.data.phantoms.breast import (
     pectoral,
     scale,
 )
+from smartlab.data.phantoms.curve import Array
 from smartlab.data.phantoms.dicom import write_mammogram
 from smartlab.data.phantoms.grid import Grid
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from smartlab.data.phantoms import body as geo
-from smartlab.data.phantoms.body import Array, Body
+from smartlab.data.phantoms.body import Body
 from smartlab.data.phantoms.canvas import Canvas, grow_tree
-from smartlab.data.phantoms.curve import path
+from smartlab.data.phantoms.curve import Array, path
 
 ORGANS = {
     1: "lung_left",

@@ -12,7 +12,8 @@ from functools import lru_cache
 import numpy as np
 
 from smartlab.data.phantoms import body as geo
-from smartlab.data.phantoms.body import Array, Body
+from smartlab.data.phantoms.body import Body
+from smartlab.data.phantoms.curve import Array
 from smartlab.data.phantoms.grid import Grid
 from smartlab.data.phantoms.lesions import Lump, draw_diameter, draw_nodule, draw_tumour
 from smartlab.data.phantoms.organs import PHASES, great_vessels, tissue_hu

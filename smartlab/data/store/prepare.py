@@ -11,15 +11,15 @@ import os
 import sys
 from pathlib import Path
 
-from smartlab.core.config import DataConfig
 from smartlab.core.errors import UseError
 from smartlab.core.places import remembered_store
+from smartlab.core.settings import DataConfig
 from smartlab.data.cohort.manifest import Manifest, load_manifest, shipped_manifests
 from smartlab.data.cohort.privacy import salt
 from smartlab.data.store import index
-from smartlab.data.store.build import settings_for
+from smartlab.data.store.build import build_store, settings_for
 from smartlab.data.store.current import is_current, made_from, state_of
-from smartlab.data.store.store import Store, build_store, open_store
+from smartlab.data.store.store import Store, open_store
 
 
 def find_data(

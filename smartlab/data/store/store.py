@@ -33,15 +33,12 @@ from smartlab.data.cohort.case import Case
 from smartlab.data.cohort.privacy import hashed, salt
 from smartlab.data.images.body import BLOCK
 from smartlab.data.store import index
-from smartlab.data.store.build import StoreReport, build_store
 from smartlab.data.store.current import check_salt
 from smartlab.data.store.request import FORMAT
 
 if TYPE_CHECKING:
     import blosc2
     import pandas as pd
-
-__all__ = ["Store", "StoreReport", "build_store", "open_store"]
 
 OPEN_FILES = 64  # volumes kept open per process: enough for any batch, far below the system's limit
 

@@ -41,15 +41,9 @@ from smartlab.data.store.store import Store
 from smartlab.evaluation.features import pooling as pool
 from smartlab.evaluation.features.cache import Arrays, cached
 from smartlab.evaluation.features.cases import lesion_rows, read_stacks, scan_rows
-from smartlab.evaluation.features.encoders import (
-    AnyEncoder,
-    EncoderSource,
-    as_encoder,
-    identity,
-    network_input,
-    ready,
-)
+from smartlab.evaluation.features.encoders import EncoderSource, as_encoder, identity, network_input, ready
 from smartlab.evaluation.features.table import FeatureTable
+from smartlab.models.encoder import AnyEncoder
 
 FORMAT = 1  # raise it when the code below or the encoder would give other numbers
 Cache = bool | str | Path  # True: in the cache folder; False: nowhere; else this folder

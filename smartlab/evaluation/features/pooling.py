@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smartlab.core.errors import UseError
-from smartlab.models.build import AnyEncoder
+from smartlab.models.encoder import AnyEncoder
 
 if TYPE_CHECKING:
     from smartlab.models.encoder import Encoded

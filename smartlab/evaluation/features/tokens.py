@@ -22,7 +22,7 @@ from smartlab.data.store.store import Store
 from smartlab.evaluation.features.encoders import EncoderSource, as_encoder, random_encoder
 from smartlab.evaluation.features.grids import scans, unit_counts
 from smartlab.evaluation.features.table import FeatureTable
-from smartlab.models.build import AnyEncoder
+from smartlab.models.encoder import AnyEncoder
 
 if TYPE_CHECKING:
     import pandas as pd

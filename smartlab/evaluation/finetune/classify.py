@@ -33,7 +33,7 @@ from smartlab.data.crops.flat import is_flat
 from smartlab.data.crops.views import CropDataset
 from smartlab.data.store.store import Store
 from smartlab.evaluation.features.cases import lesion_rows
-from smartlab.evaluation.features.encoders import AnyEncoder, network_input
+from smartlab.evaluation.features.encoders import network_input
 from smartlab.evaluation.features.table import FeatureTable
 from smartlab.evaluation.finetune import classifier, picture
 from smartlab.evaluation.finetune.draws import LesionDraws, Places, crops_of, places
@@ -62,6 +62,7 @@ from smartlab.evaluation.learn.folds import (
 )
 from smartlab.evaluation.learn.labels import CLASSED, can_be_split
 from smartlab.evaluation.task import Job, Task
+from smartlab.models.encoder import AnyEncoder
 from smartlab.training.requests import ranks
 
 Balance = Literal["sampling", "loss", "none"]

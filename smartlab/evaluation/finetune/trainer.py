@@ -26,9 +26,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from smartlab.core.config import TrainConfig
 from smartlab.core.errors import DataError, UseError
 from smartlab.core.files import write_text
+from smartlab.core.settings import TrainConfig
 from smartlab.data.crops.loader import CropLoader
 from smartlab.data.crops.views import CropDataset
 from smartlab.evaluation.features.encoders import as_encoder, identity
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from smartlab.data.store.store import Store
-    from smartlab.evaluation.features.encoders import AnyEncoder
+    from smartlab.models.encoder import AnyEncoder
 
 Mode = Literal["full", "frozen", "scratch"]
 MODES: tuple[Mode, ...] = ("full", "frozen", "scratch")

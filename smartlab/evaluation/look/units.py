@@ -31,7 +31,7 @@ from smartlab.evaluation.judge.result import Estimate, Result
 from smartlab.evaluation.learn.folds import learned_and_judged
 from smartlab.evaluation.learn.linear import fit_tuned, one_thread
 from smartlab.evaluation.task import Task
-from smartlab.models.build import AnyEncoder
+from smartlab.models.encoder import AnyEncoder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
-from smartlab.core.config import DataConfig
 from smartlab.core.errors import UseError
+from smartlab.core.settings import DataConfig
 from smartlab.data.cohort.manifest import Manifest
 from smartlab.data.store.prepare import locate_images, prepare_store
 from smartlab.evaluation.evaluate import evaluate

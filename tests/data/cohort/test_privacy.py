@@ -42,7 +42,7 @@ def test_a_salt_that_another_process_made_first_is_kept(home):
 
 
 def test_an_unusable_salt_is_refused_before_any_phantom_is_drawn(tmp_path, monkeypatch):
-    from smartlab.core.config import DataConfig
+    from smartlab.core.settings import DataConfig
     from smartlab.data.store.prepare import prepare_store
 
     monkeypatch.setenv("SMARTLAB_SALT", "short")

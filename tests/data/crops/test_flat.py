@@ -14,8 +14,8 @@ from PIL import Image
 from pydicom.uid import generate_uid
 
 import smartlab as sl
-from smartlab.core.config import DataConfig
 from smartlab.core.errors import DataError, UseError
+from smartlab.core.settings import DataConfig
 from smartlab.data.cohort.cbis import find_outline
 from smartlab.data.cohort.manifest import Manifest
 from smartlab.data.crops.flat import ImageDataset, cut, lesion_crops

@@ -28,7 +28,7 @@ from smartlab.data.phantoms.grid import Grid
 from smartlab.data.phantoms.lesions import BASELINE, reach, render_lump
 from smartlab.data.phantoms.make import kept_in, make_phantom, phantom_manifest
 from smartlab.data.phantoms.organs import ORGANS
-from smartlab.data.phantoms.patient import draw_patient
+from smartlab.data.phantoms.patient import DEFAULT, draw_patient
 from smartlab.data.store.prepare import locate_images
 
 SMALL = {"shape": (80, 80, 80), "spacing": 3.8}
@@ -333,11 +333,11 @@ def test_dicom_headers_carry_nothing_personal_and_uids_are_reproducible(tmp_path
 
 def test_a_patient_is_drawn_and_written_in_half_a_second(tmp_path):
     """About that on a quiet core of the machine it was written on; the bound is generous for busy machines."""
-    ct.write(tmp_path / "first", 0, 10, ct.DEFAULT)
+    ct.write(tmp_path / "first", 0, 10, DEFAULT)
     times = []
     for number in range(3):
         start = time.process_time()
-        ct.write(tmp_path / str(number), 0, 11, ct.DEFAULT)
+        ct.write(tmp_path / str(number), 0, 11, DEFAULT)
         times.append(time.process_time() - start)
     assert min(times) < 2.0
 

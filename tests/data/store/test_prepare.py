@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 import smartlab as sl
 from smartlab.cli import app as cli
-from smartlab.core.config import DataConfig
 from smartlab.core.errors import UseError
+from smartlab.core.settings import DataConfig
 from smartlab.data.cohort import scan
 from smartlab.data.store import prepare
 from smartlab.data.store.prepare import find_data, locate_images, prepare_store

@@ -24,11 +24,11 @@ from distributed import LocalCluster
 import smartlab as sl
 from smartlab.core import workers
 from smartlab.core.errors import DataError, UseError
+from smartlab.core.files import write_bytes
 from smartlab.data.cohort.case import LabelSpec
 from smartlab.data.images.readers import read_volume
 from smartlab.data.store import build as building
 from smartlab.data.store import index, store
-from smartlab.data.store.ingest import write_bytes
 from tests.conftest import REPO
 from tests.data.dicom_factory import scan, write_series
 from tests.data.images.test_dicom_masks import circle, write_rtstruct

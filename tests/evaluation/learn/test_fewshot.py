@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from smartlab.core.errors import DataError, UseError
 from smartlab.evaluation.learn import fewshot as module
-from smartlab.evaluation.learn.fewshot import fewshot, support
+from smartlab.evaluation.learn.fewshot import fewshot
+from smartlab.evaluation.learn.folds import support
 from tests.evaluation.made_up import lesions, shuffled, with_features, with_labels
 
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
+from smartlab.core.clock import Clock
 from smartlab.core.errors import UseError
 from smartlab.data.crops.augment import window
 from smartlab.data.crops.views import ViewDataset
-from smartlab.evaluation.look.heads import alignment, dropped_patches, heads, measure
-from smartlab.methods.masked_distillation import Clock, MaskedDistillation
+from smartlab.evaluation.look.heads import alignment, heads, measure
+from smartlab.methods.masked_distillation import MaskedDistillation
+from smartlab.models.encoder import dropped_patches
 from smartlab.models.reach import reach, spread
 from smartlab.models.windows import WindowAttention
 from tests.evaluation.attention_store import made_store, small_encoder

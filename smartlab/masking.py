@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smartlab.core.errors import UseError
+from smartlab.core.errors import UseError, one_of
 
 STRATEGIES = ("random", "block", "attention_high", "attention_hint", "attention_low", "attention_sample")
 
@@ -112,8 +112,7 @@ def upsample(mask: Tensor, grid: tuple[int, ...], factor: int) -> Tensor:
 
 
 def _importance(strategy: str, attention: Tensor | None, batch: int | None, n: int) -> tuple[Tensor, int]:
-    if strategy not in STRATEGIES:
-        raise UseError(f"unknown mask strategy {strategy!r}", expected=f"one of {', '.join(STRATEGIES)}")
+    one_of("unknown mask strategy", strategy, STRATEGIES)
     if attention is None:
         if strategy.startswith("attention"):
             raise UseError(f"mask strategy {strategy!r} needs the attention to be guided by")

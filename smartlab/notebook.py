@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, ValidationError, create_model
 
 import smartlab
-from smartlab.core.errors import DataError, UseError, near
+from smartlab.core.errors import DataError, UseError, problems_of, unknown
 from smartlab.core.files import write_bytes, write_text
 from smartlab.core.places import code_version, default_encoder
 
@@ -108,19 +108,14 @@ class NotebookParameters(BaseModel):
         for name, value in given.items():
             if name not in known:
                 typed = f"{name}: {type(value).__name__} = {value!r}"
-                raise UseError(
-                    f"unknown notebook parameter {name!r}",
-                    expected=f"one of {', '.join(known)}",
-                    fix=near(name, known) or f"to have it, write its type in the tagged cell: {typed}",
-                )
+                fix = f"to have it, write its type in the tagged cell: {typed}"
+                raise unknown("unknown notebook parameter", name, known, fix=fix)
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            raise UseError(
-                f"notebook parameter {name!r}: {first['msg']}", found=repr(first["input"])
-            ) from None
+            first = problems_of(error)[0]
+            text = f"notebook parameter {first.place!r}: {first.why}"
+            raise UseError(text, found=repr(first.value)) from None
 
 
 def parameters(namespace: MutableMapping[str, Any]) -> Any:

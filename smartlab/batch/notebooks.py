@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from smartlab import notebook
-from smartlab.core.errors import UseError, near
+from smartlab.core.errors import UseError, near, unknown
 from smartlab.core.places import notebook_folder
 from smartlab.notebook import NotebookParameters
 
@@ -27,12 +27,8 @@ def locate(name: str, plan: Path) -> Path:
         if path.suffix == ".ipynb" and path.is_file():
             return path.resolve()
     known = sorted(p.stem for p in notebook_folder().glob("*.ipynb"))
-    raise UseError(
-        f"no notebook {name!r}",
-        path=plan,
-        expected=f"one of {', '.join(known)}, or the path of an .ipynb file relative to the plan",
-        fix=near(name, known),
-    )
+    also = ", or the path of an .ipynb file relative to the plan"
+    raise unknown("no notebook", name, known, also=also, path=plan)
 
 
 def notebook_parameters(path: Path) -> dict[str, Any]:

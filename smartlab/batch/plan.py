@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from smartlab.batch.notebooks import Scalar, declared, locate, references
 from smartlab.batch.plan_file import PlanFile, Resources, StepEntry, read_plan
-from smartlab.core.errors import UseError, near
+from smartlab.core.errors import UseError, misfit, one_of, problems_of, unknown
 from smartlab.notebook import NotebookParameters
 
 Assignment = dict[str, Scalar]  # factor -> value
@@ -126,10 +126,8 @@ def _make_step(
 def _owners(name: str, steps: Mapping[str, Step], path: Path) -> tuple[str, ...]:
     """The steps whose parameter a bare or dotted name sets."""
     head, _, bare = name.rpartition(".")
-    if head and head not in steps:
-        raise UseError(
-            f"{name!r}: no step {head!r}", path=path, expected=", ".join(steps), fix=near(head, steps)
-        )
+    if head:
+        one_of(f"{name!r}: no step", head, steps, path=path)
     if bare == "out":
         raise UseError("`out` is set by the batch", path=path, fix="remove it from the plan")
     owners = tuple(
@@ -139,12 +137,7 @@ def _owners(name: str, steps: Mapping[str, Step], path: Path) -> tuple[str, ...]
     )
     if not owners:
         known = sorted({p for s in ([head] if head else steps) for p in steps[s].known if p != "out"})
-        raise UseError(
-            f"no parameter {bare!r} in {head or 'any step'}",
-            path=path,
-            expected=f"one of {', '.join(known)}",
-            fix=near(bare, known),
-        )
+        raise unknown("no parameter", bare, known, f" in {head or 'any step'}", path=path)
     return owners
 
 
@@ -216,8 +209,8 @@ def _check_value(step: Step, name: str, value: Scalar, path: Path) -> None:
     try:
         step.model.model_validate({name: value})
     except ValidationError as error:
-        first, default = error.errors()[0], step.known[name]
-        if first["type"].endswith("_type"):
+        first, default = problems_of(error)[0], step.known[name]
+        if first.kind.endswith("_type"):
             fix = "write 1.0e-4, not 1e-4, in YAML" if isinstance(value, str) and "e-" in value else None
             raise UseError(
                 f"{step.name}.{name} has the wrong type",
@@ -227,7 +220,7 @@ def _check_value(step: Step, name: str, value: Scalar, path: Path) -> None:
                 fix=fix,
             ) from None
         if "{" not in str(value):
-            raise UseError(f"{step.name}.{name}: {first['msg']}", path=path, found=repr(value)) from None
+            raise misfit(f"{step.name}.", error, path=path) from None
 
 
 def _check_texts(steps: Mapping[str, Step], combinations: Sequence[Assignment], path: Path) -> None:
@@ -258,13 +251,7 @@ def _combine(
     combinations = [{k: v for part in parts for k, v in part.items()} for parts in product(*groups)]
     for rule in exclude:
         for name in rule:
-            if name not in factors:
-                raise UseError(
-                    f"exclude: no factor {name!r}",
-                    path=path,
-                    expected=", ".join(factors),
-                    fix=near(name, factors),
-                )
+            one_of("exclude: no factor", name, factors, path=path)
         kept = [c for c in combinations if not _matches(c, rule)]
         if len(kept) == len(combinations):
             raise UseError("an exclusion excludes nothing", path=path, found=rule, fix="check its values")

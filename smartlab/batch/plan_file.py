@@ -23,7 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from smartlab.batch.notebooks import Scalar
-from smartlab.core.errors import UseError, near
+from smartlab.core.errors import UseError, misfit, one_of, problems_of, unknown
 from smartlab.core.places import notebook_folder
 
 
@@ -92,7 +92,7 @@ def _checked(content: Mapping[str, Any], path: Path) -> PlanFile:
     try:
         return PlanFile.model_validate(content)
     except ValidationError as error:
-        raise UseError(_explain(error), path=path) from None
+        raise _explain(error, path) from None
 
 
 def _read(plan: str | Path | Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]]:
@@ -102,12 +102,7 @@ def _read(plan: str | Path | Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]
     if path.suffix not in (".yaml", ".yml"):
         path = plan_folder() / f"{plan}.yaml"
         if not path.is_file():
-            known = shipped_plans()
-            raise UseError(
-                f"no plan named {str(plan)!r}",
-                expected=f"one of {', '.join(known)}, or the path of a .yaml file",
-                fix=near(str(plan), known),
-            )
+            raise unknown("no plan named", str(plan), shipped_plans(), also=", or the path of a .yaml file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -117,19 +112,15 @@ def _read(plan: str | Path | Mapping[str, Any]) -> tuple[Path, Mapping[str, Any]
     return path, content
 
 
-def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        *_, key = first["loc"]
-        inside: dict[str, type[BaseModel]] = {"steps": StepEntry, "resources": Resources}
-        model: type[BaseModel] = next(
-            (inside[str(p)] for p in reversed(first["loc"][:-1]) if str(p) in inside), PlanFile
-        )
-        known = [field.alias or name for name, field in model.model_fields.items()]
-        hint = near(str(key), known)
-        return f"unknown key {place!r} (expected one of {', '.join(known)})" + (f"; {hint}" if hint else "")
-    return f"{place}: {first['msg']} (found {first['input']!r})"
+def _explain(error: ValidationError, path: Path) -> UseError:
+    first = problems_of(error)[0]
+    if first.kind != "extra_forbidden":
+        return misfit("", error, path=path)
+    *place, key = first.where
+    inside: dict[str, type[BaseModel]] = {"steps": StepEntry, "resources": Resources}
+    model = next((inside[part] for part in reversed(place) if part in inside), PlanFile)
+    known = [field.alias or name for name, field in model.model_fields.items()]
+    return unknown("unknown key", key, known, f" in {'.'.join(place)}" if place else "", path=path)
 
 
 def _override(file: PlanFile, overrides: dict[str, Any], path: Path) -> PlanFile:
@@ -175,6 +166,5 @@ def _may_match(rule: Mapping[str, Any], grid: Mapping[str, Any], overrides: Mapp
 
 def _step_of(content: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     names = [step["name"] for step in content["steps"]]
-    if name not in names:
-        raise UseError(f"no step {name!r}", path=path, expected=", ".join(names), fix=near(name, names))
+    one_of("no step", name, names, path=path)
     return content["steps"][names.index(name)]

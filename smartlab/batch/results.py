@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smartlab.batch import records
-from smartlab.core.errors import DataError, UseError, near
+from smartlab.core.errors import DataError, UseError, unknown
 from smartlab.core.files import whole
 
 if TYPE_CHECKING:
@@ -220,9 +220,7 @@ def one_metric(table: pd.DataFrame, metric: str, step: str | None = None) -> pd.
     rows = table[table.metric == metric]
     rows = rows if step is None else rows[rows.step == step]
     if rows.empty:
-        known = sorted(table.metric.unique())
-        expected = f"one of {', '.join(known)}"
-        raise UseError(f"no metric {metric!r}", expected=expected, fix=near(metric, known))
+        raise unknown("no metric", metric, sorted(table.metric.unique()))
     if rows.step.nunique() > 1:
         raise UseError(
             f"several steps have {metric!r}", found=", ".join(rows.step.unique()), fix="say which step"
@@ -245,8 +243,8 @@ def summarise(
     rows = one_metric(table, metric, step)
     rows = rows[rows.value.notna()]
     by = list(factors(rows)) if by is None else list(by)
-    if unknown := [name for name in by if name not in rows]:
-        raise UseError(f"no parameter {unknown[0]!r} in these results", expected=", ".join(factors(rows)))
+    if lacking := [name for name in by if name not in rows]:
+        raise unknown("no parameter", lacking[0], factors(rows), " in these results")
     seed = seed_column(rows)
     found = []
     estimate: tuple[Any, ...]

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from smartlab.core.errors import UseError
+from smartlab.core.errors import UseError, one_of, problems_of, unknown
 from smartlab.core.settings import Config
 
 PRESET_FOLDER = Path(__file__).parents[1] / "presets"
@@ -191,8 +191,7 @@ def load_config(
     for key, table in (("encoder.preset", ENCODERS), ("method.preset", METHODS)):
         default = "tiny" if table is ENCODERS else "dagman"
         choice = asked.get(key, written.get(key, default))
-        if not isinstance(choice, str) or choice not in table:
-            raise UseError(f"{key} has no preset {choice!r}", expected=f"one of {', '.join(table)}")
+        one_of(f"{key} has no preset", choice, table)
         (above if asked.get(key, written.get(key)) != written.get(key) else below).update(table[choice])
     try:
         return Config.model_validate(_nest(below | written | above | asked))
@@ -252,11 +251,8 @@ def _read(
     if path.suffix not in (".yaml", ".yml"):
         path = PRESET_FOLDER / f"{preset}.yaml"
         if not path.is_file():
-            near = difflib.get_close_matches(str(preset), presets(), 1)
-            hint = f"did you mean {near[0]!r}?" if near else "or give the path of a .yaml file"
-            raise UseError(
-                f"no preset named {str(preset)!r}", expected=f"one of {', '.join(presets())}", fix=hint
-            )
+            hint = "or give the path of a .yaml file"
+            raise unknown("no preset named", str(preset), presets(), fix=hint)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -315,11 +311,7 @@ def _check_key(key: str, name: str) -> None:
 
 def _explain(error: ValidationError) -> str:
     """The first problem in plain words, with the dotted key it belongs to, and how many more."""
-    problems = error.errors()
+    problems = problems_of(error)
     first = problems[0]
-    key = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] != "value_error":
-        message = f"{key}={first['input']!r}: {message}"
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return message + more
+    message = first.why if first.kind == "value_error" else f"{first.place}={first.value!r}: {first.why}"
+    return message + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -74,17 +74,59 @@ def near(word: str, known: Iterable[str]) -> str | None:
     return f"did you mean {found[0]!r}?" if found else None
 
 
-def one_of(what: str, word: str, known: Iterable[str]) -> None:
-    """Refuse a word that is none of these."""
+def unknown(
+    what: str,
+    word: object,
+    known: Iterable[str],
+    where: str = "",
+    *,
+    also: str = "",
+    path: str | Path | None = None,
+    fix: str | None = None,
+) -> UseError:
+    """What to say of a word that is none of those known: which these are, and the nearest.
+
+    also: what else would do.   fix: where no word is near.
+    """
+    known = list(known)
+    expected, hint = f"one of {', '.join(known)}{also}", near(str(word), known)
+    return UseError(f"{what} {word!r}{where}", path=path, expected=expected, fix=hint or fix)
+
+
+def one_of(what: str, word: object, known: Iterable[str], where: str = "", **more: Any) -> None:
+    """Refuse a word that is none of these; see `unknown`."""
     if word not in (known := list(known)):
-        fix = near(word, known)
-        raise UseError(f"unknown {what}", found=repr(word), expected=" or ".join(known), fix=fix)
+        raise unknown(what, word, known, where, **more)
 
 
-def problems_of(error: ValidationError) -> list[str]:
-    """What pydantic found wrong, a text each: where, and what."""
-    found = ((".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors())
-    return [f"{place}: {why}" if place else why for place, why in found]
+class Problem(NamedTuple):
+    """One thing that pydantic found wrong."""
+
+    where: tuple[str, ...]
+    why: str
+    value: object
+    kind: str  # pydantic's word for it
+
+    @property
+    def place(self) -> str:
+        return ".".join(self.where)
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.why}" if self.place else self.why
+
+
+def problems_of(error: ValidationError) -> list[Problem]:
+    """What pydantic found wrong."""
+    return [
+        Problem(tuple(map(str, e["loc"])), e["msg"].removeprefix("Value error, "), e["input"], e["type"])
+        for e in error.errors()
+    ]
+
+
+def misfit(what: str, error: ValidationError, **more: Any) -> UseError:
+    """The first thing that pydantic found wrong with `what`."""
+    first = problems_of(error)[0]
+    return UseError(f"{what}{first}", found=repr(first.value), **more)
 
 
 def some(words: Sequence[object], most: int = 3) -> str:
@@ -92,9 +134,9 @@ def some(words: Sequence[object], most: int = 3) -> str:
     return ", ".join(map(str, words[:most])) + (", …" if len(words) > most else "")
 
 
-def counted(problems: Sequence[str]) -> str:
+def counted(problems: Sequence[object]) -> str:
     """All problems in one text, so that they can be mended in one go."""
     if len(problems) == 1:
-        return problems[0]
+        return str(problems[0])
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return f"{len(problems)} problems: {'; '.join(problems[:SHOWN])}{more}"
+    return f"{len(problems)} problems: {'; '.join(map(str, problems[:SHOWN]))}{more}"

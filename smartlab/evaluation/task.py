@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from smartlab.core.errors import UseError, near
+from smartlab.core.errors import UseError, problems_of, unknown
 from smartlab.core.settings import DataConfig
 from smartlab.data.cohort.manifest import Manifest
 from smartlab.data.store.prepare import locate_images, prepare_store
@@ -67,7 +67,7 @@ def is_stacks(given: Manifest) -> bool:
 def find(name: str) -> Task:
     """The task of this name, imported when needed."""
     if name not in PLACES:
-        raise UseError(f"no task {name!r}", expected=f"one of {', '.join(TASKS)}", fix=near(name, TASKS))
+        raise unknown("no task", name, TASKS)
     return import_module(f"smartlab.evaluation.{PLACES[name]}").TASKS[name]
 
 
@@ -109,8 +109,7 @@ class Task:
         for name, value in settings.items():
             if name not in known or name in GIVEN - {"resume"}:
                 if not self.trains:
-                    mine = ", ".join(sorted(known.keys() - GIVEN))
-                    raise UseError(f"{self.name} has no setting {name!r}", expected=f"one of {mine}")
+                    raise unknown(f"{self.name} has no setting", name, sorted(known.keys() - GIVEN))
                 checked[name] = value
                 continue
             try:
@@ -119,7 +118,7 @@ class Task:
                 raise UseError(
                     f"{self.name}: {name}={value!r} does not fit",
                     expected=f"{known[name].annotation}",
-                    fix=error.errors()[0]["msg"],
+                    fix=problems_of(error)[0].why,
                 ) from None
         return checked
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from smartlab.core.config import load_config
-from smartlab.core.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError, one_of
 from smartlab.core.files import written
 from smartlab.core.settings import Config
 from smartlab.interop import hub
@@ -160,8 +160,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def convert(weights: Mapping[str, Tensor], path: Path, merging: str = "monai") -> dict[str, Tensor]:
     """Foreign names and merging order -> those of our Swin. Heads and decoders are left behind."""
-    if merging not in MERGE_ORDERS:
-        raise UseError(f"no merging order {merging!r}", expected=f"one of {', '.join(MERGE_ORDERS)}")
+    one_of("no merging order", merging, MERGE_ORDERS)
     order = MERGE_ORDERS[merging]
     if len(set(order)) < 8:
         raise DataError(

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smartlab.core.errors import UseError
+from smartlab.core.errors import UseError, one_of
 from smartlab.core.settings import AttentionKind, MaeConfig
 from smartlab.models.attend import keyless
 
@@ -69,6 +69,7 @@ def make_core(
 
     >>> make_core("nystrom", 4, 16, settings=MaeConfig(landmarks=32))(q, k, v)
     """
+    one_of("no attention of kind", kind, KINDS)
     s = settings or MaeConfig()
     if kind == "softmax":
         return Softmax()
@@ -76,9 +77,7 @@ def make_core(
         return Nystrom(heads, s.landmarks, s.iterations, s.kernel)
     if kind == "linformer":
         return Linformer(tokens, s.rank)
-    if kind == "performer":
-        return Performer(channels, s.features)
-    raise UseError(f"no attention of kind {kind!r}", expected=f"one of {', '.join(KINDS)}")
+    return Performer(channels, s.features)
 
 
 class Softmax(nn.Module):

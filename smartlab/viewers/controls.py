@@ -12,7 +12,7 @@ import traitlets
 from pydantic import ValidationError
 
 from smartlab.core.config import load_config, parse_overrides
-from smartlab.core.errors import UseError
+from smartlab.core.errors import UseError, one_of, problems_of
 from smartlab.core.settings import MaskConfig, TeacherConfig
 from smartlab.masking import STRATEGIES
 from smartlab.viewers.front import front_end
@@ -59,8 +59,8 @@ class Choice:
     def of(cls, model: Model, given: Mapping[str, Any]) -> Choice:
         """As the model was trained, with what is given on top."""
         known = [field.name for field in fields(cls)]
-        if unknown := [name for name in given if name not in known]:
-            raise UseError(f"unknown setting {unknown[0]!r} of the mask explorer", expected=", ".join(known))
+        for name in given:
+            one_of("unknown setting", name, known, " of the mask explorer")
         mask, teacher = model.config.mask, model.config.teacher
         trained = {name: getattr(mask, name) for name in ("strategy", "ratio", "hint", "temperature")}
         trained |= {
@@ -83,8 +83,8 @@ class Choice:
             MaskConfig.model_validate({name: getattr(self, name) for name in names})
             TeacherConfig(patch_dropout=self.dropout)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise UseError(f"{first['loc'][0]}={first['input']!r}: {first['msg']}") from None
+            first = problems_of(error)[0]
+            raise UseError(f"{first.place}={first.value!r}: {first.why}") from None
 
     @staticmethod
     def options(model: Model) -> dict[str, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from smartlab.core.errors import UseError
+from smartlab.core.errors import UseError, one_of
 from smartlab.viewers.scene import Panel
 from smartlab.viewers.slices import SliceViewer, view
 
@@ -23,7 +23,7 @@ def compare(
     if not masks:
         raise UseError("no masks to compare", expected="a mask (d, h, w) for each strategy")
     each = attention if isinstance(attention, Mapping) else dict.fromkeys(masks, attention)
-    if unknown := [name for name in each if name not in masks]:
-        raise UseError(f"attention for {unknown[0]!r}, which has no mask", expected=", ".join(masks))
+    for name in each:
+        one_of("attention for", name, masks, ", which has no mask")
     panels = [Panel(name, mask, each.get(name)) for name, mask in masks.items()]
     return view(image, panels=panels, title=title, **kwargs)

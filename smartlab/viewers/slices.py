@@ -18,7 +18,7 @@ import numpy as np
 import traitlets
 
 from smartlab.core import plots
-from smartlab.core.errors import UseError
+from smartlab.core.errors import UseError, one_of
 from smartlab.core.files import write_text
 from smartlab.viewers import page, render, sending
 from smartlab.viewers.front import FRONT_END, Pictured, front_end
@@ -61,8 +61,7 @@ class SliceViewer(Pictured, anywidget.AnyWidget):
     def __init__(
         self, scene: Scene, window: Any = None, plane: str = "axial", title: str = "", pick: bool = False
     ) -> None:
-        if plane not in (*plots.PLANES, "all"):
-            raise UseError(f"no plane {plane!r}", expected=", ".join((*plots.PLANES, "all")))
+        one_of("no plane", plane, (*plots.PLANES, "all"))
         self.scene, self.title, self.name, self._pick = scene, title, uuid.uuid4().hex[:12], pick
         self._bounds, self.alt = window_of(window, scene), title or "Slices of the image with their overlays"
         alone = len(scene.layers) == 1 and not scene.flat

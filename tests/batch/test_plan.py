@@ -103,7 +103,7 @@ def test_evaluations_share_their_pretraining(tmp_path):
         ({"parameters": {"out": "x"}}, "`out` is set by the batch"),
         ({"parameters": {"base": "{pretrian}/run"}}, "refers to {pretrian}"),
         ({"notebook": "toi.ipynb"}, "no notebook 'toi.ipynb'"),
-        ({"resources": {"gpu": 1}}, "unknown key 'resources.gpu'.*id you mean 'gpus'"),
+        ({"resources": {"gpu": 1}}, "unknown key 'gpu' in resources.*id you mean 'gpus'"),
         ({"resources": {"minutes": -1}}, "resources.minutes.*greater than"),
         ({"seeds": "three"}, "seeds"),
     ],

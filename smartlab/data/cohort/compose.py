@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from smartlab.core.errors import UseError, near
+from smartlab.core.errors import UseError, one_of
 from smartlab.data.cohort.manifest import Manifest, manifest_folder
 
 # manifest -> the recipe, a function of data_manifests/recipes; archives have none, their files say all
@@ -31,9 +31,7 @@ def compose(name: str, out: str | Path | None = None, **inputs: Any) -> Manifest
     (dagman-segment).
     """
     builders = BUILDERS | BESIDE_IMAGES
-    if name not in builders:
-        expected = f"one of {', '.join(builders)}"
-        raise UseError("no such manifest to compose", path=name, expected=expected, fix=near(name, builders))
+    one_of("no manifest", name, builders, " to compose")
     module, function = builders[name].split(".")
     build = getattr(recipe(module), function)
     accepted = inspect.signature(build).parameters

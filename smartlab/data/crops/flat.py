@@ -65,7 +65,7 @@ class ImageDataset(CropDataset):
         images: Iterable[int] | None = None,
         cases: Iterable[str] | None = None,
     ) -> None:
-        one_of("crop", crop, CROPS)
+        one_of("unknown crop", crop, CROPS)
         if view < 1 or margin < 0 or not 0 <= jitter < 1 or draws < 1:
             raise UseError(
                 "out of range",

@@ -58,7 +58,7 @@ def read_mammogram(path: str | Path, grey: str = "voi") -> Mammogram:
     >>> read_mammogram("images/mg-0000-L-CC.dcm").spacing_mm
     (1.0, 1.0)
     """
-    one_of("grey setting", grey, levels.MODES)
+    one_of("unknown grey setting", grey, levels.MODES)
     pixels, header, notes = read_pixels(path)
     modality = header.get("Modality", "MG")
     if modality != "MG":

@@ -101,7 +101,7 @@ def read_volume(
     >>> read_volume("scan.nii.gz").spacing
     (5.0, 5.0, 5.0)
     """
-    one_of("tilt setting", tilt, TILTS)
+    one_of("unknown tilt setting", tilt, TILTS)
     path = Path(path)
     with _opening(path):
         if _format(path) == "dicom":

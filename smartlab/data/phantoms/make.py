@@ -135,7 +135,7 @@ def _short(kind: str) -> str:
 
 
 def _kind(kind: str) -> ModuleType:
-    one_of("phantom", _short(kind), _KINDS)
+    one_of("unknown phantom", _short(kind), _KINDS)
     return importlib.import_module(_KINDS[_short(kind)])
 
 

@@ -35,7 +35,7 @@ class Settings:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        one_of("tilt setting", self.tilt, TILTS)
+        one_of("unknown tilt setting", self.tilt, TILTS)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class FlatSettings:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        one_of("grey setting", self.grey, ("voi", "percentile"))
+        one_of("unknown grey setting", self.grey, ("voi", "percentile"))
 
 
 @dataclass(frozen=True)

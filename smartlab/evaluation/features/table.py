@@ -6,14 +6,13 @@ treated alike; `features.py` makes them from images.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from smartlab.core.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError, unknown
 from smartlab.data.cohort.case import LabelSpec
 
 
@@ -77,9 +76,6 @@ def spec_of(specs: dict[str, LabelSpec], label: str) -> LabelSpec:
     """What is known of a label, or an error that says which there are."""
     if label in specs:
         return specs[label]
-    near = difflib.get_close_matches(label, specs, 1)
-    raise UseError(
-        f"no label {label!r} in this manifest",
-        expected=f"one of {', '.join(specs)}" if specs else "a manifest with labels",
-        fix=f"did you mean {near[0]!r}?" if near else None,
-    )
+    if not specs:
+        raise UseError(f"no label {label!r} in this manifest", expected="a manifest with labels")
+    raise unknown("no label", label, specs, " in this manifest")

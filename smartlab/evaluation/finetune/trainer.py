@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from smartlab.core.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError, misfit
 from smartlab.core.files import write_text
 from smartlab.core.settings import TrainConfig
 from smartlab.data.crops.loader import CropLoader
@@ -91,12 +91,8 @@ def make_settings(**given: Any) -> Settings:
     try:
         return Settings(**given)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UseError(
-            f"fine-tuning setting {'.'.join(map(str, first['loc']))}: {first['msg']}",
-            found=first["input"],
-            expected=f"settings {', '.join(Settings.model_fields)}",
-        ) from None
+        expected = f"settings {', '.join(Settings.model_fields)}"
+        raise misfit("fine-tuning setting ", error, expected=expected) from None
 
 
 def check_modes(modes: Sequence[str], size: int, encoder: AnyEncoder) -> None:

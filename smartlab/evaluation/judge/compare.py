@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from smartlab.core.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError, one_of
 from smartlab.evaluation.judge import metrics as scoring
 from smartlab.evaluation.judge import stats
 from smartlab.evaluation.judge.predictions import Predictions, areas, from_table
@@ -134,9 +134,8 @@ def compare(
     names, first = list(tables), next(iter(tables.values()))
     values = [_values(one) for one in tables.values()]
     wanted = [m for m in values[0] if ":" not in m] if metrics is None else list(metrics)
-    unknown = [m for m in wanted if m not in values[0]]
-    if unknown:
-        raise UseError(f"no score {unknown[0]!r} of {first.kind} labels", expected=", ".join(values[0]))
+    for m in wanted:
+        one_of("no score", m, values[0], f" of {first.kind} labels")
     probability = [one.probability for one in tables.values()]
     drawn = [m for m in wanted if m.split(":")[0] != "auc"]
 
@@ -203,8 +202,8 @@ def _per_case(tables: dict[str, pd.DataFrame], task: str, metrics: Sequence[str]
     """Paired differences of mean scores per case; a case of several structures counts by their mean."""
     keys, known = PER_CASE[task]
     wanted = [m for m in known if all(m in t for t in tables.values())] if metrics is None else list(metrics)
-    if unknown := [m for m in wanted if m not in known]:
-        raise UseError(f"no score {unknown[0]!r} of {task}", expected=", ".join(known))
+    for m in wanted:
+        one_of("no score", m, known, f" of {task}")
     first, *others = (_scores(name, table, task, [*keys]) for name, table in tables.items())
     for name, one in zip(list(tables)[1:], others, strict=True):
         if not one.index.equals(first.index):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smartlab.core.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError, one_of
 
 _CLASSED = ["auc", "average_precision", "accuracy", "balanced_accuracy", "brier"]
 HEADLINES = {  # scores that are compared and drawn, by kind of label
@@ -57,8 +57,7 @@ def check(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The arrays in the form that `scores` computes with, or an error that says what does not fit."""
     truth, probability = np.asarray(truth), np.asarray(probability, float)
-    if kind not in KINDS:
-        raise UseError(f"labels of kind {kind!r} have no scores", expected=f"one of {', '.join(KINDS)}")
+    one_of("labels of kind", kind, KINDS, " have no scores")
     if kind == "binary" and probability.ndim == 2 and probability.shape[1] == 2:
         probability = probability[:, 1]
     wide = kind in ("multiclass", "multilabel")

@@ -24,7 +24,7 @@ from typing import Literal, get_args
 import numpy as np
 import pandas as pd
 
-from smartlab.core.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError, one_of
 from smartlab.data.cohort.case import LabelSpec
 from smartlab.evaluation.judge.predictions import Part
 
@@ -148,8 +148,7 @@ def make_plan(
     split: "official" and "folds" are the manifest's, "cross" deals patients anew; "auto" takes the first
     of these that there is. "held-out" is both of the manifest's: its test, and its folds of the others.
     """
-    if split not in get_args(Split):
-        raise UseError(f"split={split!r}", expected=f"one of {', '.join(get_args(Split))}")
+    one_of("no split", split, get_args(Split))
     if repeats < 1:
         raise UseError(f"repeats={repeats}", expected="at least 1")
     patients = about.patient.to_numpy()

@@ -27,7 +27,7 @@ import pandas as pd
 from scipy.special import expit
 from scipy.stats import CensoredData, logrank, rankdata
 
-from smartlab.core.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError, one_of
 from smartlab.data.cohort.clinical import Covariates, read_covariates
 from smartlab.evaluation.features.table import FeatureTable
 from smartlab.evaluation.judge import metrics, stats
@@ -157,8 +157,7 @@ def _follow_up(
             fix="name it: event=…" if named else "add one to the manifest",
         )
     event = event or named[0]
-    if event not in named:
-        raise UseError(f"label {event!r} is not of kind event", expected=f"one of {', '.join(named)}")
+    one_of("label", event, named, " is not of kind event")
     column = pd.to_numeric(kept.about[f"label:{event}"], errors="coerce").to_numpy(float)
     known = np.isfinite(column)
     kept, time, seen = kept.take(known), time[known], column[known]

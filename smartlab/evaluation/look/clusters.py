@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smartlab.core.compiled import keep_compiled
-from smartlab.core.errors import DataError, UseError
+from smartlab.core.errors import DataError, UseError, one_of
 from smartlab.evaluation.features.table import FeatureTable
 from smartlab.evaluation.judge import figures
 from smartlab.evaluation.judge.result import Estimate, Result
@@ -92,8 +92,8 @@ def clusters(
     >>> result = clusters(features_per_organ, embeddings=("pca",))
     >>> result.metrics["features/ratio"], result.metrics["ari"]
     """
-    if unknown := [name for name in embeddings if name not in EMBEDDINGS]:
-        raise UseError(f"no embedding {unknown[0]!r}", expected=", ".join(EMBEDDINGS))
+    for name in embeddings:
+        one_of("no embedding", name, EMBEDDINGS)
     if k < 1 or umap_seeds < 1:
         raise UseError(
             "k and umap_seeds count neighbours and seeds", found=f"{k}, {umap_seeds}", expected="≥ 1"

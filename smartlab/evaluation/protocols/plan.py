@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from smartlab.core.errors import UseError
+from smartlab.core.errors import UseError, misfit, one_of
 from smartlab.data.cohort.case import Case
 from smartlab.data.cohort.manifest import Manifest, load_manifest
 from smartlab.evaluation.evaluate import check_dimensions
@@ -42,8 +42,7 @@ def plan_protocol(
     >>> plan = sl.plan_protocol("runs/a", "dagman-nodules", root="data/lidc")
     >>> print(plan)
     """
-    if name not in protocols():
-        raise UseError(f"no protocol {name!r}", expected=f"one of {', '.join(protocols())}")
+    one_of("no protocol", name, protocols())
     protocol = protocols()[name]
     own = _own(name, protocol, settings)
     parts = [part for part in protocol.parts if own.shares is None or part.share in own.shares]
@@ -82,8 +81,7 @@ def _own(name: str, protocol: Protocol, settings: dict[str, Any]) -> Own:
     try:
         own = Own(**settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UseError(f"{name}: {first['loc'][0]}: {first['msg']}", found=first["input"]) from None
+        raise misfit(f"{name}: ", error) from None
     there = {part.share for part in protocol.parts}
     if own.shares is not None and not set(own.shares) <= there:
         raise UseError(f"{name} has no such shares", found=own.shares, expected=f"some of {sorted(there)}")
@@ -95,8 +93,8 @@ def _own(name: str, protocol: Protocol, settings: dict[str, Any]) -> Own:
         find(part.task).check(mine)
         make_settings(**{k: v for k, v in mine.items() if part.trains and k in Settings.model_fields})
         every |= part.known
-    if unknown := sorted(settings.keys() - every):
-        raise UseError(f"{name} has no setting {unknown[0]!r}", expected=f"one of {', '.join(sorted(every))}")
+    for setting in sorted(settings):
+        one_of(f"{name} has no setting", setting, sorted(every))
     return own
 
 

@@ -71,7 +71,7 @@ def test_the_table_is_long_enough():
 
 
 def test_an_unknown_tilt_setting_is_bad_use(tmp_path):
-    with pytest.raises(UseError, match="refuse or correct"):
+    with pytest.raises(UseError, match="one of refuse, correct"):
         read_volume(tmp_path, tilt="fix")
 
 

@@ -328,7 +328,7 @@ def test_free_text_in_coded_fields_never_gets_through(file):
 
 
 def test_unknown_grey_setting_and_missing_files(file, tmp_path):
-    with pytest.raises(UseError, match="voi or percentile or stored"):
+    with pytest.raises(UseError, match="one of voi, percentile, stored"):
         read_mammogram(file[0], grey="auto")
     with pytest.raises(DataError, match="no such file"):
         read_mammogram(tmp_path / "none.dcm")

@@ -21,8 +21,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.step import Side, changed, steps
-from smartlab.core.config import load_config
-from smartlab.core.settings import Config
+from smartlab.core.config import Config, load_config
 
 SMALL = {"data.view": 64, "data.region": 64, "train.batch": 1, "encoder.drop_path": 0.0}
 

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 
 import smartlab as sl
 from benchmarks.harness import machine
+from smartlab.core.config import Config
 from smartlab.core.places import code_version
 from smartlab.core.plots import OKABE_ITO
-from smartlab.core.settings import Config
 from smartlab.data.crops.augment import window
 from smartlab.data.crops.flat import ImageDataset
 from smartlab.data.store.prepare import prepare_store

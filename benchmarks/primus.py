@@ -19,8 +19,7 @@ import torch
 
 from benchmarks import harness
 from benchmarks.step import Side
-from smartlab.core.config import load_config
-from smartlab.core.settings import Config
+from smartlab.core.config import Config, load_config
 from smartlab.training.setup import keep_freed_memory
 
 KINDS: dict[str, dict[str, Any]] = {

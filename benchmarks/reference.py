@@ -22,7 +22,7 @@ from monai.networks.nets.swin_unetr import SwinTransformer
 from torch import Tensor, nn
 
 from smartlab.core.clock import Clock
-from smartlab.core.settings import Config
+from smartlab.core.config import Config
 from smartlab.masking import upsample
 from smartlab.methods.masked_distillation import MaskedDistillation
 from smartlab.models.encoder import Encoded

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from smartlab.core.settings import Config
+from smartlab.core.config import Config
 
 # one training process, as a user would start it; torch's threads are given, for fairness between 1 and 2
 CODE = """

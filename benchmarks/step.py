@@ -27,8 +27,7 @@ from benchmarks import harness
 from benchmarks.reference import Reference
 from benchmarks.running import data_share, processes, start_up
 from smartlab.core.clock import Clock
-from smartlab.core.config import load_config
-from smartlab.core.settings import Config
+from smartlab.core.config import Config, load_config
 from smartlab.training.families import family_of
 from smartlab.training.setup import keep_freed_memory, parameter_groups
 

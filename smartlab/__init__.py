@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 # public name -> module that defines it
 _PUBLIC = {
     "load_config": "smartlab.core.config",
-    "Config": "smartlab.core.settings",
+    "Config": "smartlab.core.config",
     "read_volume": "smartlab.data.images.readers",
     "read_labels": "smartlab.data.images.readers",
     "Volume": "smartlab.data.images.readers",
@@ -50,9 +50,8 @@ __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.batch.results import load_results
-    from smartlab.core.config import load_config
+    from smartlab.core.config import Config, load_config
     from smartlab.core.errors import DataError, SmartlabError, UseError
-    from smartlab.core.settings import Config
     from smartlab.data.cohort.manifest import Manifest, load_manifest
     from smartlab.data.cohort.scan import scan_folder
     from smartlab.data.cohort.verify import verify_manifest

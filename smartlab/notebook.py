@@ -32,7 +32,7 @@ from smartlab.core.files import write_bytes, write_text
 from smartlab.core.places import code_version, default_encoder
 
 if TYPE_CHECKING:
-    from smartlab.core.settings import Config
+    from smartlab.core.config import Config
     from smartlab.data.cohort.manifest import Manifest
     from smartlab.data.store.store import Store
     from smartlab.models.encoder import AnyEncoder

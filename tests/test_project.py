@@ -174,7 +174,7 @@ def test_every_function_that_contributing_names_exists():
     for place, names in {
         "smartlab/masking.py": ["STRATEGIES", "make_mask", "_top", "uniform"],
         "smartlab/core/settings.py": ["Strategy", "MaskConfig", "EncoderPreset", "EncoderConfig"],
-        "smartlab/core/config.py": ["ENCODERS"],
+        "smartlab/core/presets.py": ["ENCODERS"],
         "smartlab/models/build.py": ["make_encoder"],
         "smartlab/evaluation/task.py": ["Task", "PLACES"],
         "smartlab/data/cohort/compose.py": ["BUILDERS"],

@@ -20,7 +20,7 @@ from smartlab.core.errors import UseError
 from smartlab.core.files import check_writable
 
 if TYPE_CHECKING:
-    from smartlab.core.settings import Config
+    from smartlab.core.config import Config
 
 
 app = typer.Typer(

@@ -1,10 +1,9 @@
-"""From presets, files and overrides to one validated `Config` (every knob: `settings.py`).
+"""The whole configuration: what must hold between its sections (`settings.py`), and how it is put together.
 
 Layers, later ones winning:
 
 1. the defaults of the models;
-2. the settings that the `encoder.preset` and `method.preset` of the preset file stand for (`ENCODERS`,
-   `METHODS`);
+2. the settings that the `encoder.preset` and `method.preset` of the preset file stand for (`presets.py`);
 3. the preset file (`presets/<name>.yaml`) or the user's YAML;
 4. an `encoder.preset` or `method.preset` named in the overrides, in place of the file's own;
 5. dotted overrides (`{"mask.ratio": 0.5}`, or `mask.ratio=0.5` on the command line).
@@ -19,155 +18,180 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from smartlab.core.errors import UseError, one_of, problems_of, unknown
-from smartlab.core.settings import Config
+from smartlab.core.files import write_text
+from smartlab.core.presets import ENCODERS, METHODS
+from smartlab.core.settings import (
+    DataConfig,
+    DistillConfig,
+    EncoderConfig,
+    LossConfig,
+    MaeConfig,
+    MaskConfig,
+    MethodConfig,
+    Section,
+    SemanticConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 PRESET_FOLDER = Path(__file__).parents[1] / "presets"
 
-_SWIN: dict[str, Any] = {"encoder.kind": "swin", "encoder.patch": 2}
-_VIT: dict[str, Any] = {
-    "encoder.kind": "vit",
-    "encoder.patch": 16,
-    "data.window": (0.0, 4095.0),  # the grey values of mammograms
-}
-_PRIMUS: dict[str, Any] = {  # Wald et al., "Primus" (2025), as nnU-Net trains it
-    "encoder.kind": "vit",
-    "encoder.layout": "primus",
-    "encoder.patch": 8,
-    "encoder.mlp_ratio": 4 * 2 / 3,
-    "encoder.layer_scale": 0.1,
-    "encoder.inner_norm": True,
-    "semantic.enabled": False,  # its own [CLS] looks
-}
-_DISTILLATION: dict[str, Any] = {"method.family": "masked_distillation"}
-_MAE: dict[str, Any] = {  # He et al., "Masked autoencoders are scalable vision learners" (2022)
-    "method.family": "multiscale_mae",
-    "semantic.enabled": False,
-    "teacher.enabled": False,
-    "mask.strategy": "random",
-    "mask.ratio": 0.75,
-    "loss.patch": 0.0,
-    "loss.image": 0.0,
-    "loss.global_image": 0.0,
-    "loss.coarse": 0.0,
-}
 
-# What the preset names stand for, as dotted settings. The papers' notes give the provenance.
-ENCODERS: dict[str, dict[str, Any]] = {
-    "tiny": {**_SWIN},  # the defaults of EncoderConfig: a CPU size for demos and tests [ours]
-    "smit": {  # [smit]
-        **_SWIN,
-        "encoder.embed_dim": 48,
-        "encoder.depths": (2, 2, 4, 2),
-        "encoder.num_heads": (4, 4, 4, 4),
-        "encoder.window_size": 4,
-        "encoder.qkv_bias": False,
-    },
-    "smart": {  # [paper]; bias of q, k and v [mhub]
-        **_SWIN,
-        "encoder.embed_dim": 48,
-        "encoder.depths": (2, 2, 8, 2),
-        "encoder.num_heads": (4, 4, 8, 16),
-        "encoder.window_size": 4,
-        "encoder.qkv_bias": True,
-        "encoder.drop_path": 0.1,
-    },
-    "swinunetr": {  # MONAI's SwinUNETR default, so that weights drop straight in
-        **_SWIN,
-        "encoder.embed_dim": 48,
-        "encoder.depths": (2, 2, 2, 2),
-        "encoder.num_heads": (3, 6, 12, 24),
-        "encoder.window_size": 7,
-        "encoder.qkv_bias": True,
-    },
-    "vit-tiny": {  # a CPU size for demos and tests [ours]
-        **_VIT,
-        "encoder.patch": 8,
-        "encoder.embed_dim": 96,
-        "encoder.blocks": 4,
-        "encoder.heads": 4,
-    },
-    "vit-small": {**_VIT, "encoder.embed_dim": 384, "encoder.blocks": 12, "encoder.heads": 6},
-    "vit-base": {**_VIT, "encoder.embed_dim": 768, "encoder.blocks": 12, "encoder.heads": 12},
-    "vit-large": {**_VIT, "encoder.embed_dim": 1024, "encoder.blocks": 24, "encoder.heads": 16},
-    "primus-tiny": {  # a CPU size for demos and tests [ours]
-        **_PRIMUS,
-        "encoder.embed_dim": 96,
-        "encoder.blocks": 4,
-        "encoder.heads": 4,
-    },
-    "primus-s": {**_PRIMUS, "encoder.embed_dim": 396, "encoder.blocks": 12, "encoder.heads": 6},
-    "primus-b": {**_PRIMUS, "encoder.embed_dim": 792, "encoder.blocks": 12, "encoder.heads": 12},
-    "primus-m": {**_PRIMUS, "encoder.embed_dim": 864, "encoder.blocks": 16, "encoder.heads": 12},
-    "primus-l": {**_PRIMUS, "encoder.embed_dim": 1056, "encoder.blocks": 24, "encoder.heads": 16},
-    "custom": {},
-}
+class Config(Section):
+    """The whole configuration. Fields are reached by dotted keys: `mask.ratio`, `train.steps`."""
 
-_DAGMAN: dict[str, Any] = {  # [paper]
-    **_DISTILLATION,
-    "mask.strategy": "attention_hint",  # guided by the clean teacher's semantic attention
-    "teacher.patch_dropout": 0.7,  # of patch tokens, for the targets
-}
-_IBOT: dict[str, Any] = {  # Zhou et al., "iBOT" (2022): masked and image tokens distilled, no voxels
-    **_DISTILLATION,
-    "mask.strategy": "block",
-    "mask.ratio": 0.5,
-    "mask.ratio_min": 0.1,
-    "mask.fill": "token",
-    "mask.p_attention": 0.5,
-    "mask.otherwise": "unmasked",
-    "loss.amip": 0.0,
-    "loss.patch": 1.0,
-    "loss.image": 1.0,
-    "loss.global_image": 0.0,
-    "loss.coarse": 0.0,
-}
+    seed: int = Field(0, ge=0)
+    data: DataConfig = DataConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    method: MethodConfig = MethodConfig()
+    semantic: SemanticConfig = SemanticConfig()
+    mask: MaskConfig = MaskConfig()
+    student: StudentConfig = StudentConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    distill: DistillConfig = DistillConfig()
+    loss: LossConfig = LossConfig()
+    mae: MaeConfig = MaeConfig()
+    train: TrainConfig = TrainConfig()
 
-METHODS: dict[str, dict[str, Any]] = {
-    "simmim": {  # masked prediction alone
-        **_DISTILLATION,
-        "semantic.enabled": False,
-        "teacher.enabled": False,
-        "mask.strategy": "random",
-        "mask.fill": "token",
-        "loss.patch": 0.0,
-        "loss.image": 0.0,
-        "loss.global_image": 0.0,
-        "loss.coarse": 0.0,
-    },
-    "smit": {  # clean teacher, average-pooled image token
-        **_DISTILLATION,
-        "semantic.enabled": False,
-        "mask.strategy": "random",
-        "mask.fill": "token",  # [smit]
-        "loss.global_image": 0.0,
-        "loss.coarse": 0.0,
-    },
-    "smart": _DAGMAN,  # two write-ups of one method
-    "dagman": _DAGMAN,
-    # the paper's other rows
-    "ibot": _IBOT,
-    "attmask": {**_IBOT, "mask.strategy": "attention_high"},  # Kakogeorgiou et al. (2022); or attention_hint
-    "mst": {  # Li et al., "MST" (2021): the least attended are hidden and restored, image tokens distilled
-        **_DISTILLATION,
-        "mask.strategy": "attention_low",
-        "mask.fill": "token",
-        "loss.patch": 0.0,
-        "loss.image": 1.0,
-        "loss.global_image": 0.0,
-        "loss.coarse": 0.0,
-    },
-    "mae": {**_MAE, "mae.scales": (1,), "mae.attention": ("softmax",), "mae.weights": (1.0,)},
-    "miram": {  # the image at its own and at a higher resolution, that one by linear attention [abs]
-        **_MAE,
-        "mae.scales": (1, 2),
-        "mae.attention": ("softmax", "nystrom"),
-        "mae.weights": (1.0,),
-    },
-    "custom": {},
-}
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        autoencodes, e = self.method.family == "multiscale_mae", self.encoder
+        if (autoencodes and e.kind == "swin") or (self.flat and not autoencodes):
+            wanted = "kind=vit" if autoencodes else "kind=swin, or encoder.layout=primus"
+            names = (
+                "vit-tiny, vit-base, primus-s" if autoencodes else "tiny, smit, smart, swinunetr, primus-s"
+            )
+            raise ValueError(
+                f"method.preset={self.method.preset} needs encoder.{wanted}, found encoder.kind={e.kind}, "
+                f"encoder.layout={e.layout}: set encoder.preset to one of {names}, or another method.preset"
+            )
+        if autoencodes and not self.flat and "encode" not in self.student.model_fields_set:
+            self.student = StudentConfig(encode="sparse")
+        if autoencodes:
+            self._check_mae()
+        if self.flat:
+            return self
+        if self.data.view > self.data.region:
+            raise ValueError(f"data.view={self.data.view} does not fit into data.region={self.data.region}")
+        total = self.encoder.stride(4)
+        if self.data.view % total:
+            below = self.data.view // total * total
+            way = "" if e.kind == "vit" else f" × 2^4 = {e.patch} × 16"
+            raise ValueError(
+                f"data.view={self.data.view} is not divisible by the encoder's total stride encoder.patch{way} = "
+                f"{total} ({self.data.view} = {self.data.view // total} × {total} + "
+                f"{self.data.view % total}); use {' or '.join(str(n) for n in (below, below + total) if n)}"
+            )
+        if not autoencodes:
+            self._check_method()
+        return self
+
+    def _check_mae(self) -> None:
+        m, patch, dims = self.mae, self.encoder.patch, self.encoder.dims
+        for width in m.width:
+            if width % (2 * dims):
+                raise ValueError(
+                    f"mae.width={width} must be divisible by {2 * dims} (sine and cosine of each axis)"
+                )
+        if m.input % patch:
+            raise ValueError(f"mae.input={m.input} is not divisible by encoder.patch={patch}")
+        for scale in m.scales:
+            if self.data.view % (m.input * scale):
+                raise ValueError(
+                    f"data.view={self.data.view} cannot be made smaller to scale {scale} by whole pixels: it must be "
+                    f"a multiple of mae.input × {scale} = {m.input * scale}"
+                )
+        units = (m.input // patch) ** dims
+        if units - self.mask.ratio * units < 1:
+            raise ValueError(
+                f"mask.ratio={self.mask.ratio} leaves none of the {units} patches of the input visible"
+            )
+        if self.mask.strategy.startswith("attention"):
+            raise ValueError(
+                f"mask.strategy={self.mask.strategy} needs a teacher, which method.preset={self.method.preset} does "
+                "not have: use random or block"
+            )
+        if self.student.encode == "sparse" and self.flat:
+            raise ValueError(
+                f"student.encode=sparse is for Swin and for scans: with method.preset={self.method.preset} masked patches are "
+                "never encoded, leave it at dense"
+            )
+        if self.teacher.enabled or self.semantic.enabled:
+            raise ValueError(
+                f"method.preset={self.method.preset} has no teacher and no semantic attention: "
+                "set teacher.enabled=false and semantic.enabled=false"
+            )
+
+    def _check_method(self) -> None:
+        vit = self.encoder.kind == "vit"
+        times = 1 if vit else 2**self.semantic.stage
+        channels = self.encoder.embed_dim * times
+        if self.semantic.enabled and channels % self.semantic.heads:
+            raise ValueError(
+                f"semantic tokens have encoder.embed_dim × {times} = {channels} "
+                f"channels, which semantic.heads={self.semantic.heads} does not divide"
+            )
+        if vit and self.student.encode == "sparse":
+            raise ValueError(
+                f"student.encode=sparse of a ViT leaves hidden tokens out, which method.preset={self.method.preset} needs: "
+                "leave it at dense, or set method.preset=mae"
+            )
+        looks = self.semantic.enabled or (vit and self.encoder.cls_token)
+        if self.mask.strategy.startswith("attention") and not (looks and self.teacher.enabled):
+            off = "teacher.enabled" if looks else "semantic.enabled"
+            raise ValueError(
+                f"mask.strategy={self.mask.strategy} needs the teacher's [CLS] attention, but {off}=false"
+            )
+        if self.mask.importance == "received" and self.semantic.enabled and self.semantic.kind == "class":
+            raise ValueError(
+                "mask.importance=received needs semantic.kind=full: with class attention only [CLS] attends"
+            )
+        behind = self.loss.patch and self.distill.patch_from == "semantic"
+        if self.semantic.enabled and not (self.loss.image or self.loss.coarse or behind):
+            raise ValueError(
+                "nothing would train the semantic attention: set loss.image or loss.coarse, or loss.patch with "
+                "distill.patch_from=semantic, or semantic.enabled=false"
+            )
+        distilled = self.loss.patch or self.loss.image or self.loss.global_image
+        if not self.teacher.enabled and distilled:
+            raise ValueError(
+                "loss.patch, loss.image and loss.global_image need a teacher; set all to 0 or teacher.enabled=true"
+            )
+        if not (self.loss.amip or distilled):
+            raise ValueError("every loss weight is 0: there is nothing to train on")
+        if self.mask.ratio_min is not None and self.mask.ratio_min > self.mask.ratio:
+            raise ValueError(
+                f"mask.ratio_min={self.mask.ratio_min} must not exceed mask.ratio={self.mask.ratio}"
+            )
+        if self.teacher.momentum > self.teacher.momentum_end:
+            raise ValueError(
+                f"teacher.momentum={self.teacher.momentum} must not exceed teacher.momentum_end={self.teacher.momentum_end}"
+            )
+
+    @property
+    def flat(self) -> bool:
+        """Whether this is about images, and not scans."""
+        return self.encoder.dims == 2
+
+    @property
+    def input(self) -> int:
+        """Pixels per side of what a ViT sees of a view; masked autoencoding can make it smaller."""
+        return self.mae.input if self.method.family == "multiscale_mae" else self.data.view
+
+    @property
+    def unit(self) -> int:
+        """Voxels per side of a mask unit: the stride of the stage that semantic attention looks at."""
+        return self.encoder.stride(self.semantic.stage) * (self.data.view // self.input)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the resolved configuration (every value) as YAML."""
+        path = Path(path)
+        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        return path
 
 
 def presets() -> list[str]:

@@ -1,20 +1,15 @@
-"""Every knob of smartlab: the models of the configuration, their defaults and what must hold between them.
+"""Every knob of smartlab: the sections of the configuration, their defaults and what must hold within them.
 
 Where a number comes from is marked: [paper] the DAGMaN paper, [abs] abstracts, [smit] published SMIT
 code, [attmask] published AttMask code, [mhub] the group's published lung-tumour model, [ours]
-chosen here. An [ours] value is never the papers'. How a configuration is put together from presets,
-files and overrides is in `config.py`.
+chosen here. An [ours] value is never the papers'. What must hold between sections is in `config.py`.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-
-from smartlab.core.files import write_text
 
 Swins = Literal["tiny", "smit", "smart", "swinunetr"]
 ViTs = Literal["vit-tiny", "vit-small", "vit-base", "vit-large"]
@@ -28,11 +23,11 @@ Strategy = Literal["random", "block", "attention_high", "attention_hint", "atten
 Count = Annotated[int, Field(ge=1)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which scans, and how views are drawn from them."""
 
     manifest: str = "phantom-ct"
@@ -58,7 +53,7 @@ class DataConfig(_Section):
         return self
 
 
-class EncoderConfig(_Section):
+class EncoderConfig(Section):
     """3D Swin transformer in the layout of MONAI's SwinUNETR, or vision transformer in that of MAE or Primus."""
 
     preset: EncoderPreset = "tiny"
@@ -122,7 +117,7 @@ class EncoderConfig(_Section):
         return self.patch if self.kind == "vit" else self.patch * 2**stage
 
 
-class SemanticConfig(_Section):
+class SemanticConfig(Section):
     """[CLS] attention over the tokens of one stage, a side branch; one token per mask unit."""
 
     enabled: bool = True
@@ -138,7 +133,7 @@ class SemanticConfig(_Section):
     registers: int = Field(0, ge=0)  # tokens to attend to when a head looks for nothing [ours]
 
 
-class MaskConfig(_Section):
+class MaskConfig(Section):
     """Which units are hidden from the student."""
 
     strategy: Strategy = "random"
@@ -171,7 +166,7 @@ class MaskConfig(_Section):
         return whole and self.ratio_min is None and (self.hint_refill or self.strategy != "attention_hint")
 
 
-class StudentConfig(_Section):
+class StudentConfig(Section):
     """How the student, who sees what masks leave, is encoded.
 
     sparse: masked units are left out. By Swin until a unit is one token: windows then end at units, which is
@@ -182,7 +177,7 @@ class StudentConfig(_Section):
     encode: Literal["dense", "sparse"] = "dense"  # [ours]
 
 
-class TeacherConfig(_Section):
+class TeacherConfig(Section):
     """The exponential moving average of the student: it says what to hide, and, noisy, what to predict."""
 
     enabled: bool = True
@@ -199,7 +194,7 @@ class TeacherConfig(_Section):
     temperature_epochs: float = Field(30, ge=0)  # [smit]
 
 
-class DistillConfig(_Section):
+class DistillConfig(Section):
     """How student tokens are compared with teacher tokens."""
 
     kind: Literal["prototype", "regression"] = "prototype"
@@ -218,7 +213,7 @@ class DistillConfig(_Section):
     standardise: bool = False
 
 
-class LossConfig(_Section):
+class LossConfig(Section):
     """L = amip·AMIP + patch·AMPD + image·AITD + global_image·GITD + coarse·(coarse view from [CLS] alone)."""
 
     amip: float = Field(1.0, ge=0)  # [paper]
@@ -228,7 +223,7 @@ class LossConfig(_Section):
     coarse: float = Field(0.0, ge=0)  # auxiliary [ours]
 
 
-class MaeConfig(_Section):
+class MaeConfig(Section):
     """Masked autoencoding of images at one scale (MAE) or several (MIRAM).
 
     Where a setting is a list, it holds one value for all scales or one per scale, in their order.
@@ -293,14 +288,14 @@ class Decoding(NamedTuple):
     heads: int
 
 
-class MethodConfig(_Section):
+class MethodConfig(Section):
     """A name for a set of settings, and the class that they are settings of."""
 
     preset: MethodPreset = "dagman"
     family: Literal["masked_distillation", "multiscale_mae"] = "masked_distillation"
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The optimisation, and what is saved when."""
 
     steps: int = Field(300, ge=1)
@@ -324,156 +319,3 @@ class TrainConfig(_Section):
     picture_every: int = Field(100, ge=1)
     track: Literal["tensorboard", "wandb", "mlflow", "aim", "none"] = "tensorboard"  # beside metrics.csv
     max_bad_steps: int = Field(10, ge=1)  # non-finite losses in a row before the run stops
-
-
-class Config(_Section):
-    """The whole configuration. Fields are reached by dotted keys: `mask.ratio`, `train.steps`."""
-
-    seed: int = Field(0, ge=0)
-    data: DataConfig = DataConfig()
-    encoder: EncoderConfig = EncoderConfig()
-    method: MethodConfig = MethodConfig()
-    semantic: SemanticConfig = SemanticConfig()
-    mask: MaskConfig = MaskConfig()
-    student: StudentConfig = StudentConfig()
-    teacher: TeacherConfig = TeacherConfig()
-    distill: DistillConfig = DistillConfig()
-    loss: LossConfig = LossConfig()
-    mae: MaeConfig = MaeConfig()
-    train: TrainConfig = TrainConfig()
-
-    @model_validator(mode="after")
-    def _check(self) -> Config:
-        autoencodes, e = self.method.family == "multiscale_mae", self.encoder
-        if (autoencodes and e.kind == "swin") or (self.flat and not autoencodes):
-            wanted = "kind=vit" if autoencodes else "kind=swin, or encoder.layout=primus"
-            names = (
-                "vit-tiny, vit-base, primus-s" if autoencodes else "tiny, smit, smart, swinunetr, primus-s"
-            )
-            raise ValueError(
-                f"method.preset={self.method.preset} needs encoder.{wanted}, found encoder.kind={e.kind}, "
-                f"encoder.layout={e.layout}: set encoder.preset to one of {names}, or another method.preset"
-            )
-        if autoencodes and not self.flat and "encode" not in self.student.model_fields_set:
-            self.student = StudentConfig(encode="sparse")
-        if autoencodes:
-            self._check_mae()
-        if self.flat:
-            return self
-        if self.data.view > self.data.region:
-            raise ValueError(f"data.view={self.data.view} does not fit into data.region={self.data.region}")
-        total = self.encoder.stride(4)
-        if self.data.view % total:
-            below = self.data.view // total * total
-            way = "" if e.kind == "vit" else f" × 2^4 = {e.patch} × 16"
-            raise ValueError(
-                f"data.view={self.data.view} is not divisible by the encoder's total stride encoder.patch{way} = "
-                f"{total} ({self.data.view} = {self.data.view // total} × {total} + "
-                f"{self.data.view % total}); use {' or '.join(str(n) for n in (below, below + total) if n)}"
-            )
-        if not autoencodes:
-            self._check_method()
-        return self
-
-    def _check_mae(self) -> None:
-        m, patch, dims = self.mae, self.encoder.patch, self.encoder.dims
-        for width in m.width:
-            if width % (2 * dims):
-                raise ValueError(
-                    f"mae.width={width} must be divisible by {2 * dims} (sine and cosine of each axis)"
-                )
-        if m.input % patch:
-            raise ValueError(f"mae.input={m.input} is not divisible by encoder.patch={patch}")
-        for scale in m.scales:
-            if self.data.view % (m.input * scale):
-                raise ValueError(
-                    f"data.view={self.data.view} cannot be made smaller to scale {scale} by whole pixels: it must be "
-                    f"a multiple of mae.input × {scale} = {m.input * scale}"
-                )
-        units = (m.input // patch) ** dims
-        if units - self.mask.ratio * units < 1:
-            raise ValueError(
-                f"mask.ratio={self.mask.ratio} leaves none of the {units} patches of the input visible"
-            )
-        if self.mask.strategy.startswith("attention"):
-            raise ValueError(
-                f"mask.strategy={self.mask.strategy} needs a teacher, which method.preset={self.method.preset} does "
-                "not have: use random or block"
-            )
-        if self.student.encode == "sparse" and self.flat:
-            raise ValueError(
-                f"student.encode=sparse is for Swin and for scans: with method.preset={self.method.preset} masked patches are "
-                "never encoded, leave it at dense"
-            )
-        if self.teacher.enabled or self.semantic.enabled:
-            raise ValueError(
-                f"method.preset={self.method.preset} has no teacher and no semantic attention: "
-                "set teacher.enabled=false and semantic.enabled=false"
-            )
-
-    def _check_method(self) -> None:
-        vit = self.encoder.kind == "vit"
-        times = 1 if vit else 2**self.semantic.stage
-        channels = self.encoder.embed_dim * times
-        if self.semantic.enabled and channels % self.semantic.heads:
-            raise ValueError(
-                f"semantic tokens have encoder.embed_dim × {times} = {channels} "
-                f"channels, which semantic.heads={self.semantic.heads} does not divide"
-            )
-        if vit and self.student.encode == "sparse":
-            raise ValueError(
-                f"student.encode=sparse of a ViT leaves hidden tokens out, which method.preset={self.method.preset} needs: "
-                "leave it at dense, or set method.preset=mae"
-            )
-        looks = self.semantic.enabled or (vit and self.encoder.cls_token)
-        if self.mask.strategy.startswith("attention") and not (looks and self.teacher.enabled):
-            off = "teacher.enabled" if looks else "semantic.enabled"
-            raise ValueError(
-                f"mask.strategy={self.mask.strategy} needs the teacher's [CLS] attention, but {off}=false"
-            )
-        if self.mask.importance == "received" and self.semantic.enabled and self.semantic.kind == "class":
-            raise ValueError(
-                "mask.importance=received needs semantic.kind=full: with class attention only [CLS] attends"
-            )
-        behind = self.loss.patch and self.distill.patch_from == "semantic"
-        if self.semantic.enabled and not (self.loss.image or self.loss.coarse or behind):
-            raise ValueError(
-                "nothing would train the semantic attention: set loss.image or loss.coarse, or loss.patch with "
-                "distill.patch_from=semantic, or semantic.enabled=false"
-            )
-        distilled = self.loss.patch or self.loss.image or self.loss.global_image
-        if not self.teacher.enabled and distilled:
-            raise ValueError(
-                "loss.patch, loss.image and loss.global_image need a teacher; set all to 0 or teacher.enabled=true"
-            )
-        if not (self.loss.amip or distilled):
-            raise ValueError("every loss weight is 0: there is nothing to train on")
-        if self.mask.ratio_min is not None and self.mask.ratio_min > self.mask.ratio:
-            raise ValueError(
-                f"mask.ratio_min={self.mask.ratio_min} must not exceed mask.ratio={self.mask.ratio}"
-            )
-        if self.teacher.momentum > self.teacher.momentum_end:
-            raise ValueError(
-                f"teacher.momentum={self.teacher.momentum} must not exceed teacher.momentum_end={self.teacher.momentum_end}"
-            )
-
-    @property
-    def flat(self) -> bool:
-        """Whether this is about images, and not scans."""
-        return self.encoder.dims == 2
-
-    @property
-    def input(self) -> int:
-        """Pixels per side of what a ViT sees of a view; masked autoencoding can make it smaller."""
-        return self.mae.input if self.method.family == "multiscale_mae" else self.data.view
-
-    @property
-    def unit(self) -> int:
-        """Voxels per side of a mask unit: the stride of the stage that semantic attention looks at."""
-        return self.encoder.stride(self.semantic.stage) * (self.data.view // self.input)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the resolved configuration (every value) as YAML."""
-        path = Path(path)
-        write_text(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
-        return path

@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from smartlab.core.config import load_config
+from smartlab.core.config import Config, load_config
 from smartlab.core.errors import DataError, UseError
-from smartlab.core.settings import Config
 from smartlab.models.vit import ViTEncoder
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by channels, of the published sizes

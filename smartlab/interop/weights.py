@@ -24,10 +24,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from smartlab.core.config import load_config
+from smartlab.core.config import Config, load_config
 from smartlab.core.errors import DataError, UseError, one_of
 from smartlab.core.files import written
-from smartlab.core.settings import Config
 from smartlab.interop import hub
 from smartlab.interop.vit import config_of_vit, convert_vit, is_vit, to_monai
 from smartlab.models.build import make_encoder

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smartlab.core.clock import Clock
-from smartlab.core.settings import Config
+from smartlab.core.config import Config
 from smartlab.masking import (
     head_diversity,
     hidden_count,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from smartlab.core.clock import Clock
-from smartlab.core.settings import Config
+from smartlab.core.config import Config
 from smartlab.masking import head_diversity, hidden_count, hidden_share, informativeness, make_mask
 from smartlab.methods.distillation import feature_signs
 from smartlab.models.decoder import Decoder, finer, from_patches

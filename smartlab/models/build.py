@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from smartlab.core.settings import Config
+from smartlab.core.config import Config
 from smartlab.models.encoder import Encoder
 from smartlab.models.vit import ViTEncoder
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smartlab.core.config import Config
 from smartlab.core.errors import UseError
-from smartlab.core.settings import Config
 from smartlab.masking import uniform, upsample
 from smartlab.models.semantic import SemanticAttention
 from smartlab.models.swin import Repeats, Swin

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smartlab.core.settings import Config
+from smartlab.core.config import Config
 from smartlab.models.attend import Look, keyless, look
 from smartlab.models.swin import Mlp
 from smartlab.models.windows import Grid

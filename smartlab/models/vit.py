@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smartlab.core.settings import Config, MaeConfig
+from smartlab.core.config import Config
+from smartlab.core.settings import MaeConfig
 from smartlab.models.attend import Look, look, paths
 from smartlab.models.encoder import AnyEncoder, Encoded
 from smartlab.models.linear_attention import Attention

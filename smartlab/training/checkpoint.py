@@ -211,8 +211,7 @@ def header_of(file: Path) -> dict[str, str]:
 
 def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
     """What differs between two checkpoint headers, as "key: old → new"; how often to log and such are no difference."""
-    from smartlab.core.config import flatten
-    from smartlab.core.settings import Config
+    from smartlab.core.config import Config, flatten
 
     before, after = (dict(flatten(json.loads(h["config"]))) for h in (old, new))
     harmless = {

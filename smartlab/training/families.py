@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from smartlab.core.settings import Config
+from smartlab.core.config import Config
 from smartlab.data.crops.flat import ImageDataset
 from smartlab.data.crops.views import CropDataset, ViewDataset
 from smartlab.methods.masked_distillation import MaskedDistillation

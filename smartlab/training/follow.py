@@ -18,7 +18,7 @@ from smartlab.training.live import Live
 from smartlab.training.run import Run
 
 if TYPE_CHECKING:
-    from smartlab.core.settings import Config
+    from smartlab.core.config import Config
 
 WAIT = 1.0  # seconds between two looks
 

@@ -15,8 +15,8 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smartlab.core.config import Config
 from smartlab.core.files import write_text
-from smartlab.core.settings import Config
 from smartlab.training.live import Live, in_notebook
 from smartlab.training.track import open_tracker
 

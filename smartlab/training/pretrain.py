@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from smartlab.core.clock import Clock
-from smartlab.core.config import load_config
+from smartlab.core.config import Config, load_config
 from smartlab.core.errors import DataError, SmartlabError
 from smartlab.core.files import write_text
-from smartlab.core.settings import Config
 from smartlab.data.cohort.manifest import load_manifest
 from smartlab.data.crops.augment import window
 from smartlab.data.crops.loader import CropLoader

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smartlab.core.config import load_config
+from smartlab.core.config import Config, load_config
 from smartlab.core.errors import DataError, UseError
-from smartlab.core.settings import Config, DataConfig
+from smartlab.core.settings import DataConfig
 from smartlab.training import checkpoint
 
 if TYPE_CHECKING:

@@ -9,9 +9,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smartlab.core.config import flatten
+from smartlab.core.config import Config, flatten
 from smartlab.core.errors import UseError
-from smartlab.core.settings import Config
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker

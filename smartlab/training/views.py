@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smartlab.core.settings import Config
+from smartlab.core.config import Config
 from smartlab.data.crops.augment import augment, draw_mirrors, mirror, window
 from smartlab.data.crops.regions import unit_shares
 

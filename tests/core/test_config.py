@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smartlab import UseError, load_config
-from smartlab.core.config import ENCODERS, METHODS, PRESET_FOLDER, known_keys, parse_overrides, presets
+from smartlab.core.config import PRESET_FOLDER, known_keys, parse_overrides, presets
+from smartlab.core.presets import ENCODERS, METHODS
 
 
 @pytest.mark.parametrize("name", presets())

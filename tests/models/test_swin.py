@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from monai.networks.nets.swin_unetr import SwinTransformer
 
-from smartlab.core.config import ENCODERS, load_config
+from smartlab.core.config import load_config
+from smartlab.core.presets import ENCODERS
 from smartlab.core.settings import EncoderConfig
 from smartlab.masking import upsample
 from smartlab.models.attend import attend

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 import smartlab as sl
-from smartlab.core.config import METHODS
+from smartlab.core.presets import METHODS
 from smartlab.evaluation.finetune import segment
 from smartlab.evaluation.finetune.classify import classify
 from tests.evaluation.finetune.test_classify import FakeStore, manifest, truth_of

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from smartlab.core.settings import Config
+from smartlab.core.config import Config
 from smartlab.models.build import make_encoder
 from smartlab.models.encoder import AnyEncoder
 from smartlab.training.run import Run

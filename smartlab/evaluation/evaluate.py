@@ -177,7 +177,7 @@ def _check_spacing(task: str, encoder: Any, store: Store) -> None:
 
 def known_settings() -> set[str]:
     """The names of the settings of all tasks."""
-    from smartlab.evaluation.finetune.trainer import Settings
+    from smartlab.evaluation.finetune.settings import Settings
 
     own = {setting for name in tasks.TASKS for setting in tasks.find(name).settings}
     return (own - tasks.GIVEN) | Settings.model_fields.keys()

@@ -47,9 +47,8 @@ def test_the_second_pretraining_is_told_and_the_first_goes_on(settings, tmp_path
 
 
 def test_so_is_the_second_fine_tuning(holder, tmp_path):
-    nothing = [None] * 2
     with pytest.raises(DataError, match=rf"another process trains .*process {holder.pid} on"):
-        fit(*nothing, None, tmp_path / "run", None, mode="full", encoder="e.", seed=0, facts={}, resume=True)
+        fit(None, tmp_path / "run", None, seed=0, resume=True)
 
 
 def test_a_lock_ends_with_its_process_however_that_ends(holder, tmp_path):

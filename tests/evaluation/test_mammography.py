@@ -16,7 +16,7 @@ from smartlab.data.crops.flat import ImageDataset
 from smartlab.evaluation.features.baselines import lesion_baselines
 from smartlab.evaluation.features.encoders import random_encoder
 from smartlab.evaluation.features.features import lesion_features, organ_features, scan_features
-from smartlab.evaluation.finetune.trainer import layer_groups
+from smartlab.evaluation.finetune.layers import layer_groups
 
 MARGINS = ["circumscribed", "ill_defined", "spiculated", "obscured", "microlobulated"]
 QUIET = {"progress": False}

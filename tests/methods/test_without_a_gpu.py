@@ -11,7 +11,7 @@ from smartlab.core.clock import Clock
 from smartlab.data.crops.augment import augment, window
 from smartlab.evaluation.features.encoders import network_input
 from smartlab.evaluation.finetune import classifier, segmenter
-from smartlab.evaluation.finetune.trainer import layer_groups
+from smartlab.evaluation.finetune.layers import layer_groups
 from smartlab.models.build import make_encoder
 from smartlab.models.reach import reach
 from smartlab.training.families import family_of

@@ -37,15 +37,8 @@ from smartlab.evaluation.features.encoders import network_input
 from smartlab.evaluation.features.table import FeatureTable
 from smartlab.evaluation.finetune import classifier, picture
 from smartlab.evaluation.finetune.draws import LesionDraws, Places, crops_of, places
-from smartlab.evaluation.finetune.trainer import (
-    Call,
-    Mode,
-    check_fractions,
-    check_modes,
-    device_of,
-    hold_out,
-    make_settings,
-)
+from smartlab.evaluation.finetune.settings import Mode, check_fractions, check_modes, make_settings
+from smartlab.evaluation.finetune.trainer import Call, Lesson, device_of, hold_out
 from smartlab.evaluation.judge import stats
 from smartlab.evaluation.judge.compare import estimate, score
 from smartlab.evaluation.judge.predictions import Part, to_table
@@ -319,16 +312,16 @@ def _one(
         total = torch.zeros(len(rows), found.shape[1], device=found.device).index_add_(0, owner, found)
         return total / owner.bincount()[:, None]
 
-    fitted = task.fit(
-        name,
-        net,
-        draws,
-        loss,
-        _depends_on(task, train, held_out),
+    lesson = Lesson(
+        model=net,
+        data=draws,
+        loss=loss,
         mode=mode,
-        prefix=classifier.ENCODER,
+        encoder=classifier.ENCODER,
+        facts=_depends_on(task, train, held_out),
         validate=(lambda: -float(measure(said(held_out), stop))) if len(held_out) else None,
     )
+    fitted = task.fit(name, lesson)
     learned = np.full(len(task.classes), 0.5 if task.kind == "multilabel" else 1 / len(task.classes))
     learned = share if task.balance == "none" else learned
     logits = said(test).cpu().numpy()

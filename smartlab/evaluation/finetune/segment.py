@@ -29,16 +29,8 @@ from smartlab.data.images.readers import read_volume
 from smartlab.data.store.store import Store
 from smartlab.evaluation.finetune import masks, picture, segmenter
 from smartlab.evaluation.finetune.draws import ForegroundCrops
-from smartlab.evaluation.finetune.trainer import (
-    Call,
-    Fitted,
-    Mode,
-    check_fractions,
-    check_modes,
-    device_of,
-    hold_out,
-    make_settings,
-)
+from smartlab.evaluation.finetune.settings import Mode, check_fractions, check_modes, make_settings
+from smartlab.evaluation.finetune.trainer import Call, Fitted, Lesson, device_of, hold_out
 from smartlab.evaluation.judge import metrics
 from smartlab.evaluation.judge.means import patient_means
 from smartlab.evaluation.judge.result import Estimate, Result
@@ -191,16 +183,16 @@ def _one(
         "train": [int(i) for i in images[train]],
         "held_out": [int(i) for i in images[held_out]],
     }
-    fitted = job.fit(
-        name,
-        net,
-        crops["train"],
-        segmenter.loss_of(net, hu_window, weights=weights, **more),
-        facts,
+    lesson = Lesson(
+        model=net,
+        data=crops["train"],
+        loss=segmenter.loss_of(net, hu_window, weights=weights, **more),
         mode=mode,
-        prefix=segmenter.ENCODER,
+        encoder=segmenter.ENCODER,
+        facts=facts,
         validate=score if len(held_out) else None,
     )
+    fitted = job.fit(name, lesson)
 
     def measured(row: Any) -> pd.DataFrame:
         return _measure(job, net, about.iloc[row], job.out / name)

@@ -13,102 +13,38 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from smartlab.core.errors import DataError, UseError, misfit
+from smartlab.core.errors import DataError
 from smartlab.core.files import write_text
-from smartlab.core.settings import TrainConfig
 from smartlab.data.crops.loader import CropLoader
 from smartlab.data.crops.views import CropDataset
 from smartlab.evaluation.features.encoders import as_encoder, identity
+from smartlab.evaluation.finetune.layers import layer_groups
+from smartlab.evaluation.finetune.settings import Mode, Settings
 from smartlab.evaluation.learn.folds import deal
 from smartlab.methods.distillation import mean_over_ranks
 from smartlab.training import schedules
 from smartlab.training.engine import Engine, mix, refuse_run
-from smartlab.training.requests import from_main, only_one, ranks
-from smartlab.training.setup import make_accelerator, parameter_groups
+from smartlab.training.requests import from_main, only_one
+from smartlab.training.setup import make_accelerator
 
 if TYPE_CHECKING:
     import pandas as pd
     from accelerate import Accelerator
 
     from smartlab.data.store.store import Store
-    from smartlab.models.encoder import AnyEncoder
 
-Mode = Literal["full", "frozen", "scratch"]
-MODES: tuple[Mode, ...] = ("full", "frozen", "scratch")
-_MERGING = 99  # after any block
 Loss = Callable[[dict[str, Any], torch.Generator], Tensor]
-
-
-class Settings(BaseModel):
-    """How to fine-tune. Defaults suit a small network and tens of patients."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    steps: int = Field(300, ge=1)
-    batch: int = Field(2, ge=1)  # per process
-    accumulate: int = Field(1, ge=1)  # batches per step
-    lr: float = Field(1e-3, gt=0)  # of the head; the encoder's layers by layer_decay
-    lr_end: float = Field(1e-6, ge=0)
-    warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps
-    layer_decay: float = Field(0.75, gt=0, le=1)  # learning rate of a layer over that of the next
-    head_only: float = Field(0.1, ge=0, lt=1)  # share of the steps before the encoder is trained too
-    weight_decay: float = Field(0.05, ge=0)
-    clip: float = Field(1.0, gt=0)  # gradient norm
-    validate_every: int = Field(50, ge=1)
-    patience: int = Field(5, ge=1)  # looks at the validation score without a better one
-    checkpoint_every: int = Field(50, ge=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    device: str | None = None  # None: the GPU where there is one
-    workers: int = Field(0, ge=0)
-
-    @property
-    def items(self) -> int:
-        """What all steps of all processes read."""
-        return self.steps * self.batch * self.accumulate * ranks()[1]
-
-    @property
-    def train(self) -> TrainConfig:
-        """The same as the loop takes it; a loss that is no number ends a fine-tuning at once."""
-        own = self.model_dump(include=TrainConfig.model_fields.keys() & Settings.model_fields.keys())
-        return TrainConfig(**own | {"lr_times": "one", "keep_last": 2, "max_bad_steps": 1})
-
-
-def make_settings(**given: Any) -> Settings:
-    """Settings from keywords; what is wrong with them is said at once."""
-    try:
-        return Settings(**given)
-    except ValidationError as error:
-        expected = f"settings {', '.join(Settings.model_fields)}"
-        raise misfit("fine-tuning setting ", error, expected=expected) from None
-
-
-def check_modes(modes: Sequence[str], size: int, encoder: AnyEncoder) -> None:
-    """Refuse unknown ways to start, and crops that the encoder cannot take."""
-    if not modes or set(modes) - set(MODES) or len(set(modes)) < len(modes):
-        raise UseError("unknown or repeated modes", found=list(modes), expected=f"some of {', '.join(MODES)}")
-    stride = encoder.total
-    if size % stride or size < stride:
-        raise UseError(f"crops of {size} voxels", expected=f"a multiple of the encoder's stride {stride}")
-
-
-def check_fractions(fractions: Sequence[float]) -> None:
-    if not fractions or not all(0 < f <= 1 for f in fractions) or len(set(fractions)) < len(fractions):
-        raise UseError(
-            "fractions of the training patients", found=fractions, expected="each above 0, up to 1"
-        )
 
 
 class Stopped(SystemExit):
@@ -127,23 +63,11 @@ class Fitted(NamedTuple):
     score: float  # of these weights; not a number without validation patients
 
 
-def fit(
-    model: nn.Module,
-    data: CropDataset,
-    loss: Loss,
-    out: Path,
-    settings: Settings,
-    *,
-    mode: Mode,
-    encoder: str,
-    seed: int,
-    facts: dict[str, Any],
-    validate: Callable[[], float] | None = None,
-    resume: bool = False,
-    progress: bool = True,
-) -> Fitted:
-    """Train `model` on `data`, which has the items of all steps in order (`settings.items`).
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """What is trained, on what, and how it is judged on the way.
 
+    data:     the items of all steps in order (`Settings.items`).
     loss:     (batch on the device, generator for augmentation) -> scalar.
     mode:     "full" trains everything, "frozen" all but the encoder; "scratch" is for an encoder that
               was not pretrained: everything from the first step, at one learning rate.
@@ -151,9 +75,23 @@ def fit(
     facts:    what else the result depends on, besides settings: resuming with others is refused.
     validate: a score, higher is better, of the model as it is (in eval mode).
     """
+
+    model: nn.Module
+    data: CropDataset
+    loss: Loss
+    mode: Mode
+    encoder: str
+    facts: dict[str, Any]
+    validate: Callable[[], float] | None = None
+
+
+def fit(
+    lesson: Lesson, out: Path, settings: Settings, *, seed: int, resume: bool = False, progress: bool = True
+) -> Fitted:
+    """Train the lesson's model, in the folder `out`."""
     with only_one(out):
         refuse_run(out, resume, "fine-tuning")
-        tuning = FineTuning(model, data, loss, out, settings, mode, encoder, seed, facts, validate, progress)
+        tuning = FineTuning(lesson, out, settings, seed, progress)
         try:
             if not tuning.run():
                 raise Stopped(out, tuning.step)
@@ -175,23 +113,11 @@ class Call:
     resume: bool
     progress: bool
 
-    def fit(
-        self,
-        name: str,
-        net: nn.Module,
-        data: CropDataset,
-        loss: Loss,
-        facts: dict[str, Any],
-        *,
-        mode: Mode,
-        prefix: str,
-        validate: Callable[[], float] | None,
-    ) -> Fitted:
-        """One of them, in the folder `name`; see `fit`."""
+    def fit(self, name: str, lesson: Lesson) -> Fitted:
+        """One of them, in the folder `name`."""
         known = {"data": self.store.fingerprint, "encoder": identity(self.encoder)[:16], "size": self.size}
-        how: dict[str, Any] = {"mode": mode, "encoder": prefix, "seed": self.seed, "validate": validate}
-        how |= {"facts": known | facts, "resume": self.resume, "progress": self.progress}
-        return fit(net, data, loss, self.out / name, self.settings, **how)
+        lesson, out = replace(lesson, facts=known | lesson.facts), self.out / name
+        return fit(lesson, out, self.settings, seed=self.seed, resume=self.resume, progress=self.progress)
 
     def told(self, crops: dict[str, Any]) -> dict[str, Any]:
         """What a reader needs to believe the numbers."""
@@ -217,37 +143,24 @@ class Learner(nn.Module):
 class FineTuning(Engine):
     """The state of one fine-tuning. `fit` is its only user."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        data: CropDataset,
-        loss: Loss,
-        out: Path,
-        settings: Settings,
-        mode: Mode,
-        encoder: str,
-        seed: int,
-        facts: dict[str, Any],
-        validate: Callable[[], float] | None,
-        progress: bool,
-    ) -> None:
+    def __init__(self, lesson: Lesson, out: Path, settings: Settings, seed: int, progress: bool) -> None:
         super().__init__(out, settings.train, seed, accelerator_of(settings))
-        self.settings, self.mode, self.validate = settings, mode, validate
-        self.encoder = model.get_submodule(encoder.rstrip("."))
+        self.settings, self.mode, self.validate = settings, lesson.mode, lesson.validate
+        self.encoder = lesson.model.get_submodule(lesson.encoder.rstrip("."))
         self.best_step, self.best_score, self.best = 0, -math.inf, dict[str, Tensor]()
         self.history: list[list[float]] = []
         kept = settings.model_dump(exclude={"workers", "device"})
-        told = {"train": kept, "task": facts | {"mode": mode, "seed": seed}}
-        header = {"config": json.dumps(told), "data": str(facts.get("data", ""))}
+        told = {"train": kept, "task": lesson.facts | {"mode": lesson.mode, "seed": seed}}
+        header = {"config": json.dumps(told), "data": str(lesson.facts.get("data", ""))}
         self.find(header, allow_changes=False, fix="use the old settings, or another folder")
         batch, shard = settings.batch, {"rank": self.rank, "world": self.world}
-        loader = CropLoader(data, batch, workers=settings.workers, seed=seed, shuffle=False, **shard)
+        loader = CropLoader(lesson.data, batch, workers=settings.workers, seed=seed, shuffle=False, **shard)
         if self.state:  # runs of 0.1 did not note where the loader was
             self.state.setdefault("loader", loader.state_dict() | {"position": self.state["step"]})
-        decay = settings.layer_decay if mode == "full" else 1.0
+        decay = settings.layer_decay if lesson.mode == "full" else 1.0
         parts = self.keeps("history", "best", "best_step", "best_score", "done")
-        groups = partial(layer_groups, encoder=encoder, decay=decay)
-        self.place(model, loader, groups, parts, Learner(model, loss))
+        groups = partial(layer_groups, encoder=lesson.encoder, decay=decay)
+        self.place(lesson.model, loader, groups, parts, Learner(lesson.model, lesson.loss))
         self.bar = tqdm(
             total=self.train.steps,
             initial=self.step,
@@ -334,50 +247,6 @@ class FineTuning(Engine):
     def close(self) -> None:
         super().close()
         self.bar.close()
-
-
-def layer_groups(model: nn.Module, encoder: str, decay: float) -> list[dict[str, Any]]:
-    """Parameter groups with "scale", the share of the learning rate: decay ** (layers above), and "encoder".
-
-    The encoder's layers are its patch embedding, each Swin block, merging and semantic block; whatever is
-    not the encoder's is on top of them, with scale 1.
-    """
-    names = {id(p): name for name, p in model.named_parameters()}
-    inside = [name for name in names.values() if name.startswith(encoder)]
-    places = sorted({place_of(name.removeprefix(encoder)) for name in inside})
-    depth = {name: places.index(place_of(name.removeprefix(encoder))) for name in inside}
-    groups: list[dict[str, Any]] = []
-    for group in parameter_groups(model):
-        by_layer: dict[int, list[nn.Parameter]] = {}
-        for parameter in group["params"]:
-            by_layer.setdefault(depth.get(names[id(parameter)], len(places)), []).append(parameter)
-        groups += [
-            {
-                "params": parameters,
-                "decays": group["decays"],
-                "scale": decay ** (len(places) - layer),
-                "encoder": layer < len(places),
-            }
-            for layer, parameters in sorted(by_layer.items())
-        ]
-    return groups
-
-
-def place_of(name: str) -> tuple[int, int]:
-    """(stage, block) of an encoder parameter, in order of depth; a stage's merging comes after its blocks.
-
-    >>> place_of("swin.layers3.0.blocks.1.attn.qkv.weight"), place_of("patch_embed.proj.bias")
-    ((3, 1), (0, 0))
-    """
-    if found := re.search(r"(?:^|\.)layers(\d)\.0\.(?:blocks\.(\d+)|downsample)\.", name):
-        return int(found[1]), int(found[2]) if found[2] else _MERGING
-    if found := re.search(r"(?:^|\.)semantic\.(?:blocks\.(\d+))?", name):
-        return 5, int(found[1] or 0)
-    if found := re.search(r"^(?:eva\.)?blocks\.(\d+)\.", name):  # of a plain transformer
-        return 1 + int(found[1]), 0
-    if name.startswith(("norm.", "eva.norm.")):  # after its last block
-        return _MERGING, 0
-    return 0, 0
 
 
 HELD_OUT = 7  # one training patient in seven chooses the weights, where the data name no validation patients

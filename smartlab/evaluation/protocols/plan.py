@@ -14,7 +14,7 @@ from smartlab.data.cohort.case import Case
 from smartlab.data.cohort.manifest import Manifest, load_manifest
 from smartlab.evaluation.evaluate import check_dimensions
 from smartlab.evaluation.features.encoders import EncoderSource, as_encoder
-from smartlab.evaluation.finetune.trainer import Settings, make_settings
+from smartlab.evaluation.finetune.settings import Settings, make_settings
 from smartlab.evaluation.learn.folds import deal, nested
 from smartlab.evaluation.protocols.run import Own, Prepared
 from smartlab.evaluation.protocols.table import Protocol, protocols

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from smartlab.evaluation.finetune.trainer import Settings
+from smartlab.evaluation.finetune.settings import Settings
 from smartlab.evaluation.task import find
 
 OF_THE_CALL = {"beside", "label", "root", "seed", "progress", "resume", "fractions"}  # given by the protocol

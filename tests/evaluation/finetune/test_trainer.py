@@ -16,14 +16,9 @@ from smartlab.data.crops.loader import GivenUp
 from smartlab.data.crops.views import CropDataset
 from smartlab.evaluation.finetune.classifier import Classifier
 from smartlab.evaluation.finetune.draws import rounds
-from smartlab.evaluation.finetune.trainer import (
-    Stopped,
-    fit,
-    hold_out,
-    layer_groups,
-    make_settings,
-    place_of,
-)
+from smartlab.evaluation.finetune.layers import layer_groups, place_of
+from smartlab.evaluation.finetune.settings import make_settings
+from smartlab.evaluation.finetune.trainer import Lesson, Stopped, fit, hold_out
 from smartlab.models.build import make_encoder
 from smartlab.models.encoder import Encoder
 from smartlab.training import checkpoint
@@ -70,21 +65,16 @@ def loss_for(model):
 def run(out, mode="full", model=None, validate=None, loss=None, facts=None, resume=False, **settings):
     model = model or make_model()
     chosen = make_settings(**(QUICK | settings))
-    fitted = fit(
-        model,
-        Noise(chosen.steps * chosen.batch),
-        loss or loss_for(model),
-        out,
-        chosen,
+    lesson = Lesson(
+        model=model,
+        data=Noise(chosen.steps * chosen.batch),
+        loss=loss or loss_for(model),
         mode=mode,
         encoder="encoder.",
-        seed=3,
         facts=facts or {"data": "noise"},
         validate=validate,
-        resume=resume,
-        progress=False,
     )
-    return model, fitted
+    return model, fit(lesson, out, chosen, seed=3, resume=resume, progress=False)
 
 
 def same(a, b):

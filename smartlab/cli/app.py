@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smartlab.cli.batch import batch, results
-from smartlab.cli.data import WHAT, AsJson, Data, Place, one_of, say
+from smartlab.cli.data import WHAT, AsJson, Data, Place, either, say
 from smartlab.cli.data import data as data_commands
 from smartlab.cli.prompt import Program, WithSettings, answer
-from smartlab.core.errors import UseError
+from smartlab.core.errors import UseError, one_of
 from smartlab.core.files import check_writable
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def pretrain(
     from smartlab.training.pretrain import pretrain as train
 
     settings = parse_overrides(overrides or [])
-    if one_of(data, settings.get("data.manifest"), "data.manifest") and data:
+    if either(data, settings.get("data.manifest"), "data.manifest") and data:
         settings["data.manifest"] = data
     cfg = load_config(preset, settings)
     run = train(cfg, out, resume=resume, allow_changes=allow_changes, progress=not as_json)
@@ -253,7 +253,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Judge a frozen encoder on a downstream task, beside a random one and trivial baselines."""
-    source = one_of(data, manifest, "--manifest")
+    source = either(data, manifest, "--manifest")
     if task is not None and protocol is not None:
         raise UseError("what to evaluate?", expected="either --task or --protocol")
     if protocol is None:
@@ -293,9 +293,8 @@ def finetune(
     """Fine-tune a pretrained encoder for classification or segmentation."""
     from smartlab.evaluation.task import FINE_TUNING
 
-    if task not in FINE_TUNING:
-        raise UseError(f"no task {task!r}", expected=" or ".join(FINE_TUNING))
-    source = one_of(data, manifest, "--manifest")
+    one_of("no task", task, FINE_TUNING)
+    source = either(data, manifest, "--manifest")
     _judge(run, task, source, settings, root, store, label, out, as_json, resume=resume)
 
 

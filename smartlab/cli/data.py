@@ -26,7 +26,7 @@ Named = Annotated[str | None, typer.Argument(metavar="[DATA]", help=WHAT)]
 Place = Annotated[Path | None, typer.Option("--root", help="Folder of the images, if elsewhere.")]
 
 
-def one_of(data: str | None, other: str | None, option: str) -> str | None:
+def either(data: str | None, other: str | None, option: str) -> str | None:
     """The data, named by --data or the older way; not by both."""
     if data is not None and other is not None:
         raise UseError(f"--data and {option} both name the data", found=f"{data} and {other}", fix="give one")
@@ -36,7 +36,7 @@ def one_of(data: str | None, other: str | None, option: str) -> str | None:
 def _located(name: str | None, data: str | None, root: Path | None, as_json: bool) -> tuple[Manifest, Path]:
     from smartlab.data.store.prepare import find_data
 
-    named = one_of(data, name, "the name")
+    named = either(data, name, "the name")
     if named is None:
         raise UseError("which data?", fix="give a folder of scans, a manifest.json or a shipped name")
     man, place = find_data(named, root, progress=not as_json)
@@ -154,7 +154,7 @@ def data_verify(
 ) -> None:
     """Check that every image exists, reads, has sane geometry and fits its labels and masks."""
     if store is not None:
-        _verify_store(store, one_of(data, name, "the name"), as_json)
+        _verify_store(store, either(data, name, "the name"), as_json)
     from smartlab.data.cohort.verify import verify_manifest
 
     man, place = _located(name, data, root, as_json)

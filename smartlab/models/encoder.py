@@ -191,18 +191,7 @@ class Encoder(AnyEncoder):
         e, s = config.encoder, config.semantic
         self.config, self.stage, self.stride, self.total = config, s.stage, config.unit, e.stride(4)
         self.heads = s.heads if s.enabled else 0
-        self.swin = Swin(
-            e.in_channels,
-            e.embed_dim,
-            e.depths,
-            e.num_heads,
-            e.window_size,
-            e.patch,
-            e.mlp_ratio,
-            e.qkv_bias,
-            e.drop_path,
-            e.checkpointing,
-        )
+        self.swin = Swin(e)
         self.unit_patches = self.stride // e.patch
         self.channels = self.swin.channels[self.stage]
         self.stage_channels = list(self.swin.channels)

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from smartlab.core.settings import EncoderConfig
 from smartlab.models.attend import paths
 from smartlab.models.windows import Grid, ShiftMasks, WindowAttention, clip_window
 
@@ -51,29 +52,15 @@ class Swin(nn.Module):
     Output strides are 2, 4, 8, 16, 32 voxels with C, 2C, 4C, 8C, 16C channels.
     """
 
-    def __init__(
-        self,
-        in_channels: int = 1,
-        embed_dim: int = 48,
-        depths: Sequence[int] = (2, 2, 2, 2),
-        num_heads: Sequence[int] = (3, 6, 12, 24),
-        window_size: int = 7,
-        patch: int = 2,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        drop_path: float = 0.0,
-        checkpointing: bool = False,
-    ) -> None:
+    def __init__(self, e: EncoderConfig) -> None:
         super().__init__()
-        self.embed_dim, self.patch, self.window_size = embed_dim, patch, window_size
-        self.channels = tuple(embed_dim * 2**stage for stage in range(5))
-        self.patch_embed = PatchEmbed(in_channels, embed_dim, patch)
-        rates = torch.linspace(0, drop_path, sum(depths)).tolist()
-        for stage, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
+        self.embed_dim, self.patch, self.window_size = e.embed_dim, e.patch, e.window_size
+        self.channels = tuple(e.embed_dim * 2**stage for stage in range(5))
+        self.patch_embed = PatchEmbed(e.in_channels, e.embed_dim, e.patch)
+        rates = torch.linspace(0, e.drop_path, sum(e.depths)).tolist()
+        for stage, (depth, heads) in enumerate(zip(e.depths, e.num_heads, strict=True)):
             stage_rates, rates = rates[:depth], rates[depth:]
-            layer = Stage(
-                self.channels[stage], heads, window_size, mlp_ratio, qkv_bias, stage_rates, checkpointing
-            )
+            layer = Stage(self.channels[stage], heads, stage_rates, e)
             # MONAI keeps each stage in a list of one, under layers1 … layers4.
             setattr(self, f"layers{stage + 1}", nn.ModuleList([layer]))
 
@@ -171,19 +158,10 @@ class PatchEmbed(nn.Module):
 class Stage(nn.Module):
     """`depth` blocks, every second one on shifted windows, then patch merging."""
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        window_size: int,
-        mlp_ratio: float,
-        qkv_bias: bool,
-        drop_path: Sequence[float],
-        checkpointing: bool,
-    ) -> None:
+    def __init__(self, dim: int, heads: int, drop_path: Sequence[float], e: EncoderConfig) -> None:
         super().__init__()
-        self.window_size, self.checkpointing = window_size, checkpointing
-        self.blocks = nn.ModuleList(Block(dim, heads, window_size, mlp_ratio, qkv_bias, p) for p in drop_path)
+        self.window_size, self.checkpointing = e.window_size, e.checkpointing
+        self.blocks = nn.ModuleList(Block(dim, heads, p, e) for p in drop_path)
         self.downsample = PatchMerging(dim)
         self._masks = ShiftMasks()
 
@@ -242,14 +220,12 @@ def in_slabs(
 class Block(nn.Module):
     """Pre-norm attention inside windows, then a two-layer perceptron, both residual."""
 
-    def __init__(
-        self, dim: int, heads: int, window_size: int, mlp_ratio: float, qkv_bias: bool, drop_path: float
-    ) -> None:
+    def __init__(self, dim: int, heads: int, drop_path: float, e: EncoderConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, heads, window_size, qkv_bias)
+        self.attn = WindowAttention(dim, heads, e.window_size, e.qkv_bias)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * e.mlp_ratio))
         self.drop_path = drop_path
 
     def forward(

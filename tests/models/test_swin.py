@@ -21,7 +21,8 @@ PRESETS = [name for name, e in ENCODERS.items() if e.get("encoder.kind") == "swi
 
 def pair(embed_dim, depths, num_heads, window_size, qkv_bias=True, **_):
     torch.manual_seed(0)
-    ours = Swin(1, embed_dim, depths, num_heads, window_size, qkv_bias=qkv_bias).eval()
+    shape = {"embed_dim": embed_dim, "depths": depths, "num_heads": num_heads}
+    ours = Swin(EncoderConfig(**shape, window_size=window_size, qkv_bias=qkv_bias)).eval()
     theirs = SwinTransformer(
         1, embed_dim, (window_size,) * 3, (2, 2, 2), depths, num_heads, qkv_bias=qkv_bias
     ).eval()
@@ -55,7 +56,7 @@ def test_any_size_is_padded_as_monai_pads_it(size):
 
 def test_gradients_equal_monai_and_checkpointing_changes_nothing():
     ours, theirs = pair(12, (2, 2, 2, 2), (1, 2, 4, 8), 4)
-    saving = Swin(1, 12, (2, 2, 2, 2), (1, 2, 4, 8), 4, checkpointing=True)
+    saving = Swin(EncoderConfig(depths=(2, 2, 2, 2), checkpointing=True))
     saving.load_state_dict(ours.state_dict())
     x = torch.randn(1, 1, 64, 64, 32, dtype=torch.float64)
     weights = [torch.randn_like(f) for f in ours.double()(x)]
@@ -72,12 +73,12 @@ def test_gradients_equal_monai_and_checkpointing_changes_nothing():
 def test_shift_masks_are_built_once_and_only_where_windows_shift(monkeypatch):
     calls = []
     monkeypatch.setattr("smartlab.models.windows.shift_mask", lambda *a: calls.append(a) or shift_mask(*a))
-    net = Swin(1, 12, (2, 2, 4, 2), (1, 2, 4, 8), 4)
+    net = Swin(EncoderConfig(depths=(2, 2, 4, 2)))
     for _ in range(3):
         net(torch.zeros(1, 1, 64, 64, 64))
     # 32³, 16³ and 8³ tokens shift; the last stage has 4³ tokens, one window: no shift, no mask
     assert [call[0] for call in calls] == [(32,) * 3, (16,) * 3, (8,) * 3]
-    single = Swin(1, 12, (1, 1, 1, 1), (1, 2, 4, 8), 4)
+    single = Swin(EncoderConfig(depths=(1, 1, 1, 1)))
     single(torch.zeros(1, 1, 64, 64, 64))
     assert len(calls) == 3
     assert not any("mask" in key for key in net.state_dict())
@@ -85,7 +86,7 @@ def test_shift_masks_are_built_once_and_only_where_windows_shift(monkeypatch):
 
 @pytest.mark.slow
 def test_compiles_as_one_graph():
-    net = Swin(1, 12, (2, 1, 1, 1), (1, 2, 4, 8), 4)
+    net = Swin(EncoderConfig(depths=(2, 1, 1, 1)))
     x = torch.randn(1, 1, 64, 32, 32)
     expected = net(x)
     sum(
@@ -181,7 +182,7 @@ def test_a_sparse_student_sees_each_unit_apart_until_units_are_tokens(checkpoint
 
 def test_positions_inside_a_small_unit_are_the_true_ones():
     """Two tokens that are neighbours share their bias, whatever the size of the cell they are in."""
-    attention = Swin(1, 12, (1, 1, 1, 1), (1, 2, 4, 8), 4).layers1[0].blocks[0].attn
+    attention = Swin(EncoderConfig(depths=(1, 1, 1, 1))).layers1[0].blocks[0].attn
     whole, cell = attention.bias((4, 4, 4), True), attention.bias((2, 2, 2), True)
     place = torch.arange(64).view(4, 4, 4)[1:3, 1:3, 1:3].flatten()
     torch.testing.assert_close(cell, whole[:, place][:, :, place])
@@ -192,7 +193,7 @@ def test_doing_blocks_again_in_backward_keeps_little_and_drops_the_same_paths():
     x, found = torch.rand(2, 1, 64, 64, 64, dtype=torch.float64), {}
     for again in (False, True):
         torch.manual_seed(0)
-        net = Swin(1, 12, (2, 2, 2, 2), (1, 2, 4, 8), 4, drop_path=0.5, checkpointing=again).double().train()
+        net = Swin(EncoderConfig(depths=(2, 2, 2, 2), drop_path=0.5, checkpointing=again)).double().train()
         kept = 0
 
         def count(tensor: torch.Tensor) -> torch.Tensor:

@@ -133,11 +133,7 @@ def _about(plan: Plan | None, runs: pd.DataFrame, table: pd.DataFrame) -> list[B
 
 
 def _found(
-    out: Path,
-    runs: pd.DataFrame,
-    table: pd.DataFrame,
-    metrics: Sequence[str] | None,
-    figures: bool,
+    out: Path, runs: pd.DataFrame, table: pd.DataFrame, metrics: Sequence[str] | None, figures: bool
 ) -> list[Block]:
     blocks = _varied(runs)
     for step in table.step.unique():

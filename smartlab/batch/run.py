@@ -191,12 +191,7 @@ class _Attempt:
     """A notebook in a kernel that ends when its time is over or nobody wants it; `ended` says why it had to."""
 
     def __init__(
-        self,
-        notebook: Path,
-        folder: Path,
-        record: dict[str, Any],
-        seconds: float,
-        wanted: Callable[[], bool],
+        self, notebook: Path, folder: Path, record: dict[str, Any], seconds: float, wanted: Callable[[], bool]
     ) -> None:
         self.notebook, self.folder, self.seconds, self.wanted = notebook, folder, seconds, wanted
         self.parameters = {**record["parameters"], "out": str(folder)}

@@ -202,12 +202,7 @@ def _draw_phantoms(notebooks: Sequence[Path]) -> dict[Any, Any]:
     drawing: dict[Any, Any] = {}
     for number, patients in enumerate(wanted):
         few = patients <= 8  # sooner drawn here than workers are started
-        given = {
-            "data": "phantom-ct",
-            "patients": patients,
-            "workers": 0 if few else JOBS,
-            "progress": False,
-        }
+        given = {"data": "phantom-ct", "patients": patients, "workers": 0 if few else JOBS, "progress": False}
         if number == 0:
             open_cohort(**given)
             drawing[patients] = None

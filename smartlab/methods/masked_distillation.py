@@ -107,11 +107,7 @@ class MaskedDistillation(nn.Module):
         return self
 
     def forward(
-        self,
-        views: Tensor,
-        clock: Clock,
-        generator: torch.Generator,
-        shares: dict[str, Tensor] | None = None,
+        self, views: Tensor, clock: Clock, generator: torch.Generator, shares: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """views (B, 2, 1, D, H, W) in [0, 1] -> loss and the step's metrics.
 

@@ -58,11 +58,7 @@ class MultiscaleMAE(nn.Module):
         )
 
     def forward(
-        self,
-        views: Tensor,
-        clock: Clock,
-        generator: torch.Generator,
-        shares: dict[str, Tensor] | None = None,
+        self, views: Tensor, clock: Clock, generator: torch.Generator, shares: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """views (B, 1, V, V), or of scans (B, 2, 1, V, V, V), in [0, 1] -> loss and the step's metrics.
 

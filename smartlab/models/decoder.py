@@ -38,13 +38,7 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(channels, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.ModuleList(
-            ViTBlock(
-                width,
-                decoding.heads,
-                kind=decoding.attention,
-                tokens=1 + fine**dims,
-                settings=settings,
-            )
+            ViTBlock(width, decoding.heads, kind=decoding.attention, tokens=1 + fine**dims, settings=settings)
             for _ in range(decoding.depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)

@@ -44,15 +44,7 @@ from smartlab.evaluation.judge.compare import estimate, score
 from smartlab.evaluation.judge.predictions import Part, to_table
 from smartlab.evaluation.judge.report import comparisons, differences
 from smartlab.evaluation.judge.result import Estimate, Result
-from smartlab.evaluation.learn.folds import (
-    Plan,
-    Split,
-    averaged,
-    make_plan,
-    nested,
-    present_classes,
-    support,
-)
+from smartlab.evaluation.learn.folds import Plan, Split, averaged, make_plan, nested, present_classes, support
 from smartlab.evaluation.learn.labels import CLASSED, can_be_split
 from smartlab.evaluation.task import Job, Task
 from smartlab.models.encoder import AnyEncoder

@@ -105,11 +105,7 @@ def targets(y: np.ndarray, classes: list[str]) -> tuple[np.ndarray, Family]:
 
 
 def fit(
-    x: np.ndarray,
-    target: np.ndarray,
-    family: Family,
-    strength: float | np.ndarray,
-    standardise: bool = True,
+    x: np.ndarray, target: np.ndarray, family: Family, strength: float | np.ndarray, standardise: bool = True
 ) -> Linear:
     """One model with given C."""
     basis = Basis.of(x, standardise)

@@ -91,11 +91,7 @@ def localize(
     counts = {name: int((table[table.score == "mean"].region == name).sum()) for name in wanted}
     facts = origin | {"images": len(about), "unlabelled": unlabelled, "with_region": counts}
     facts |= {"empty": {name: len(about) - unlabelled - n for name, n in counts.items()}, "seed": seed}
-    facts |= {
-        "data": store.fingerprint,
-        "stride_voxels": encoder.stride,
-        "quantile": quantile,
-    }
+    facts |= {"data": store.fingerprint, "stride_voxels": encoder.stride, "quantile": quantile}
     facts |= {"split": sorted(about.split.dropna().unique()), "interpolation": "trilinear, units to voxels"}
     region = max(counts, key=lambda name: counts[name])
     shown = {image: maps[image] for image in _examples(table, region)}

@@ -56,9 +56,8 @@ def _declared(path: Path, changed: int) -> type[NotebookParameters]:
 def _field(value: ast.expr, annotation: ast.expr | None) -> tuple[Any, Any]:
     """Type and default of a parameter: the default's type where none is written, or one that only a kernel knows."""
     kind = default = None
-    with suppress(
-        ValueError, TypeError, RecursionError, MemoryError
-    ):  # else no plain value: any type will do
+    # else no plain value: any type will do
+    with suppress(ValueError, TypeError, RecursionError, MemoryError):
         default = ast.literal_eval(value)
     with suppress(ValueError, TypeError):
         kind = annotation and _type(annotation)

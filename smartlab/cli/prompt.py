@@ -33,9 +33,8 @@ class WithSettings(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
-            if (
-                type(error).__name__ != "NoSuchOption"
-            ):  # click's, or that of the click which newer typers contain
+            # click's, or that of the click which newer typers contain
+            if type(error).__name__ != "NoSuchOption":
                 raise
             name = error.option_name.lstrip("-").replace("-", "_")  # type: ignore[attr-defined]
             full = next((key for key in _known(ctx.info_name) if name in (key, key.rpartition(".")[2])), None)

@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
 Plane = Literal["axial", "coronal", "sagittal"]
 PLANES: tuple[Plane, ...] = ("axial", "coronal", "sagittal")
-WINDOWS: dict[
-    str, tuple[float, float]
-] = {  # low and high in HU; add your own, and viewers begun later offer it
+# low and high in HU; add your own, and viewers begun later offer it
+WINDOWS: dict[str, tuple[float, float]] = {
     "lung": (-1000, 400),
     "soft tissue": (-160, 240),
     "bone": (-300, 1300),

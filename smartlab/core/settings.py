@@ -185,9 +185,8 @@ class TeacherConfig(Section):
     patch_dropout: float = Field(0.0, ge=0, lt=1)  # share of the input dropped for the targets; 0.7 [paper]
     dropout_unit: Literal["token", "mask_unit"] = "token"  # of patch tokens [paper], or of whole units
     noise_std: float = Field(0.0, ge=0)  # extra Gaussian noise on the windowed input [ours]
-    momentum: float = Field(
-        0.996, ge=0, le=1
-    )  # start; a cosine over all steps takes it to momentum_end [smit]
+    # start; a cosine over all steps takes it to momentum_end [smit]
+    momentum: float = Field(0.996, ge=0, le=1)
     momentum_end: float = Field(1.0, ge=0, le=1)
     temperature: float = Field(0.07, gt=0)  # [smit]
     temperature_start: float = Field(0.04, gt=0)

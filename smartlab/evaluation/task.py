@@ -45,11 +45,8 @@ PLACES = {  # the modules of the tasks
 }
 TASKS = tuple(PLACES)
 FINE_TUNING = tuple(name for name, place in PLACES.items() if place.startswith("finetune"))
-GIVEN = {
-    "beside",
-    "label",
-    "resume",
-}  # settings of functions that are arguments of `evaluate`, or of its caller
+# settings of functions that are arguments of `evaluate`, or of its caller
+GIVEN = {"beside", "label", "resume"}
 Rows = Literal["lesion", "image", "patient", "organ"]
 Settings = Mapping[str, Any]
 

@@ -43,9 +43,8 @@ class Decoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pixels = nn.Linear(width, patch**dims)
-        table = sine_positions((fine,) * dims, width)[
-            None
-        ]  # counted in fine tokens, to tell neighbours apart
+        # counted in fine tokens, to tell neighbours apart
+        table = sine_positions((fine,) * dims, width)[None]
         self.register_buffer("position", table, persistent=False)
         self.register_buffer("stretch", stretching(side, fine), persistent=False)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -68,9 +67,8 @@ class Decoder(nn.Module):
         batch, _, width = x.shape
         grid = self.mask_token.to(x.dtype).expand(batch, self.side**self.dims, -1)
         grid = grid.scatter(1, keep[..., None].expand(-1, -1, width), x[:, 1:])
-        if (
-            self.scale > 1
-        ):  # linear along each axis, as products: the same on every device, forwards and backwards
+        # linear along each axis, as products: the same on every device, forwards and backwards
+        if self.scale > 1:
             grid, stretch = grid.unflatten(1, (self.side,) * self.dims), self.stretch.to(x.dtype)
             for axis in range(1, 1 + self.dims):
                 grid = torch.tensordot(grid, stretch, ([axis], [1])).movedim(-1, axis)

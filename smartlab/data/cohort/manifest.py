@@ -171,10 +171,8 @@ class Manifest(BaseModel, extra="forbid", populate_by_name=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         full = self.model_dump(mode="json", by_alias=True)
         given = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        stated = given.keys() | {
-            "schema_version",
-            "modality",
-        }  # a reader should not have to know these defaults
+        # a reader should not have to know these defaults
+        stated = given.keys() | {"schema_version", "modality"}
         content = {key: given.get(key, value) for key, value in full.items() if key in stated}
         if self.cases_file:
             content.pop("cases", None)

@@ -52,9 +52,8 @@ class Joined:
     problems: list[str]
     labels: dict[str, LabelSpec] = field(default_factory=dict)
     left: list[tuple[str, str]] = field(default_factory=list)
-    facts: dict[str, dict[str, Any]] = field(
-        default_factory=lambda: defaultdict(dict)
-    )  # case id -> its fields
+    # case id -> its fields
+    facts: dict[str, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
 
     def texts(self, column: str) -> dict[str, str]:
         """Case id -> what the table has in a column, where it has something."""

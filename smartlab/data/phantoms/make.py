@@ -30,10 +30,8 @@ from smartlab.data.phantoms.grid import Grid
 
 Format = Literal["nifti", "dicom"]
 _KINDS = {"ct": "smartlab.data.phantoms.ct", "mammo": "smartlab.data.phantoms.mammo"}
-DRAWING = {
-    "ct": 1,
-    "mammo": 2,
-}  # raised when a seed gives other images than before: those kept are then others
+# raised when a seed gives other images than before: those kept are then others
+DRAWING = {"ct": 1, "mammo": 2}
 
 
 def make_phantom(

@@ -123,9 +123,8 @@ def compare(
     if len(read) < 2:
         raise UseError("a comparison needs at least two runs", found=", ".join(read) or "none")
     told = {str(facts.get("task")) for _, facts in read.values()}
-    task = (
-        task.split("-")[0] if task else told.pop() if len(told) == 1 else None
-    )  # "probe-malignancy" is a probe
+    # "probe-malignancy" is a probe
+    task = task.split("-")[0] if task else told.pop() if len(told) == 1 else None
     if task in PER_CASE:
         return _per_case({name: table for name, (table, _) in read.items()}, task, metrics)
     tables = _aligned(
@@ -180,9 +179,8 @@ def _read(name: str, source: Source, task: str | None) -> tuple[pd.DataFrame, di
         if (place / "result.json").is_file():  # written last: the result is whole
             facts = json.loads((place / "result.json").read_text(encoding="utf-8"))
             text = {"case": str, "patient": str}
-            table = pd.read_csv(
-                place / "table.csv", dtype=text, keep_default_na=False, na_values=[""]
-            )  # a class may be called "None"
+            # a class may be called "None"
+            table = pd.read_csv(place / "table.csv", dtype=text, keep_default_na=False, na_values=[""])
             return _first_training(table), facts
     expected = f"result.json in it{f', or in evaluation/{task} or finetune/{task}' if task else ''}"
     raise DataError(f"{name} holds no result", path=folder, expected=expected, fix="evaluate it first")

@@ -255,9 +255,8 @@ def in_order(time: np.ndarray, event: np.ndarray, risk: np.ndarray) -> tuple[np.
     where the one with the shorter time had the event; follow-up that ends at the time of an event counts
     as longer. Equal risks count half.
     """
-    first = event[:, None] & (
-        (time[:, None] < time) | ((time[:, None] == time) & ~event)
-    )  # row before column
+    # row before column
+    first = event[:, None] & ((time[:, None] < time) | ((time[:, None] == time) & ~event))
     right = first * ((risk[:, None] > risk) + (risk[:, None] == risk) / 2)
     return right.sum(0) + right.sum(1), (first.sum(0) + first.sum(1)).astype(float)
 

@@ -256,9 +256,8 @@ def matched_lift(
         organ = int(near.argmax())
         if near[organ] <= HOST * len(around):
             continue
-        units = [
-            (place + s.start) // stride for place, s in zip(np.nonzero(lesion), wide, strict=True)
-        ]  # of each voxel
+        # of each voxel
+        units = [(place + s.start) // stride for place, s in zip(np.nonzero(lesion), wide, strict=True)]
         where = np.ravel_multi_index(units, tuple(grid))
         host = counts[:, organ]
         on_lesion += density[:, where].sum(1)
@@ -287,9 +286,8 @@ def _summarise(table: pd.DataFrame) -> dict[str, Estimate]:
             values += [apart[m].to_numpy(float) for m in kept]
         found = patient_means(np.stack(values, 1), patients)
         metrics |= dict(zip(columns, found, strict=True))
-        if (
-            len(set(patients)) == len(patients) > 1
-        ):  # hits of independent scans: no hit at all has no variance
+        # hits of independent scans: no hit at all has no variance
+        if len(set(patients)) == len(patients) > 1:
             hits = {
                 n: v for n, v in zip(columns, values, strict=True) if "/pointing" in n and "minus" not in n
             }

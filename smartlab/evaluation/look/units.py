@@ -183,9 +183,8 @@ def _confusions(
             y.append(scan.organ[rows])
             who.append(np.full(len(rows), patients[i]))
         labels = np.concatenate(y)
-        known, code = np.unique(
-            labels, return_inverse=True
-        )  # organs that no learning scan shows stay unnamed
+        # organs that no learning scan shows stay unnamed
+        known, code = np.unique(labels, return_inverse=True)
         model = fit_tuned(np.concatenate(x), code, [str(c) for c in known], np.concatenate(who), seed=seed)
         for i in judge:
             said = model.predict(every[i].features[feature])

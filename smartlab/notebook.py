@@ -32,9 +32,13 @@ from smartlab.core.files import write_bytes, write_text
 from smartlab.core.places import code_version, default_encoder
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
     from smartlab.core.config import Config
     from smartlab.data.cohort.manifest import Manifest
     from smartlab.data.store.store import Store
+    from smartlab.evaluation.judge.result import Estimate
     from smartlab.models.encoder import AnyEncoder
     from smartlab.training.run import Run
 
@@ -240,6 +244,32 @@ def train(config: Config, out: str | Path, *, resume: bool = True, processes: in
     from smartlab.training.follow import launch
 
     return launch(config, Path(out), resume, processes)
+
+
+# ---- numbers
+
+
+def hidden_shares(
+    masks: Mapping[str, Tensor], shares: Mapping[str, Tensor], patients: np.ndarray
+) -> dict[str, dict[str, Estimate]]:
+    """Strategy -> region -> the share of it that is hidden: mean over the crops that show it, over patients.
+
+    masks: strategy -> (B, N), how often a unit is hidden;  shares: region -> (B, N), see `unit_shares`.
+    """
+    from smartlab.evaluation.judge.result import Estimate
+    from smartlab.evaluation.judge.stats import t_interval
+    from smartlab.masking import hidden_share
+
+    def mean(mask: Tensor, share: Tensor) -> Estimate:
+        there = share.sum(1).nonzero().flatten().tolist()
+        each = [float(hidden_share(mask[i : i + 1], share[i : i + 1])) for i in there]
+        if len({*patients[there]}) == 1:  # one patient has no interval
+            return Estimate(sum(each) / len(each), n=1)
+        return t_interval(each, patients[there])
+
+    return {
+        name: {region: mean(mask, share) for region, share in shares.items()} for name, mask in masks.items()
+    }
 
 
 # ---- files

@@ -26,6 +26,7 @@ from pydantic import Field
 from smartlab import UseError
 from smartlab.batch.notebooks import declared, notebook_parameters
 from smartlab.cli.demo import run_demo
+from smartlab.masking import STRATEGIES
 from smartlab.notebook import AtLeast, Folder, NotebookParameters, Part, parameters
 from smartlab.notebook_files import main, problems
 from tests.conftest import REPO
@@ -136,6 +137,40 @@ ELSEWHERE = {  # tests of their own
     "09_ablations": {"results", "plan", "metric", "step"},
 }
 NO_CT = {"08_mammography", "09_ablations"}  # not for the cohort and the encoder of the others
+REGIONS = ("body", "organ", "lesion")
+PLOTTED: dict[str, list[str]] = {  # numbers that a notebook's pictures show, by the name they have as metrics
+    "02_pretrain": [
+        *("loss_amip", "loss_ampd", "loss_itd", "loss_gitd", "grad_norm"),
+        *("attention_informativeness", "head_diversity", "feature_std"),
+    ],
+    "03_masks_and_attention": [
+        *(f"hidden {region}, {name}" for region in REGIONS for name in STRATEGIES),
+        *(
+            f"{who}{what}"
+            for who in ("", "noisy ", "random ")
+            for what in ("cosine", "reach distance:stage 4")
+        ),
+    ],
+    "04_linear_probe": [
+        *(f"{task} {of}auc" for task in ("probe", "knn") for of in ("", "size/", "random encoder/")),
+        *("probe random encoder/brier", "fewshot auc@1", "fewshot size/balanced_accuracy@2"),
+    ],
+    "05_organ_clusters": [
+        "umap/ratio",
+        "pca/ratio",
+        "dice:liver",
+        "dice:intensity",
+        "dice:random",
+        "ceiling",
+    ],
+    "06_finetune": ["classify auc", "classify auc (scratch)", "segment dice", "segment dice:liver"],
+    "07_localize": [f"liver/{m}{s}" for m in ("lift", "pointing", "auc") for s in ("", ":random", ":centre")],
+    "08_mammography": [
+        *("pathology auc", "pathology random encoder/auc", "mass_margins balanced_accuracy"),
+        *("loss_scale_1", "loss_scale_2", "ms of softmax, 64 tokens"),
+    ],
+    "09_ablations": ["error_hu of strategy random, ratio 0.4", "error_hu of strategy block, ratio 0.7"],
+}
 WRONG = {  # values of the right type that make no sense
     "00_start_here": {"patients": 0},
     "01_data": {"spacing": -1.0, "region": 16},
@@ -169,6 +204,14 @@ def test_a_notebook_is_clean_in_git(path):
     assert "finish(" in cells[-1].source, "the last cell writes result.json"
     assert "**What to see.**" in "".join(c.source for c in cells) or path.stem.startswith("0") is False
     assert "**Try next.**" in "".join(c.source for c in cells) or path in TOUR
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS + TOUR + PLANNED, ids=lambda path: path.stem)
+def test_what_shows_a_scan_shows_it_in_the_viewer_too(path):
+    """Slices in a picture stand still; one can turn those of the viewer, and read off them."""
+    code = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+    still = re.search(r"slice_of|draw_slice|gallery\(|\.imshow\(hu|reconstruct\(", code)
+    assert not still or re.search(r"sl\.(view|explore)\(", code), f"{still[0]} and no viewer"
 
 
 def test_cleaning_takes_outputs_away_and_numbers_the_cells(tmp_path, capsys):
@@ -205,6 +248,8 @@ def test_the_notebooks_run_as_shipped(tmp_path, monkeypatch, capfd):
         assert written["smoke"] and written["code"] and written["headline"]
         pictures = [folder / figure for figure in written["figures"]]
         assert pictures and all(p.stat().st_size > 5000 for p in pictures)
+        missing = [name for name in PLOTTED.get(path.stem, []) if name not in written["metrics"]]
+        assert not missing, f"{path.stem}: plotted and not among its results"
         check_outputs(folder / "notebook.ipynb")
         page = (folder / "notebook.html").read_text(encoding="utf-8")
         assert 'data-mime-type="application/vnd.jupyter.stderr"' not in page

@@ -41,6 +41,13 @@ OURS = (  # rooms that its notebooks use
     *("smartlab.evaluation.look.clusters", "smartlab.evaluation.finetune.segment"),
     *("smartlab.evaluation.finetune.classify", "smartlab.viewers.masks", "smartlab.viewers.embedding"),
 )
+LIVE = {  # pages that a notebook may leave beside its own: how they are called, and what to do there
+    "explorer.html": ("Mask explorer", "Turn the knobs: every mask in this page was drawn by the notebook."),
+    "viewer.html": (
+        "Slice viewer",
+        "Turn the wheel over a slice, click to move all of them; the buttons above say what lies over the scan.",
+    ),
+}
 FIRST = ("1_masks", "3_segment")  # started before others: what one waits to see, and what takes longest
 
 
@@ -293,12 +300,11 @@ def _write_page(result: DemoResult) -> None:
             if step.state == "done"
             else ""
         )
-        live = f"{step.name}/explorer.html"
-        knobs = (
-            f'<iframe src="{live}" title="Mask explorer" loading="lazy"></iframe><figcaption>Turn the knobs: every mask in '
-            f'this page was drawn by the notebook. <a href="{live}">In a window of its own</a></figcaption>\n'
-            if (result.out / live).is_file()
-            else ""
+        knobs = "".join(
+            f'<iframe src="{step.name}/{name}" title="{title}" loading="lazy"></iframe><figcaption>{about} '
+            f'<a href="{step.name}/{name}">In a window of its own</a></figcaption>\n'
+            for name, (title, about) in LIVE.items()
+            if (result.out / step.name / name).is_file()
         )
         sections.append(
             f'<section id="{step.name}"><h2>{title}</h2><p>{html.escape(step.about)}</p>'

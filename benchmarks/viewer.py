@@ -62,6 +62,7 @@ MOUNT = """async ({ esm, css, state, address }) => {
   const el = document.createElement("div");
   document.body.replaceChildren(el);
   window.began = performance.now();
+  module.default.initialize?.({ model: window.model });
   module.default.render({ model: window.model, el });
 }"""
 

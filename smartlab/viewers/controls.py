@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import anywidget
@@ -144,8 +146,14 @@ class Choice:
             if self.guide == "noisy":
                 words.append(f"teacher.patch_dropout={self.dropout:g}")
                 words.append(f"teacher.dropout_unit={teacher.dropout_unit}")
-        load_config(model.config.model_dump(), parse_overrides(words))
+        _check(model.config.model_dump_json(), tuple(words))
         return words
+
+
+@lru_cache(256)  # a seed or a draw of noise leaves the words as they are
+def _check(config: str, words: tuple[str, ...]) -> None:
+    """Whether a training of this configuration takes them."""
+    load_config(json.loads(config), parse_overrides([*words]))
 
 
 class Controls(widgets.VBox):

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from smartlab.core.errors import UseError
 from smartlab.core.files import write_text
+from smartlab.data.images.grid import AIR
 from smartlab.masking import hidden_count, hidden_share
 from smartlab.viewers import saved
 from smartlab.viewers.controls import SHOWN, Choice, Controls, CopyButton
 from smartlab.viewers.front import Pictured
 from smartlab.viewers.looking import Looking
-from smartlab.viewers.scene import Panel
-from smartlab.viewers.slices import SliceViewer, view
+from smartlab.viewers.scene import Panel, Scene, build
+from smartlab.viewers.slices import Around, SliceViewer, view
 from smartlab.viewers.subject import Model, Subject, subject_of
 
 if TYPE_CHECKING:
@@ -50,12 +51,11 @@ class Explorer(Looking, Pictured):
         self.controls = Controls(model, choice, self._table)
         self._masks = self._draw()
         self.viewer = self._new_viewer(look)
-        self._frame = widgets.VBox([self.viewer], layout={"width": "100%"})
         self._map: SliceViewer | None = None
         self._where = widgets.Accordion([widgets.VBox()], titles=("Where in the scan",), selected_index=None)
         self._where.observe(lambda _: self._locate(), "selected_index")
         right = widgets.VBox(
-            [self._frame, self._copy, self._where], layout={"flex": "1 1 auto", "min_width": "0"}
+            [self.viewer, self._copy, self._where], layout={"flex": "1 1 auto", "min_width": "0"}
         )
         self.box = widgets.HBox([self.controls, right], layout={"width": "100%"})
         self.box.add_class("smartlab-explorer")
@@ -78,12 +78,10 @@ class Explorer(Looking, Pictured):
     def move(self, center: Sequence[int]) -> Explorer:
         """Look at the crop around another voxel of `subject.array`."""
         self.center = np.clip(np.asarray(center, int), 0, np.array(self.subject.array.shape) - 1)
-        self._masks, old = self._draw(), self.viewer
-        self.viewer = self._new_viewer({"window": old.window, "plane": old._focus})
-        for name in ("plane", "only", "shown", "opacity", "head", "hidden", "span", "contours"):
-            setattr(self.viewer, name, getattr(old, name))
-        self._frame.children = [self.viewer]
-        old.close()
+        self._masks = self._rebuilt = self._draw()
+        start, scene = self._begins, self._scene()
+        inside = self._standing(self.center) - start
+        self.viewer.move(scene, start.tolist(), np.clip(inside, 0, np.array(scene.shape) - 1).tolist())
         self._tell()
         self._locate()
         return self
@@ -149,29 +147,13 @@ class Explorer(Looking, Pictured):
         self._rebuild()
 
     def _new_viewer(self, look: Mapping[str, Any]) -> SliceViewer:
-        """Two panels, the second of which stands there only if there is a second strategy."""
-        crop, flat, names = self.view, self.model.flat, list(self._masks)
-        panels = [
-            Panel(
-                name.replace("_", " "),
-                self.masks[name],
-                self.attention,
-                self._guess(name) if number < len(names) else None,
-            )
-            for number, name in enumerate((names * 2)[:2])
-        ]
-        viewer = view(
-            crop.image,
-            affine=None if flat else crop.affine,
-            spacing=(self.model.config.data.spacing,) * 2 if flat else None,
-            labels=crop.labels if crop.labels is not None and crop.labels.any() else None,
-            label_names=self.subject.names,
-            unit=self.model.stride,
-            panels=panels,
-            title=self.title,
-            pick=True,
-            **{"window": self.model.config.data.window, **look},
-        )
+        """The crop, in two panels, the second of which stands there only if there is a second strategy."""
+        subject, config, flat = self.subject, self.model.config, self.model.flat
+        bounds = np.rint(config.data.window).astype(subject.array.dtype)
+        whole = self._built(np.clip(subject.array, *bounds), subject.labels, subject.affine, [Panel()])
+        around = Around(whole, self._begins.tolist(), float(np.clip(0 if flat else AIR, *bounds)))
+        look = {"window": config.data.window, "title": self.title, **look}
+        viewer = SliceViewer(self._scene(), **look, pick=True, around=around)
         if viewer.scene.has("labels"):  # drawn round, so that the mask is seen over them
             viewer.contours, viewer.opacity, viewer.shown = (
                 True,
@@ -182,6 +164,28 @@ class Explorer(Looking, Pictured):
         viewer.observe(lambda _: self._rebuild(), "shown")
         self._rebuilt = self._masks
         return viewer
+
+    def _scene(self) -> Scene:
+        """What is hidden of the crop now, by each strategy."""
+        names, attention = list(self._masks), self.attention
+        panels = [
+            Panel(
+                name.replace("_", " "),
+                self.masks[name],
+                attention,
+                self._guess(name) if number < len(names) else None,
+            )
+            for number, name in enumerate((names * 2)[:2])
+        ]
+        return self._built(self.view.image, self.view.labels, self.view.affine, panels)
+
+    def _built(self, image: np.ndarray, labels: Any, affine: np.ndarray, panels: list[Panel]) -> Scene:
+        where: dict[str, Any] = {"affine": affine}
+        if self.model.flat:
+            where = {"spacing": (self.model.config.data.spacing,) * 2}
+            image, labels = (one if one is None or one.ndim == 2 else one[..., 0] for one in (image, labels))
+        names, unit = self.subject.names, self.model.stride
+        return build(image, panels, labels=labels, label_names=names, unit=unit, **where)
 
     def _show(self) -> None:
         """Which panels and overlays are on, and how the mask is drawn; labels stay as they are."""
@@ -201,10 +205,22 @@ class Explorer(Looking, Pictured):
         if not (voxel := change["new"]):
             return
         whole = change["owner"] is self._map
-        place, shape = np.array(voxel), self.subject.array.shape if whole else self.view.image.shape
-        if self.model.flat:  # the viewer stands images up: its columns and rows run backwards
-            place = np.array([shape[0] - 1 - voxel[1], shape[1] - 1 - voxel[0], 0])
-        self.move((place if whole else self._start + place).tolist())
+        place = np.array(voxel) if whole else self._begins + voxel
+        self.move(self._turned(place, self.subject.array.shape).tolist())
+
+    def _standing(self, voxel: np.ndarray) -> np.ndarray:
+        """A voxel of the subject as the viewer has it."""
+        return self._turned(voxel, self.subject.array.shape[1::-1])
+
+    def _turned(self, voxel: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+        """A voxel in the other one's order, of this shape: images stand up, their columns and rows run backwards."""
+        return np.array([shape[0] - 1 - voxel[1], shape[1] - 1 - voxel[0], 0]) if self.model.flat else voxel
+
+    @property
+    def _begins(self) -> np.ndarray:
+        """The first voxel of the view, as the viewer has it."""
+        side = np.array([self.side - 1, self.side - 1, 0])
+        return self._standing(self._start + side if self.model.flat else self._start)
 
     @property
     def _start(self) -> np.ndarray:
@@ -276,6 +292,10 @@ class Explorer(Looking, Pictured):
         return f'<div class="smartlab-shares"><table>{head}{"".join(rows)}</table><div>{"<br>".join(facts)}</div></div>'
 
     # ---- without a kernel ----
+
+    def early(self) -> None:
+        """The viewer's."""
+        self.viewer.early()
 
     def figure(self, index: Any = None) -> Figure:
         """What is shown now as a Matplotlib figure, as `SliceViewer.figure`."""

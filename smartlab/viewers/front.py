@@ -50,6 +50,9 @@ class Pictured:
             f'style="max-width:100%" src="data:image/png;base64,{text}">'
         )
 
+    def early(self) -> None:
+        """What the page gets unasked, with the widget."""
+
     def _widget(self) -> Any:
         """What Jupyter shows as the widget."""
         return super()._repr_mimebundle_()  # type: ignore[misc]
@@ -58,6 +61,7 @@ class Pictured:
         from IPython.display import display
 
         display({"text/html": self.still(), "text/plain": repr(self)}, raw=True)
+        self.early()
         if (bundle := self._widget()) is not None:
             data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
             display({**data, "text/plain": repr(self)}, metadata=metadata, raw=True)

@@ -19,6 +19,7 @@ from smartlab.viewers import render
 from smartlab.viewers.scene import Packed, Scene, window_of
 
 BLOCK = 8_000_000  # bytes of a message before it is compressed
+LITTLE = 1_000_000  # of one that nobody waits for: what is asked for meanwhile does not wait for it
 Message = tuple[dict[str, Any], list[bytes]]
 Part = tuple[dict[str, Any], np.ndarray]
 
@@ -63,11 +64,11 @@ def everything(scene: Scene) -> Message:
     return _begin(scene, _whole(scene, _volumes(scene)[0]), 0)
 
 
-def beginning(scene: Scene, cursor: Sequence[int]) -> Message:
-    """All of a small scene; of a large one the planes through the cursor, and how many rows make a block."""
+def beginning(scene: Scene, cursor: Sequence[int], in_sight: bool = False) -> Message:
+    """All of a small scene; of a large one, or if asked of any, what is in sight, and how many rows make a block."""
     volumes, _ = _volumes(scene)
     rows, total = _rows(scene), scene.shape[1] * scene.shape[2]
-    if rows >= total:
+    if rows >= total and (scene.flat or not in_sight):
         return everything(scene)
     if scene.flat:
         return _begin(scene, [_stretch(n, v, 0, rows) for n, v in volumes.items()], rows)
@@ -81,6 +82,24 @@ def block(scene: Scene, first: int, rows: int) -> Message:
     return _message("block", scene, [_stretch(n, v, first, last) for n, v in volumes.items()], same, at=first)
 
 
+def around(scene: Scene, start: Sequence[int]) -> dict[str, Any]:
+    """What a viewer must know of the scan of which it shows a crop, to ask for the rest of it in its own time."""
+    return {"shape": list(scene.shape), "start": list(start), "block": _rows(scene, LITTLE)}
+
+
+def moved(scene: Scene, whole: Scene, start: Sequence[int], cursor: Sequence[int], fill: float) -> Message:
+    """Another crop of a scan that has travelled: where it begins, what lies on its units, its reconstructions."""
+    volumes, same = _volumes(scene)
+    own = {name: one for name, one in volumes.items() if name.startswith("reconstruction")}
+    parts, rows = _guesses(scene, own, cursor)
+    for number in range(len(scene.layers)):
+        parts += _units(scene, number, ("mask", "attention"))
+    gone = [f"reconstruction{number}" for number in range(len(scene.layers))]
+    raw = round((fill - whole.image.offset) / whole.image.scale)
+    where = {"start": list(start), "cursor": list(cursor), "fill": raw}
+    return _message("update", scene, parts, same, moved=where, gone=gone, block=rows)
+
+
 def changed(scene: Scene, number: int, names: Sequence[str], cursor: Sequence[int]) -> Message:
     """What `Scene.change` changed of a panel; a large reconstruction begins anew with the planes in sight."""
     parts = list(_units(scene, number, names))
@@ -89,12 +108,16 @@ def changed(scene: Scene, number: int, names: Sequence[str], cursor: Sequence[in
     if "reconstruction" in names and guess is not None:
         own = {f"reconstruction{number}": guess}
         gone += list(own)  # what it shared with another panel stays that panel's
-        if guess.raw.nbytes <= BLOCK:
-            parts += _whole(scene, own)
-        else:
-            rows = _rows(scene)
-            parts += [] if scene.flat else _planes(own, cursor)
+        voxels, rows = _guesses(scene, own, cursor)
+        parts += voxels
     return _message("update", scene, parts, {}, panel=number, gone=gone, block=rows)
+
+
+def _guesses(scene: Scene, own: dict[str, Packed], cursor: Sequence[int]) -> tuple[list[Part], int]:
+    """Reconstructions, and 0; of large ones the planes in sight, and how many rows make a block."""
+    if all(one.raw.nbytes <= BLOCK for one in own.values()):
+        return _whole(scene, own), 0
+    return [] if scene.flat else _planes(own, cursor), _rows(scene)
 
 
 def _begin(scene: Scene, voxels: list[Part], rows: int) -> Message:
@@ -143,11 +166,11 @@ def _volumes(scene: Scene) -> tuple[dict[str, Packed], dict[str, str]]:
     return volumes, same
 
 
-def _rows(scene: Scene) -> int:
-    """Rows of X voxels in a block: whole axial slices where they fit."""
+def _rows(scene: Scene, size: int = 0) -> int:
+    """Rows of X voxels in a block of so many bytes: whole axial slices where they fit."""
     x, y, z = scene.shape
     each = x * sum(v.raw.itemsize for v in _volumes(scene)[0].values())
-    rows = max(1, BLOCK // each)
+    rows = max(1, (size or BLOCK) // each)
     return min(rows // y * y or rows, y * z)
 
 

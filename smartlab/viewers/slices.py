@@ -11,7 +11,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anywidget
 import numpy as np
@@ -32,6 +32,14 @@ LOOK = ("window", "shown", "opacity", "head", "span", "hidden", "contours")  # a
 STATE = ("meta", "cursor", "plane", "only", "picked", *LOOK)
 
 
+class Around(NamedTuple):
+    """The scan of which a viewer shows a crop: from which voxel on, and what lies beyond the scan."""
+
+    scene: Scene
+    start: Sequence[int]
+    fill: float
+
+
 class SliceViewer(Pictured, anywidget.AnyWidget):
     """Slices with overlays: a widget, and the same state as a Matplotlib figure.
 
@@ -42,7 +50,7 @@ class SliceViewer(Pictured, anywidget.AnyWidget):
     picked: with `pick`, the voxel [i, j, k] of the last double click, which else enlarges a plane.
     """
 
-    _esm = front_end(*FRONT_END) + "\nexport default { render: renderSlices };\n"
+    _esm = front_end(*FRONT_END) + "\nexport default { initialize, render: renderSlices };\n"
     _css = front_end("slices.css")
 
     meta = traitlets.Dict().tag(sync=True)
@@ -59,10 +67,17 @@ class SliceViewer(Pictured, anywidget.AnyWidget):
     picked = traitlets.List(traitlets.Int()).tag(sync=True)
 
     def __init__(
-        self, scene: Scene, window: Any = None, plane: str = "axial", title: str = "", pick: bool = False
+        self,
+        scene: Scene,
+        window: Any = None,
+        plane: str = "axial",
+        title: str = "",
+        pick: bool = False,
+        around: Around | None = None,
     ) -> None:
         one_of("no plane", plane, (*plots.PLANES, "all"))
         self.scene, self.title, self.name, self._pick = scene, title, uuid.uuid4().hex[:12], pick
+        self._around = around
         self._bounds, self.alt = window_of(window, scene), title or "Slices of the image with their overlays"
         alone = len(scene.layers) == 1 and not scene.flat
         super().__init__(
@@ -83,9 +98,37 @@ class SliceViewer(Pictured, anywidget.AnyWidget):
         """Send voxels to the front end that asks for them."""
         kind = message.get("kind") if isinstance(message, dict) else None
         if kind == "load":
-            self.send(*sending.beginning(self.scene, self.cursor))
+            self._begin()
         elif kind == "block":
             self.send(*sending.block(self.scene, int(message["at"]), int(message["rows"])))
+        elif kind == "round" and self._around is not None:
+            content, buffers = sending.block(self._around.scene, int(message["at"]), int(message["rows"]))
+            self.send({**content, "kind": "round"}, buffers)
+
+    def _begin(self, in_sight: bool = False) -> None:
+        content, buffers = sending.beginning(self.scene, self.cursor, in_sight)
+        if self._around is not None:
+            content["round"] = sending.around(self._around.scene, self._around.start)
+        self.send(content, buffers)
+
+    def early(self) -> None:
+        """The planes in sight travel with the widget: a kernel that is at work by then need not be asked for them."""
+        self._begin(in_sight=True)
+
+    def move(self, scene: Scene, start: Sequence[int], cursor: Sequence[int]) -> None:
+        """Show another crop, of the same size, of the scan that lies around: voxels that are there do not travel."""
+        assert self._around is not None
+        self.scene, self._around = scene, self._around._replace(start=start)
+        new = self._changes()
+        content, buffers = sending.moved(scene, self._around.scene, start, cursor, self._around.fill)
+        self.send({**content, "meta": new}, buffers)
+        self.cursor = list(cursor)
+
+    def _changes(self) -> dict[str, Any]:
+        """What is to be said of the scene that was not said before."""
+        new = {name: value for name, value in self._describe(self.scene).items() if value != self.meta[name]}
+        self.meta.update(new)  # in place: who comes later reads it, who is there gets the difference
+        return new
 
     def update(
         self,
@@ -107,9 +150,7 @@ class SliceViewer(Pictured, anywidget.AnyWidget):
         names = self.scene.change(panel, Panel(title, mask, attention, reconstruction, note))
         if self.head >= self.scene.heads():
             self.head = -1
-        now = self._describe(self.scene)
-        new = {name: value for name, value in now.items() if value != self.meta[name]}
-        self.meta.update(new)  # in place: who comes later reads it, who is there gets the difference
+        new = self._changes()
         content, buffers = sending.changed(self.scene, panel, names, self.cursor)
         self.send({**content, "meta": new}, buffers)
 

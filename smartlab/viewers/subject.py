@@ -25,7 +25,7 @@ from smartlab.data.images.body import find_body
 from smartlab.data.images.grid import AIR
 from smartlab.data.images.mammography import Mammogram, read_mammogram
 from smartlab.data.images.readers import Volume, read_labels, read_volume
-from smartlab.data.images.resample import LabelPainter, at_spacing, resample, to_hounsfield
+from smartlab.data.images.resample import LabelPainter, at_spacing, to_hounsfield
 from smartlab.data.store import flat
 from smartlab.data.store.store import Store
 from smartlab.masking import upsample
@@ -78,7 +78,9 @@ class Subject:
         affine[:3, 3] += affine[:3, :3] @ start
 
         def cut(array: np.ndarray, fill: float) -> np.ndarray:
-            return resample(array, self.affine, tuple(size), affine, fill=fill).astype(array.dtype)
+            low, high = np.clip(start, 0, shape), np.clip(start + size, 0, shape)
+            beyond = list(zip(low - start, start + size - high, strict=True))
+            return np.pad(array[tuple(map(slice, low, high))], beyond, constant_values=fill)
 
         crop = cut(self.array, 0 if self.flat else AIR)
         labels = None if self.labels is None else cut(self.labels, 0)
@@ -276,12 +278,15 @@ class Model:
         """[CLS] attention (1, heads, N) and attention received (1, N) of a view, by a teacher that misses `dropout` of it."""
         if self.flat:
             return self.encoder(x).attention, None
-        dropped = (
-            dropped_patches(self.encoder, x, dropout, torch.Generator().manual_seed(draw))
-            if dropout
-            else None
-        )
-        seen = self.encoder(x, dropped=dropped, received=received, deep=0)
+        dropped, kept = None, None
+        if dropout:
+            dropped = dropped_patches(self.encoder, x, dropout, torch.Generator().manual_seed(draw))
+            cell = self.encoder.unit_patches
+            if (
+                self.config.teacher.dropout_unit == "mask_unit"
+            ):  # of missing units, which are alike, one is computed
+                kept = int((~dropped[:, ::cell, ::cell, ::cell]).sum())
+        seen = self.encoder(x, dropped=dropped, received=received, visible=kept, deep=0)
         return seen.attention, seen.received
 
     @torch.inference_mode()

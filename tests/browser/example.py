@@ -33,6 +33,11 @@ NOTEBOOKS = {
         "import smartlab as sl\nfrom tests.browser import example",
         "explorer = example.explorer('.')\nexplorer",
     ],
+    "busy": [
+        "import time\nimport smartlab as sl\nfrom tests.browser import example\nscan = example.scan('.')",
+        "viewer = sl.view(scan, window='soft tissue')\nviewer",
+        "time.sleep(30)\nprint('done')",
+    ],
     "points": [
         "from smartlab.viewers.embedding import embedding\nfrom tests.browser import example",
         "viewer = embedding(example.points(), example.kinds(), example.crop, names=example.names(), title='UMAP')\nviewer",

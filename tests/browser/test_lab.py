@@ -163,6 +163,21 @@ def a_dark_theme_stays_readable(page):
     assert ink - paper > 120
 
 
+def test_a_kernel_at_work_does_not_hold_back_the_first_picture(context, lab, scan):
+    """What is in sight has come with the widget; the rest comes when the kernel is free."""
+    page, errors = run_notebook(context, lab, "busy")
+    page.wait_for_selector(".smartlab-stage")
+    for plane in ("axial", "coronal", "sagittal"):
+        shows(page, windowed(scan.array, plane, example.SIDE // 2, *SOFT), plane)
+    assert "done" not in page.locator(".jp-Notebook").inner_text().split(), "it is at work"
+    page.wait_for_selector('.smartlab-viewer[data-loaded="1"]')
+    stage(page).focus()
+    page.keyboard.press("Home")
+    shows(page, windowed(scan.array, "axial", 0, *SOFT))
+    assert errors == []
+    page.close()
+
+
 def test_linked_panels_turn_together(context, lab, scan, artifacts):
     page, errors = run_notebook(context, lab, "linked")
     page.wait_for_selector(".smartlab-stage")

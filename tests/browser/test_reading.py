@@ -11,7 +11,10 @@ from PIL import Image
 
 from benchmarks.viewer import Kernel, deliver, mount
 from smartlab.viewers import Panel, masks, render, sending, view
+from smartlab.viewers.scene import build
+from smartlab.viewers.slices import Around, SliceViewer
 from tests.browser.looking import index, pixels, readout, same, stage, windowed
+from tests.browser.test_lab import shows
 
 SHAPE, GRID, SOFT = (48, 40, 32), (6, 5, 4), (-160, 240)
 RNG = np.random.default_rng(7)
@@ -391,6 +394,29 @@ def test_a_large_scan_comes_at_its_own_resolution_in_blocks(page, monkeypatch):
     page.keyboard.press("l")
     look = {"window": SOFT, "shown": ["reconstruction", "labels"]}
     assert same(pixels(page), render.paint(viewer.scene, viewer.scene.layers[0], "axial", 31, **look))
+
+
+def test_another_crop_is_cut_out_of_the_scan_round_it(page):
+    """Also one that reaches beyond it, and one that is asked for before the scan is there."""
+    rng, labels = np.random.default_rng(3), RNG.integers(0, 3, SHAPE).astype(np.uint8)
+
+    def crop(start):
+        box = tuple(slice(16 + a, 32 + a) for a in start)
+        image, told = (np.pad(a, 16, constant_values=v)[box] for a, v in ((IMAGE, -900), (labels, 0)))
+        return build(image, [Panel("", rng.random((2, 2, 2)) < 0.5)], labels=told, unit=8)
+
+    around = Around(build(IMAGE, [Panel()], labels=labels), [20, 12, 8], -900)
+    viewer = SliceViewer(crop(around.start), SOFT, "all", around=around)
+    viewer.shown = ["mask", "labels"]
+    mount(page, viewer)
+    for number, start in enumerate(([30, 20, 12], [-5, 30, 20], [40, -4, -3])):
+        if number == 1:
+            page.wait_for_function("document.querySelector('.smartlab-viewer').dataset.round === '1'")
+        viewer.move(crop(start), start, [7, 5, 9])
+        assert deliver(page, viewer) < 1500
+        for plane, at in (("axial", 9), ("coronal", 5), ("sagittal", 7)):
+            layer = viewer.scene.layers[0]
+            shows(page, render.paint(viewer.scene, layer, plane, at, window=SOFT, shown=viewer.shown), plane)
 
 
 def test_a_large_radiograph_comes_in_blocks_too(page, monkeypatch):

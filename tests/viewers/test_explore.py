@@ -146,6 +146,23 @@ def test_only_mask_bits_travel(explorer, monkeypatch):
     assert len(sent) == 1 and sum(len(str(c)) + sum(map(len, b)) for c, b in sent) < 1000
 
 
+def test_a_moved_crop_travels_without_the_voxels_that_are_there(explorer, monkeypatch):
+    """Where it begins, what its units hide and get of attention; the page cuts it out of the whole scan."""
+    sent = []
+    monkeypatch.setattr(explorer.viewer, "send", lambda content, buffers=(): sent.append((content, buffers)))
+    explorer.set(against="random")
+    sent.clear()
+    explorer.viewer.picked = [40, 20, 30]
+    ((content, buffers),) = sent
+    assert {part["name"] for part in content["arrays"]} == {"mask0", "mask1", "attention0", "attention1"}
+    assert len(str(content)) + sum(map(len, buffers)) < 30_000
+    box = tuple(slice(a, a + 64) for a in content["moved"]["start"])
+    whole, crop = explorer.viewer._around.scene, explorer.viewer.scene
+    assert np.array_equal(whole.image.values()[box], crop.image.values())
+    assert np.array_equal(whole.labels[box], crop.labels)
+    assert np.array_equal(crop.image.values(), explorer.view.image), "and it is what the model sees"
+
+
 def test_cursor_window_and_zoom_stay(explorer):
     viewer = explorer.viewer
     viewer.cursor, viewer.window = [3, 4, 5], [-900.0, 100.0]
@@ -198,7 +215,10 @@ def test_it_begins_at_the_lesion_and_a_double_click_moves_it(store, explorer):
     assert inside is not None
     world, before = place(np.array([40, 20, 30])), explorer.viewer
     explorer.viewer.picked = [40, 20, 30]
-    assert explorer.viewer is not before
+    assert explorer.viewer is before, "with its window, its zoom and its overlays"
+    assert np.abs(place(np.array(explorer.viewer.cursor)) - world).max() < 0.1, (
+        "the cursor stays where it was"
+    )
     inner = np.linalg.inv(explorer.view.affine) @ [*world, 1]
     shape = np.array(explorer.subject.array.shape)
     free = (explorer.center >= 32) & (explorer.center <= shape - 32)

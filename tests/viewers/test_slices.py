@@ -239,9 +239,13 @@ def test_strategies_stand_side_by_side():
 
 
 def test_a_viewer_shows_its_picture_and_its_widget(monkeypatch):
-    shown = []
+    shown, sent, viewer = [], [], sl.view(IMAGE, mask=MASK, title="<b>")
     monkeypatch.setattr("IPython.display.display", lambda data, **_: shown.append(data))
-    sl.view(IMAGE, title="<b>")._ipython_display_()
+    monkeypatch.setattr(viewer, "send", lambda *message: sent.append(received(message)))
+    viewer._ipython_display_()
+    ((parts, content),) = sent  # unasked: what is in sight, and no more
+    where = {part.get("axis"): part["at"] for part in content["arrays"] if part["name"] == "image"}
+    assert where == {axis: n // 2 for axis, n in enumerate(SHAPE)} and content["block"] and "mask0" in parts
     assert "data:image/png;base64," in shown[0]["text/html"] and "&lt;b&gt;" in shown[0]["text/html"]
     assert "application/vnd.jupyter.widget-view+json" in shown[1]
 

@@ -43,6 +43,19 @@ function put(arrays, part, [x, y, z]) {
   else for (let row = 0; row < y * z; row++) volume.data[row * x + at] = data[row];
 }
 
+// A box of a volume, `fill` where it reaches beyond.
+function cut({ data, ...more }, [wide, high, deep], [left, low, first], [x, y, z], fill) {
+  const box = new TYPES[more.type](x * y * z).fill(fill);
+  const [a, b] = [Math.max(0, -left), Math.min(x, wide - left)];
+  for (let k = Math.max(0, -first); a < b && k < Math.min(z, deep - first); k++) {
+    for (let j = Math.max(0, -low); j < Math.min(y, high - low); j++) {
+      const row = ((k + first) * high + j + low) * wide + left;
+      box.set(data.subarray(row + a, row + b), (k * y + j) * x + a);
+    }
+  }
+  return { ...more, data: box };
+}
+
 class Painter {
   constructor(meta, arrays) {
     Object.assign(this, { meta, arrays, shape: meta.shape, tables: new Map() });

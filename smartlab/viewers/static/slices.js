@@ -66,6 +66,12 @@ class SliceView {
     if (!moved) this.tools.explain();
   }
 
+  // To a place of another crop of the scan: in sight, at the same zoom.
+  go(cursor) {
+    this.state.cursor = cursor;
+    if (this.zoom > 1) this.centre = [...cursor];
+  }
+
   // Other arrays in the place of some; what was to be said of the scene may have changed with them.
   replace(arrays, meta = {}) {
     Object.assign(this.painter.arrays, arrays);

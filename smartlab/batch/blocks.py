@@ -14,6 +14,7 @@ from urllib.parse import quote
 from smartlab.core import page
 
 WIDE = 96  # pixels of a drawn interval
+DENSE = 1.35  # pixels of a figure for each of the page
 
 
 class Estimate(NamedTuple):
@@ -132,8 +133,7 @@ def _shown(block: Block, out: Path) -> str:
         case Bar():
             return f'<progress max="1" value="{block.share:.4f}"></progress>\n'
         case Pictures():
-            each = (page.figure(page.inline(p), p.stem, link=_link(p, out)) for p in block.paths)
-            return f'<div class="pair">{"".join(each)}</div>\n'
+            return f'<div class="pair">{"".join(_in_scale(p, out) for p in block.paths)}</div>\n'
         case Table():
             body = [[_cell(cell, out) for cell in row] for row in block.body]
             left_out = f"<p>… and {block.more} more.</p>\n" if block.more else ""
@@ -142,6 +142,15 @@ def _shown(block: Block, out: Path) -> str:
             inside = "".join(_shown(one, out) for one in block.blocks)
             title = f"<summary>{_words(block.title)}</summary>"
             return f"<details>{title}{inside}</details>\n" if block.title else inside
+
+
+def _in_scale(path: Path, out: Path) -> str:
+    """A figure as wide as it was drawn, so that letters of figures side by side are of one size."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        wide = round(picture.width / DENSE)
+    return page.figure(page.inline(path), path.stem, link=_link(path, out), width=wide)
 
 
 def _words(text: str) -> str:
@@ -154,7 +163,7 @@ def _link(path: Path, out: Path) -> str:
 
 def _cell(cell: Cell, out: Path) -> str:
     if isinstance(cell, list):
-        return " · ".join(_cell(one, out) for one in cell)
+        return "&nbsp;·&nbsp;".join(_cell(one, out) for one in cell)
     if isinstance(cell, Link):
         return f'<a href="{quote(cell.path)}">{html.escape(cell.text)}</a>'
     if isinstance(cell, Thumbnail):

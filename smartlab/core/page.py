@@ -27,7 +27,7 @@ details {{ margin: .8rem 0 }} summary {{ cursor: pointer; color: #44515d }}
 code {{ background: #f0f3f6; border-radius: 3px; padding: .05rem .3rem; font-size: .92em }}
 .scroll {{ overflow-x: auto }} .scroll table {{ margin: .6rem 0; min-width: 60%; width: auto }} .scroll td img {{ border-radius: 4px; width: 21rem; display: block }}
 .headline {{ font-size: 1.12rem; font-weight: 600 }} .failed {{ color: #a4262c }} small, .waiting {{ color: #5a6672 }}
-.pair {{ display: flex; flex-wrap: wrap; gap: 0 1.5rem }} .pair figure {{ flex: 1 1 24rem; margin: .6rem 0 }}
+.pair {{ display: flex; flex-wrap: wrap; gap: 0 1.5rem }} .pair figure {{ margin: .6rem 0 }}
 progress {{ width: 100%; height: .7rem; accent-color: #0072B2 }}
 svg {{ display: block; margin-top: .1rem }}
 </style></head><body>
@@ -53,10 +53,11 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]], numbers: Sequence[
     return f'<div class="scroll"><table>\n{row("th", head)}{rows}</table></div>\n'
 
 
-def figure(source: str, name: str, caption: str = "", link: str = "") -> str:
-    """A picture with what to see in it; a click opens `link`."""
+def figure(source: str, name: str, caption: str = "", link: str = "", width: int = 0) -> str:
+    """A picture, as wide as said if there is room, with what to see in it; a click opens `link`."""
+    wide = f' width="{width}"' if width else ""
     return (
-        f'<figure><a href="{html.escape(link or source)}"><img alt="{html.escape(name)}" src="{html.escape(source)}"></a>'
+        f'<figure><a href="{html.escape(link or source)}"><img alt="{html.escape(name)}"{wide} src="{html.escape(source)}"></a>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>\n"
     )
 

@@ -183,7 +183,10 @@ class Explorer(Looking, Pictured):
         where: dict[str, Any] = {"affine": affine}
         if self.model.flat:
             where = {"spacing": (self.model.config.data.spacing,) * 2}
-            image, labels = (one if one is None or one.ndim == 2 else one[..., 0] for one in (image, labels))
+            image = image.reshape(
+                image.shape[:2]
+            )  # the whole scan is one voxel thick, a crop has no such axis
+            labels = None if labels is None else labels.reshape(image.shape)
         names, unit = self.subject.names, self.model.stride
         return build(image, panels, labels=labels, label_names=names, unit=unit, **where)
 

@@ -15,6 +15,7 @@ _PUBLIC = {
     "load_config": "smartlab.core.config",
     "Config": "smartlab.core.config",
     "read_volume": "smartlab.data.images.readers",
+    "read_channels": "smartlab.data.images.readers",
     "read_labels": "smartlab.data.images.readers",
     "Volume": "smartlab.data.images.readers",
     "read_mammogram": "smartlab.data.images.mammography",
@@ -60,7 +61,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.data.crops.views import LesionDataset, ViewDataset
     from smartlab.data.fetch.sources import fetch
     from smartlab.data.images.mammography import read_mammogram
-    from smartlab.data.images.readers import Volume, read_labels, read_volume
+    from smartlab.data.images.readers import Volume, read_channels, read_labels, read_volume
     from smartlab.data.phantoms.make import make_phantom
     from smartlab.data.store.build import build_store
     from smartlab.data.store.store import open_store

@@ -57,6 +57,11 @@ def data_scan(
     masks: Annotated[
         str | None, typer.Option(help='Files or DICOM structures that are masks, such as "GTV*".')
     ] = None,
+    modality: Annotated[str | None, typer.Option(help="CT or MR, where headers do not say it.")] = None,
+    channels: Annotated[
+        str | None,
+        typer.Option(help="Names of the images of one patient, t1,t2: files *_0000, *_0001, or *_t1, *_t2."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The manifest to write; default manifest.json in the folder.")
     ] = None,
@@ -67,7 +72,9 @@ def data_scan(
     from smartlab.data.cohort.scan import scan
 
     out = folder / "manifest.json" if out is None else out
-    report = scan(folder, labels, masks, out=out, replace=replace, progress=not as_json)
+    names = [part.strip() for part in (channels or "").split(",") if part.strip()]
+    more: dict[str, Any] = {"modality": modality, "channels": names, "replace": replace}
+    report = scan(folder, labels, masks, out=out, progress=not as_json, **more)
     say(as_json, report.as_json(), str(report))
 
 
@@ -191,7 +198,10 @@ def data_build(
     out: Annotated[Path | None, typer.Option(help="Folder of the store; default: beside the images.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 runs in this one.")] = 2,
     spacing: Annotated[
-        float | None, typer.Option(help="Target voxel size, mm; default 2 for CT, 0.2 for mammograms.")
+        str | None,
+        typer.Option(
+            help="Target voxel size, mm, such as 2, or 1,1,3; default 2 for scans, 0.2 for mammograms."
+        ),
     ] = None,
     tilt: Annotated[str, typer.Option(help="Gantry-tilted series: refuse, or correct.")] = "refuse",
     grey: Annotated[str, typer.Option(help="Window of mammograms: voi, or percentile.")] = "voi",
@@ -206,13 +216,14 @@ def data_build(
     from smartlab.data.store.build import build_store
     from smartlab.data.store.prepare import store_place
 
+    mm = None if spacing is None else _lengths(spacing)
     man, place = _located(name, data, root, as_json)
     result = build_store(
         man,
         place,
-        out or store_place(man, place, spacing, grey),
+        out or store_place(man, place, mm, grey),
         workers=workers,
-        spacing=spacing,
+        spacing=mm,
         crop_body=crop,
         labels=labels,
         tilt=tilt,
@@ -224,9 +235,20 @@ def data_build(
     raise typer.Exit(1 if result.failed else 0)
 
 
+def _lengths(text: str) -> float | list[float]:
+    """One number, or several between commas."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UseError(
+            "is no voxel size", found=f"--spacing {text}", expected="mm, such as 2, or 1,1,3"
+        ) from None
+    return values if len(values) > 1 else values[0]
+
+
 @data.command("phantom", epilog="Example: smartlab data phantom ct --out data/phantom-ct --n 16")
 def data_phantom(
-    kind: Annotated[str, typer.Argument(help="ct or mammo.")],
+    kind: Annotated[str, typer.Argument(help="ct, mammo or mr.")],
     out: Annotated[Path, typer.Option(help="Folder for images and manifest.json.")],
     n: Annotated[int, typer.Option(min=1, help="Number of patients.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Everything follows from it.")] = 0,

@@ -74,6 +74,10 @@ class Config(Section):
         if autoencodes:
             self._check_mae()
         if self.flat:
+            if isinstance(self.data.spacing, tuple):
+                raise ValueError(
+                    f"data.spacing={list(self.data.spacing)}: pixels of mammograms have one size"
+                )
             return self
         if self.data.view > self.data.region:
             raise ValueError(f"data.view={self.data.view} does not fit into data.region={self.data.region}")
@@ -218,9 +222,14 @@ def load_config(
         one_of(f"{key} has no preset", choice, table)
         (above if asked.get(key, written.get(key)) != written.get(key) else below).update(table[choice])
     try:
-        return Config.model_validate(_nest(below | written | above | asked))
+        config = Config.model_validate(_nest(below | written | above | asked))
     except ValidationError as error:
         raise UseError("the configuration is not valid", path=name, found=_explain(error)) from None
+    if (
+        preset in presets() and "data.window" not in asked
+    ):  # a preset's window is for CT, nobody's choice for MR
+        config.data.model_fields_set.discard("window")
+    return config
 
 
 def _since_0_1(written: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ MethodPreset = Literal[
 AttentionKind = Literal["softmax", "nystrom", "linformer", "performer"]
 Strategy = Literal["random", "block", "attention_high", "attention_hint", "attention_low", "attention_sample"]
 Count = Annotated[int, Field(ge=1)]
+Length = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -34,7 +35,8 @@ class DataConfig(Section):
     root: str | None = None  # folder of the raw images; None: the cache (phantoms are made there)
     store: str | None = None  # folder of the built store; None: beside the root
     workers: int = Field(2, ge=0)
-    spacing: float = Field(2.0, gt=0)  # mm, isotropic [smit]
+    spacing: Length | tuple[Length, Length, Length] = 2.0  # mm, of all axes [smit], or along x, y and z
+    modality: Literal["CT", "MR"] = "CT"  # of scans: as the manifest says
     window: tuple[float, float] = (-175.0, 250.0)  # HU clipped and scaled to [0, 1] [smit]; lungs: -1000, 400
     region: int = Field(128, gt=0)  # voxels; two views are drawn from one region [smit]
     view: int = Field(96, gt=0)  # voxels per side of a view [smit]
@@ -59,7 +61,7 @@ class EncoderConfig(Section):
     preset: EncoderPreset = "tiny"
     kind: Literal["swin", "vit"] = "swin"
     layout: Literal["mae", "primus"] = "mae"  # ViT: MAE's, of images, or nnU-Net's Primus, of scans
-    in_channels: int = Field(1, ge=1)
+    in_channels: int = Field(1, ge=1)  # where it is not given, as many as the manifest has
     patch: int = Field(2, ge=1)  # voxels per token side before the first stage
     embed_dim: int = Field(12, ge=1)
     blocks: int = Field(4, ge=1)  # ViT: transformer blocks

@@ -16,9 +16,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from smartlab.core.errors import UseError
 from smartlab.core.settings import DataConfig
 from smartlab.data.cohort.manifest import Manifest, load_manifest
+from smartlab.data.images.grid import in_mm, three
 from smartlab.data.store.prepare import name_data
 from smartlab.data.store.store import Store
 from smartlab.evaluation import task as tasks
@@ -151,7 +154,7 @@ def _label(
 
 
 def check_dimensions(encoder: Any, given: Manifest) -> None:
-    """Refuse, before any work, an encoder of images for scans and one of scans for images."""
+    """Refuse, before any work, an encoder of images for scans, of CT for MR, of other channels, and the reverse."""
     images = encoder.config.flat
     if images != (given.modality == "MG"):
         raise UseError(
@@ -160,17 +163,25 @@ def check_dimensions(encoder: Any, given: Manifest) -> None:
             expected="mammograms (MG)" if images else "scans",
             fix=f"give a manifest of such, as manifest={'phantom-mammo' if images else 'phantom-ct'}",
         )
+    trained, many = encoder.config.data.modality, encoder.config.encoder.in_channels
+    if not images and (trained, many) != (given.modality, max(1, len(given.channels))):
+        raise UseError(
+            f"this encoder cannot take {given.name}",
+            found=f"{given.modality}, channels {', '.join(given.channels) or 1}",
+            expected=f"{trained}, {many} channel{'s' * (many > 1)}, as in its training",
+            fix="pretrain one on such data, or give others",
+        )
 
 
 def _check_spacing(task: str, encoder: Any, store: Store) -> None:
     """Refuse a store at another voxel size than training's: the encoder would see everything magnified."""
     wanted = encoder.config.data.spacing
-    if wanted and store.spacing and abs(store.spacing - wanted) > 1e-3:
+    if wanted and store.spacing and np.abs(three(store.spacing) - three(wanted)).max() > 1e-3:
         raise UseError(
             f"{task} looks at voxels as they are stored",
             path=store.path,
-            found=f"voxels of {store.spacing:g} mm",
-            expected=f"those of training, {wanted:g} mm",
+            found=f"voxels of {in_mm(store.spacing)} mm",
+            expected=f"those of training, {in_mm(wanted)} mm",
             fix="leave store out, and one of that size is built",
         )
 

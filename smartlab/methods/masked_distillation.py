@@ -81,8 +81,9 @@ class MaskedDistillation(nn.Module):
         self.config = config
         self.student = Branch(config)
         encoder = self.student.encoder
-        self.reconstruct = ReconstructionHead(encoder.stage_channels[-1], encoder.total)
-        self.coarse = CoarseHead(encoder.channels) if config.loss.coarse else None
+        images = config.encoder.in_channels
+        self.reconstruct = ReconstructionHead(encoder.stage_channels[-1], encoder.total, images)
+        self.coarse = CoarseHead(encoder.channels, channels=images) if config.loss.coarse else None
         self.teacher = copy.deepcopy(self.student).requires_grad_(False) if config.teacher.enabled else None
         d, channels = config.distill, encoder.channels
         widths = {"patch": channels, "image": channels, "global": encoder.stage_channels[-1]}
@@ -109,11 +110,11 @@ class MaskedDistillation(nn.Module):
     def forward(
         self, views: Tensor, clock: Clock, generator: torch.Generator, shares: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """views (B, 2, 1, D, H, W) in [0, 1] -> loss and the step's metrics.
+        """views (B, 2, C, D, H, W) in [0, 1] -> loss and the step's metrics.
 
         shares: by region ("body", "organ", "lesion"), the part (2B, N) of each unit in it; only watched.
         """
-        x = views.flatten(0, 1)  # (2B, 1, D, H, W): u0, v0, u1, v1, …
+        x = views.flatten(0, 1)  # (2B, C, D, H, W): u0, v0, u1, v1, …
         guide, teacher = self.look(x, clock, generator)
         hidden = self.choose(guide, x, clock, generator)
         student = self.student.encoder(x, hidden=hidden, visible=self._shown(hidden))
@@ -239,9 +240,9 @@ class MaskedDistillation(nn.Module):
         return enough & (clock.epoch >= m.warmup_epochs)
 
     def predict_voxels(self, student: Encoded, x: Tensor, hidden: Tensor) -> Tensor:
-        """AMIP: L1 on the hidden voxels."""
+        """AMIP: L1 on the hidden voxels, of all channels."""
         voxels = upsample(hidden, self.student.encoder.grid(x.shape), self.student.encoder.stride)[:, None]
-        return average((self.reconstruct(student.stages[-1]).float() - x).abs(), voxels)
+        return average((self.reconstruct(student.stages[-1]).float() - x).abs(), voxels.expand_as(x))
 
     def match_tokens(
         self, student: Encoded, teacher: Encoded, hidden: Tensor, clock: Clock

@@ -52,7 +52,9 @@ class MultiscaleMAE(nn.Module):
         self.side = config.mae.input // patch
         self.decoders = nn.ModuleDict(
             {
-                str(d.scale): Decoder(channels, self.side, patch, d, config.mae, self.dims)
+                str(d.scale): Decoder(
+                    channels, self.side, patch, d, config.mae, self.dims, config.encoder.in_channels
+                )
                 for d in config.mae.decoders()
             }
         )
@@ -60,7 +62,7 @@ class MultiscaleMAE(nn.Module):
     def forward(
         self, views: Tensor, clock: Clock, generator: torch.Generator, shares: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """views (B, 1, V, V), or of scans (B, 2, 1, V, V, V), in [0, 1] -> loss and the step's metrics.
+        """views (B, 1, V, V), or of scans (B, 2, C, V, V, V), in [0, 1] -> loss and the step's metrics.
 
         shares: by region, the part (2B, N) of each patch in it; only watched.
         """
@@ -109,7 +111,7 @@ class MultiscaleMAE(nn.Module):
         return torch.cat([out.cls[:, None], out.tokens], 1), out.attention, every.expand(len(x), -1)
 
     def target(self, views: Tensor, scale: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Patches (B, N·s², p²), of scans (B, N·s³, p³), of the views at a scale, as they are to be predicted, with the
+        """Patches (B, N·s², p²), of scans (B, N·s³, C·p³), of the views at a scale, as they are to be predicted, with the
         mean and spread (B, N·s², 1) that were taken out of each."""
         patches = to_patches(self.student.encoder.shrink(views, scale).float(), self.config.encoder.patch)
         mean, spread = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
@@ -121,7 +123,7 @@ class MultiscaleMAE(nn.Module):
     def reconstruct(
         self, views: Tensor, generator: torch.Generator | None = None, mask: Tensor | None = None
     ) -> dict[int, dict[str, Tensor]]:
-        """By scale, images (B, 1, s·input, …): "target", "guess" (every patch predicted) and "hidden".
+        """By scale, images (B, C, s·input, …): "target", "guess" (every patch predicted) and "hidden".
 
         What is hidden is drawn by the generator, or given: mask (B, N) bool, equally many in every row.
         Where targets are normalised, the guess gets the true mean and spread of each patch back: it shows

@@ -17,7 +17,8 @@ from smartlab.models.vit import ViTBlock, start
 
 
 class Decoder(nn.Module):
-    """One scale. side: tokens per side of the encoder's grid; patch: pixels per side of a predicted patch."""
+    """One scale. side: tokens per side of the encoder's grid; patch: pixels per side of a predicted patch, of
+    `images` channels."""
 
     position: Tensor
     stretch: Tensor
@@ -30,6 +31,7 @@ class Decoder(nn.Module):
         decoding: Decoding,
         settings: MaeConfig | None = None,
         dims: int = 2,
+        images: int = 1,
     ) -> None:
         super().__init__()
         scale, width = decoding.scale, decoding.width
@@ -42,7 +44,7 @@ class Decoder(nn.Module):
             for _ in range(decoding.depth)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.pixels = nn.Linear(width, patch**dims)
+        self.pixels = nn.Linear(width, images * patch**dims)
         # counted in fine tokens, to tell neighbours apart
         table = sine_positions((fine,) * dims, width)[None]
         self.register_buffer("position", table, persistent=False)
@@ -51,7 +53,7 @@ class Decoder(nn.Module):
         start(self)
 
     def forward(self, seen: Tensor, keep: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Predicted patches (B, m, patch^dims), row by row on the fine grid.
+        """Predicted patches (B, m, images · patch^dims), row by row on the fine grid.
 
         seen:   (B, 1 + n, C) [CLS] and visible tokens of the encoder.   keep: (B, n) their places.
         wanted: (B, m) places on the fine grid to predict; by default all.
@@ -82,10 +84,10 @@ def stretching(side: int, fine: int) -> Tensor:
 
 
 def from_patches(patches: Tensor, side: int, patch: int, dims: int = 2) -> Tensor:
-    """(B, side^dims, patch^dims) -> (B, 1, side · patch, …)."""
-    x = patches.unflatten(2, (patch,) * dims).unflatten(1, (side,) * dims)
-    order = [0, *(axis + inside for axis in range(1, 1 + dims) for inside in (0, dims))]
-    return x.permute(order).reshape(len(x), 1, *[side * patch] * dims)
+    """(B, side^dims, C · patch^dims) -> (B, C, side · patch, …)."""
+    x = patches.unflatten(2, (-1, *(patch,) * dims)).unflatten(1, (side,) * dims)
+    order = [0, 1 + dims, *(axis + inside for axis in range(1, 1 + dims) for inside in (0, 1 + dims))]
+    return x.permute(order).reshape(len(x), -1, *[side * patch] * dims)
 
 
 def finer(places: Tensor, side: int, scale: int, dims: int = 2) -> Tensor:

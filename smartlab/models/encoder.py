@@ -103,9 +103,9 @@ class AnyEncoder(nn.Module):
     ) -> dict[str, Any]:
         """Features of a scan: "cls" (B, C), "tokens" (B, N, C), "grid" (D, H, W), "stages" list of (B, C_i, …).
 
-        image:  a `Volume` in HU, resampled to the training spacing if it has another, or an array (D, H, W)
-                or tensor (B, 1, D, H, W) of HU at that spacing; of an encoder of images (H, W) or (B, 1, H, W)
-                grey values. Padded with air, or black, to whole strides.
+        image:  a `Volume`, resampled to the training spacing if it has another, or an array (D, H, W), of several
+                channels (C, D, H, W), or tensor (B, C, D, H, W) at that spacing, in HU or what a store of MR holds;
+                of an encoder of images (H, W) or (B, 1, H, W) grey values. Padded with air, or black, to whole strides.
         window: side of the sliding windows in voxels; None: the training view, whatever the scan's size.
         """
         x = self._prepare(image)
@@ -152,14 +152,23 @@ class AnyEncoder(nn.Module):
         return out.stages
 
     def _prepare(self, image: Volume | np.ndarray | Tensor) -> Tensor:
-        """HU or grey values in any accepted form -> windowed (B, 1, …), padded with air to whole strides."""
-        kinds = {2: "(H, W) or (B, 1, H, W) grey values", 3: "(D, H, W) or (B, 1, D, H, W) in HU"}
+        """Values in any accepted form -> windowed (B, C, …), padded with air to whole strides."""
+        many, unit = (
+            self.config.encoder.in_channels,
+            "HU" if self.config.data.modality == "CT" else "0 to 4095",
+        )
+        one = "(D, H, W)" if many == 1 else f"({many}, D, H, W)"
+        kinds = {
+            2: "(H, W) or (B, 1, H, W) grey values",
+            3: f"{one} or (B, {many}, D, H, W) in {unit}",
+        }
         array = image if isinstance(image, np.ndarray | Tensor) else self._on_grid(image, kinds[self.dims])
         if isinstance(array, np.ndarray):
             array = torch.as_tensor(np.ascontiguousarray(array).astype(np.float32))
         x = array.to(self.device, torch.float32)
-        x = x[None, None] if x.dim() == self.dims else x
-        if x.dim() != self.dims + 2 or x.shape[1] != self.config.encoder.in_channels:
+        x = x[None] if many == 1 and x.dim() == self.dims else x
+        x = x[None] if x.dim() == self.dims + 1 else x
+        if x.dim() != self.dims + 2 or x.shape[1] != many:
             raise UseError("cannot encode this array", found=tuple(x.shape), expected=kinds[self.dims])
         low, high = self.config.data.window
         x = ((x - low) / (high - low)).clamp(0, 1)
@@ -167,11 +176,19 @@ class AnyEncoder(nn.Module):
         return F.pad(x, padding)
 
     def _on_grid(self, volume: Volume, expected: str) -> np.ndarray:
-        """HU at the voxel size of training, whose features these weights know."""
+        """Voxels of the size of training, whose features these weights know."""
         from smartlab.data.images.resample import at_spacing
 
         if self.dims == 2 or not hasattr(volume, "affine"):
             raise UseError("cannot encode this", found=type(volume).__name__, expected=expected)
+        trained = self.config.data.modality
+        if "MR" in (trained, volume.modality) and trained != volume.modality:
+            fix = f'sl.read_volume(path, modality="{trained}")'
+            raise UseError(
+                f"an encoder of {trained} cannot encode {volume.modality}",
+                path=volume.source or None,
+                fix=fix,
+            )
         return at_spacing(volume.array, volume.affine, self.config.data.spacing)[0]
 
     def _windows(
@@ -211,7 +228,7 @@ class Encoder(AnyEncoder):
         visible: int | None = None,
         deep: int | None = None,
     ) -> Encoded:
-        """Windowed images (B, 1, D, H, W) -> `Encoded`.
+        """Windowed images (B, C, D, H, W) -> `Encoded`.
 
         hidden:  (B, N) bool, mask units whose patch embeddings become zero, or the mask token (the student).
         dropped: (B, D/2, H/2, W/2) bool, patch embeddings set to zero (the noisy teacher).

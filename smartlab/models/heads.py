@@ -23,7 +23,7 @@ class ReconstructionHead(nn.Module):
 
 
 class CoarseHead(nn.Module):
-    """[CLS] alone (B, C) -> a coarse version of the view: mean and spread of every cell, (B, 2, side³).
+    """[CLS] alone (B, C) -> a coarse version of the view: mean and spread of every cell, (B, 2 · channels, side³).
 
     The spread (standard deviation, times 4 to be on the scale of the mean) marks edges and small
     structures, a nodule in a lung say, which the mean of a cell hides.
@@ -31,13 +31,13 @@ class CoarseHead(nn.Module):
 
     SPREAD = 4.0
 
-    def __init__(self, dim: int, side: int = 8) -> None:
+    def __init__(self, dim: int, side: int = 8, channels: int = 1) -> None:
         super().__init__()
-        self.side = side
-        self.net = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 2 * side**3))
+        self.side, out = side, 2 * channels * side**3
+        self.net = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, out))
 
     def forward(self, cls: Tensor) -> Tensor:
-        return self.net(cls).view(-1, 2, self.side, self.side, self.side)
+        return self.net(cls).unflatten(1, (-1, self.side, self.side, self.side))
 
     def target(self, view: Tensor) -> Tensor:
         mean = F.adaptive_avg_pool3d(view, self.side)

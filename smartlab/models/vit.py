@@ -318,7 +318,7 @@ class ViTEncoder(ViT, AnyEncoder):
         visible: int | None = None,
         deep: int | None = None,
     ) -> Encoded:
-        """Windowed images (B, 1, …) in [0, 1], stored pixels -> `Encoded`; stages are (B, …, C).
+        """Windowed images (B, C, …) in [0, 1], stored pixels -> `Encoded`; stages are (B, …, C).
 
         hidden:  (B, N) bool, patches whose embeddings become zero, or the mask token (the student).
         dropped: the same on the grid, zero in any case (the noisy teacher).

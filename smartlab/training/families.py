@@ -11,8 +11,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smartlab.core.config import Config
+from smartlab.core.errors import UseError
 from smartlab.data.crops.flat import ImageDataset
 from smartlab.data.crops.views import CropDataset, ViewDataset
+from smartlab.data.images.mr import WINDOW
 from smartlab.methods.masked_distillation import MaskedDistillation
 from smartlab.methods.multiscale_mae import MultiscaleMAE
 from smartlab.training.picture import reconstruction_picture, scales_picture
@@ -59,6 +61,37 @@ METHODS: dict[str, tuple[Callable[[Config], Any], Callable[..., Any]]] = {
     "masked_distillation": (MaskedDistillation, reconstruction_picture),
     "multiscale_mae": (MultiscaleMAE, scales_picture),
 }
+
+
+def fitted(config: Config, store: Store) -> Config:
+    """The configuration for these data: their modality and number of channels, and for MR its own window.
+
+    What was asked for and does not fit them is refused.
+    """
+    data, encoder, many = config.data, config.encoder, max(1, len(store.channels))
+    if "in_channels" in encoder.model_fields_set and encoder.in_channels != many:
+        raise UseError(
+            f"encoder.in_channels={encoder.in_channels} does not fit the data",
+            path=store.path,
+            found=", ".join(store.channels) or "one channel",
+            fix=f"leave it out, or set encoder.in_channels={many}",
+        )
+    update: dict[str, Any] = {"modality": store.modality}
+    if store.modality == "MR":
+        if "window" not in data.model_fields_set:
+            update["window"] = WINDOW
+        elif data.window[0] < 0:
+            raise UseError(
+                f"data.window={list(data.window)} is one of HU, and these data are MR",
+                path=store.path,
+                expected="0 for the 0.5th and 4095 for the 99.5th percentile of a scan",
+                fix="leave data.window out, or set data.window=[0, 4095]",
+            )
+    changes = {
+        "data": data.model_copy(update=update),
+        "encoder": encoder.model_copy(update={"in_channels": many}),
+    }
+    return config.model_copy(update=changes)
 
 
 def family_of(config: Config) -> Family:

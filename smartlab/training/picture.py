@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def reconstruction_picture(
     method: MaskedDistillation, view: Tensor, path: Path, title: str = "", guided: bool = False
 ) -> Path:
-    """Write a PNG for one windowed view (1, D, H, W) in [0, 1], hidden as the training hides it now.
+    """Write a PNG for one windowed view (C, D, H, W) in [0, 1], of which the first channel is shown, hidden as the training hides it now.
 
     That is by the strategy, or at random while the guard holds attention back.
     """
@@ -83,8 +83,8 @@ def reconstruction_picture(
 def scales_picture(
     method: MultiscaleMAE, view: Tensor, path: Path, title: str = "", guided: bool = False
 ) -> Path:
-    """Write a PNG for one windowed view (1, H, W) or (1, D, H, W) in [0, 1], of scans the middle slice: a row per
-    scale, with a fixed random mask."""
+    """Write a PNG for one windowed view (1, H, W) or (C, D, H, W) in [0, 1], of scans the middle slice of the first
+    channel: a row per scale, with a fixed random mask."""
     import matplotlib
 
     matplotlib.use("Agg", force=False)

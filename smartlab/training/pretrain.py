@@ -27,7 +27,7 @@ from smartlab.methods.distillation import mean_over_ranks
 from smartlab.models.reach import reach
 from smartlab.training import schedules
 from smartlab.training.engine import Engine, Part, mix, refuse_run
-from smartlab.training.families import family_of
+from smartlab.training.families import family_of, fitted
 from smartlab.training.monitor import Monitor
 from smartlab.training.requests import only_one
 from smartlab.training.run import Run
@@ -85,9 +85,11 @@ class Pretraining(Engine):
         idle = config.semantic.enabled and not (config.loss.image or config.loss.coarse)
         accelerator = make_accelerator(config.train.precision, idle=idle)
         super().__init__(out, config.train, config.seed, accelerator)
-        self.config, self.family, self.skipped = config, family_of(config), 0
+        self.config, self.skipped = config, 0
         refuse_run(out, resume, "run")
         self.store, self.places = self._open(store, progress and self.main)
+        self.config = config = fitted(config, self.store)
+        self.family = family_of(config)
         header = {"config": json.dumps(config.model_dump(mode="json")), "data": self.store.voxels}
         fix = "use the old settings, or allow_changes=True (--allow-changes) if you mean it"
         self.find(header, allow_changes=allow_changes, fix=fix, older=self.store.fingerprint)
@@ -217,8 +219,9 @@ class Pretraining(Engine):
         return out
 
     def _picture(self, clock: Clock) -> None:
-        item = self.loader.dataset[0]
-        view = window(torch.from_numpy(item["views"][:1]).to(self.device), *self.config.data.window)
+        views = self.loader.dataset[0]["views"]
+        first = views[0] if self.store.leading else views[:1]  # (C, D, H, W)
+        view = window(torch.from_numpy(first).to(self.device), *self.config.data.window)
         path = self.out / "figures" / f"step-{self.step:06d}.png"
         guided = self.config.mask.strategy.startswith("attention") and bool(self.network.guides(clock))
         self.family.picture(self.network, view, path, f"step {self.step}", guided)

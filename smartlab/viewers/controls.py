@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import anywidget
 import ipywidgets as widgets
+import numpy as np
 import traitlets
 from pydantic import ValidationError
 
 from smartlab.core.config import load_config, parse_overrides
 from smartlab.core.errors import UseError, one_of, problems_of
 from smartlab.core.settings import MaskConfig, TeacherConfig
+from smartlab.data.images.grid import in_mm
 from smartlab.masking import STRATEGIES
 from smartlab.viewers.front import front_end
 
@@ -247,10 +249,10 @@ def _heading(text: str) -> widgets.HTML:
 def _fixed(model: Model) -> str:
     """What no control changes, and why."""
     data, low_high = model.config.data, "{:g} to {:g}".format(*model.config.data.window)
-    sides = model.stride * data.spacing
+    sides = in_mm(np.multiply(model.stride, data.spacing).tolist())
     by = "mae.input and encoder.patch" if model.flat else "semantic.stage"
     said = [
-        f"Units of {model.stride} {'pixels' if model.flat else 'voxels'}, {sides:g} mm: {by} of the training.",
+        f"Units of {model.stride} {'pixels' if model.flat else 'voxels'}, {sides} mm: {by} of the training.",
         "Boxes of block: 2 to 4 units a side.",
         f"Values as the student gets them, {low_high}.",
     ]

@@ -19,6 +19,7 @@ from torch import Tensor
 from smartlab.core.errors import UseError
 from smartlab.core.files import write_text
 from smartlab.data.images.grid import AIR
+from smartlab.data.images.readers import Volume
 from smartlab.masking import hidden_count, hidden_share
 from smartlab.viewers import saved
 from smartlab.viewers.controls import SHOWN, Choice, Controls, CopyButton
@@ -174,21 +175,22 @@ class Explorer(Looking, Pictured):
                 self.masks[name],
                 attention,
                 self._guess(name) if number < len(names) else None,
+                self.subject.shown,
             )
             for number, name in enumerate((names * 2)[:2])
         ]
         return self._built(self.view.image, self.view.labels, self.view.affine, panels)
 
     def _built(self, image: np.ndarray, labels: Any, affine: np.ndarray, panels: list[Panel]) -> Scene:
-        where: dict[str, Any] = {"affine": affine}
+        where: dict[str, Any] = {}
+        scan: Any = Volume(image, affine, self.subject.modality)
         if self.model.flat:
             where = {"spacing": (self.model.config.data.spacing,) * 2}
-            image = image.reshape(
-                image.shape[:2]
-            )  # the whole scan is one voxel thick, a crop has no such axis
-            labels = None if labels is None else labels.reshape(image.shape)
+            # the whole scan is one voxel thick, a crop has no such axis
+            scan = image.reshape(image.shape[:2])
+            labels = None if labels is None else labels.reshape(scan.shape)
         names, unit = self.subject.names, self.model.stride
-        return build(image, panels, labels=labels, label_names=names, unit=unit, **where)
+        return build(scan, panels, labels=labels, label_names=names, unit=unit, **where)
 
     def _show(self) -> None:
         """Which panels and overlays are on, and how the mask is drawn; labels stay as they are."""
@@ -239,17 +241,17 @@ class Explorer(Looking, Pictured):
         place = np.zeros([-(-n // stride) for n in subject.array.shape], bool)
         low, high = self._start // stride, -(-(self._start + self.side) // stride)
         place[tuple(slice(max(a, 0), max(b, 1)) for a, b in zip(low, high, strict=True))] = True
-        where: dict[str, Any] = {"affine": subject.affine}
-        array = subject.array
+        where: dict[str, Any] = {}
+        scan: Any = Volume(subject.array, subject.affine, subject.modality)
         if self.model.flat:
-            array, place, where = array[..., 0], place[..., 0], {"spacing": (spacing, spacing)}
+            scan, place, where = subject.array[..., 0], place[..., 0], {"spacing": (spacing, spacing)}
         if self._map is None:
             look: dict[str, Any] = {
                 "window": list(self.viewer.window),
                 "pick": True,
                 "title": "Outlined: the view above",
             }
-            self._map = view(array, mask=place, unit=stride, **where, **look)
+            self._map = view(scan, mask=place, unit=stride, **where, **look)
             self._map.hidden = "outline"
             self._map.observe(self._picked, "picked")
             self._where.children[0].children = [self._map]
@@ -335,17 +337,19 @@ def explore(
     window: str | Sequence[float] | None = None,
     plane: str = "axial",
     title: str = "",
+    channel: int = 0,
     **settings: Any,
 ) -> Explorer:
     """The live mask explorer: strategies, ratio, noise and heads on a scan of one's own, in JupyterLab.
 
-    scan:     a file or DICOM folder, a `Volume`, a `Mammogram`, an array at the encoder's spacing, or a store, of
-              which `case` is looked at (a number, or a key of `store.cases`).
+    scan:     a file or DICOM folder, or a list of one per channel, a `Volume`, a `Mammogram`, an array at the
+              encoder's spacing, or a store, of which `case` is looked at (a number, or a key of `store.cases`).
     encoder:  a run folder (then reconstructions can be seen, too), an exported file, or an encoder; by default the
               one that comes with smartlab. Mammograms need a run of their own.
     labels:   a segmentation on the scan's grid, or its file; label_names: number -> name.
     center:   voxel, at the encoder's spacing, that the view is around; by default the lesion, else the body's middle.
     size:     voxels per side of the view; by default as in training, at least 64.
+    channel:  which of several channels is shown, from 0; the model sees all.
     settings: where the controls begin: strategy, against, ratio, hint, temperature, p_attention, seed, guide,
               dropout, draw, importance, shown (see `Choice`); by default as the encoder was trained.
 
@@ -357,7 +361,9 @@ def explore(
     choice = Choice.of(model, settings)
     side = _side(model, size)
     data = model.config.data
-    subject = subject_of(scan, data.spacing, model.flat, case=case, labels=labels, label_names=label_names)
+    kind = {"modality": data.modality, "channels": model.config.encoder.in_channels, "channel": channel}
+    about: dict[str, Any] = {"case": case, "labels": labels, "label_names": label_names, **kind}
+    subject = subject_of(scan, data.spacing, model.flat, **about)
     if center is not None:
         subject = replace(subject, center=np.asarray(center, int))
     look = {"plane": plane} | ({} if window is None else {"window": window})

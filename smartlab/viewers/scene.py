@@ -17,6 +17,7 @@ import numpy as np
 
 from smartlab.core.errors import UseError
 from smartlab.core.plots import WINDOWS
+from smartlab.data.images.mr import WINDOW as MR_WINDOW
 
 HEAVY = 500_000_000  # voxels from which the reader is told what the browser must hold; 2 bytes each
 
@@ -198,8 +199,10 @@ def build(
     labels: Any = None,
     label_names: Mapping[int, str] | Sequence[str] | None = None,
     unit: float | Sequence[float] | None = None,
+    channel: int = 0,
 ) -> Scene:
     """Check what was given and bring it into one form."""
+    image, channels = _channel(image, channel)
     array, spacing, affine, value_name, known = _image(image, spacing, affine)
     flat = array.ndim == 2
     whole = stand(array) if flat else array
@@ -208,6 +211,7 @@ def build(
     sx, sy, sz = (float(s) for s in spacing)
     scene = Scene(Packed.of(whole), (sx, sy, sz), affine, [], flat=flat, value_name=value_name)
     scene.length = "mm" if known else "px"
+    scene.notes += [f"channel {channel + 1} of {channels} is shown"] if channels > 1 else []
     if whole.size > HEAVY:
         scene.notes.append(
             f"{whole.size * 2 / 1e9:.1f} GB, all of which this page will hold; a crop is quicker to look at"
@@ -230,12 +234,20 @@ def build(
     return scene
 
 
+def _channel(image: Any, channel: int) -> tuple[Any, int]:
+    """One channel of a `Volume`, and how many it has; anything else as it is."""
+    many = len(image.array) if hasattr(image, "scale") and image.array.ndim == 4 else 1
+    if not 0 <= channel < many:
+        raise UseError(f"there is no channel {channel}", expected=f"0 to {many - 1}")
+    return (replace(image, array=image.array[channel]) if many > 1 else image), many
+
+
 def _image(image: Any, spacing: Any, affine: Any) -> tuple[np.ndarray, Any, np.ndarray, str, bool]:
     """Array, spacing, affine, the name of its values, and whether its size in mm is known."""
     name = "HU"
     if hasattr(image, "affine") and hasattr(image, "array"):  # a Volume
         affine = image.affine if affine is None else affine
-        name = "HU" if image.modality == "CT" else "value"
+        name = {"CT": "HU", "MR": "MR"}.get(image.modality, "value")
     elif hasattr(image, "spacing_mm"):  # a Mammogram, which may not know its spacing
         known = np.isfinite(image.spacing_mm).all()
         spacing = image.spacing_mm if spacing is None and known else spacing
@@ -365,8 +377,11 @@ def _squeeze(array: np.ndarray, dimensions: int) -> np.ndarray:
 
 
 def window_of(window: str | Sequence[float] | None, scene: Scene) -> tuple[float, float]:
-    """Bounds from a name of `plots.WINDOWS`, a pair, or nothing: soft tissue for HU, else the whole range."""
+    """Bounds from a name of `plots.WINDOWS`, a pair, or nothing: soft tissue for HU, of MR what lies between its
+    percentiles, else the whole range."""
     if window is None:
+        if scene.value_name == "MR":
+            return MR_WINDOW
         if scene.value_name == "HU":
             return WINDOWS["soft tissue"]
         low, high = scene.image.span

@@ -30,7 +30,8 @@ def describe(scene: Scene, bounds: Sequence[float], title: str, name: str) -> di
     if scene.value_name != "HU":
         low, high = window_of(None, scene)
         half = (low + high) / 2
-        presets = [("whole range", (low, high)), ("lower half", (low, half)), ("upper half", (half, high))]
+        usual = "0.5 to 99.5 %" if scene.value_name == "MR" else "whole range"
+        presets = [(usual, (low, high)), ("lower half", (low, half)), ("upper half", (half, high))]
     if all(tuple(bounds) != tuple(known) for _, known in presets):
         presets.append(("given", (bounds[0], bounds[1])))
     units = scene.grid is not None

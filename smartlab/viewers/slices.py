@@ -215,17 +215,19 @@ def view(
     panels: Sequence[Panel] | None = None,
     title: str = "",
     pick: bool = False,
+    channel: int = 0,
 ) -> SliceViewer:
     """Look at an image and what a method makes of it: a widget with a static picture.
 
     image:   a `Volume`, a `Mammogram`, an array (X, Y, Z) in HU and RAS order, or a 2D image (rows, columns).
     window:  a name of `smartlab.core.plots.WINDOWS` ("lung", "soft tissue", "bone", "liver", …; add your own), or
-             (low, high); default soft tissue for HU, else the whole range.
+             (low, high); default soft tissue for HU, of MR between its percentiles, else the whole range.
     plane:   the plane that several panels show; one panel shows all three.
     labels:  a segmentation: what `read_labels` and `read_mask` give, or whole numbers of the image's shape, 0 for none;
              label_names: number -> name.
     mask, attention, reconstruction: as in `Panel`, or panels for several side by side.
     unit:    voxels of one mask unit along each axis; default: the image divided by the grid, where that is 1, 2, 4, …
+    channel: which one is shown of a `Volume` of several, from 0.
     pick:    a double click sets `picked` instead of enlarging a plane.
 
     >>> viewer = view(volume, window="lung", mask=hidden, attention=heads)
@@ -237,6 +239,13 @@ def view(
         raise UseError("no panels", expected="at least one Panel")
     chosen = [Panel("", mask, attention, reconstruction)] if panels is None else list(panels)
     scene = build(
-        image, chosen, spacing=spacing, affine=affine, labels=labels, label_names=label_names, unit=unit
+        image,
+        chosen,
+        spacing=spacing,
+        affine=affine,
+        labels=labels,
+        label_names=label_names,
+        unit=unit,
+        channel=channel,
     )
     return SliceViewer(scene, window, plane, title, pick)

@@ -20,11 +20,12 @@ from torch import Tensor
 from smartlab.core.errors import DataError, UseError
 from smartlab.core.places import default_encoder
 from smartlab.data.crops.augment import window
-from smartlab.data.crops.regions import is_lesion, unit_shares
+from smartlab.data.crops.regions import BODY, is_lesion, unit_shares
 from smartlab.data.images.body import find_body
-from smartlab.data.images.grid import AIR
+from smartlab.data.images.grid import AIR, Spacing, three
 from smartlab.data.images.mammography import Mammogram, read_mammogram
-from smartlab.data.images.readers import Volume, read_labels, read_volume
+from smartlab.data.images.mr import find_tissue
+from smartlab.data.images.readers import Volume, read_channels, read_labels, read_volume
 from smartlab.data.images.resample import LabelPainter, at_spacing, to_hounsfield
 from smartlab.data.store import flat
 from smartlab.data.store.store import Store
@@ -40,15 +41,16 @@ class View(NamedTuple):
     image: np.ndarray  # clipped to the window of training
     affine: np.ndarray
     labels: np.ndarray | None
-    input: Tensor  # (1, 1, …) in [0, 1]
+    input: Tensor  # (1, C, …) in [0, 1]
     shares: dict[str, Tensor]  # region -> (1, N), the part of each unit in it
+    channel: int = 0  # which of several `image` is
 
 
 @dataclass(frozen=True)
 class Subject:
     """A scan at the spacing of training.
 
-    array:  (X, Y, Z) HU, or (rows, columns, 1) grey values, chest wall on the left.
+    array:  (X, Y, Z) HU or MR, or (rows, columns, 1) grey values, chest wall on the left.
     labels: whole numbers of the same shape, 0 for none; names: number -> name.
     center: voxel that the first view is around.
     """
@@ -60,6 +62,10 @@ class Subject:
     center: np.ndarray
     notes: tuple[str, ...] = ()
     body: np.ndarray | None = field(default=None, repr=False)  # of a mammogram: the breast
+    modality: str = "CT"
+    several: np.ndarray | None = field(default=None, repr=False)  # (C, X, Y, Z), of which `channel` is shown
+    channel: int = 0
+    shown: str = ""  # that in words
 
     @property
     def flat(self) -> bool:
@@ -83,65 +89,97 @@ class Subject:
             return np.pad(array[tuple(map(slice, low, high))], beyond, constant_values=fill)
 
         crop = cut(self.array, 0 if self.flat else AIR)
+        every = crop[None] if self.several is None else np.stack([cut(one, AIR) for one in self.several])
         labels = None if self.labels is None else cut(self.labels, 0)
-        dense = crop if self.body is None else np.where(cut(self.body, 0), 0, AIR)
+        dense = every.max(0) if self.body is None else np.where(cut(self.body, 0), 0, AIR)
         told = None if labels is None else torch.from_numpy(labels[None])
         shares = unit_shares(
-            torch.from_numpy(dense[None]), told, self.names, (stride, stride, 1) if self.flat else stride
+            torch.from_numpy(dense[None]),
+            told,
+            self.names,
+            (stride, stride, 1) if self.flat else stride,
+            BODY[self.modality],
         )
         if self.flat:
             shares = {"breast": shares.pop("body"), **shares}
-            crop, labels = crop[..., 0], None if labels is None else labels[..., 0]
-        x = window(torch.from_numpy(crop)[None, None], *bounds)
+            crop, every, labels = crop[..., 0], every[..., 0], None if labels is None else labels[..., 0]
+        x = window(torch.from_numpy(every)[None], *bounds)
         return View(
             np.clip(crop, *np.rint(bounds).astype(crop.dtype)),
             affine,
             labels,
             x,
             {n: s for n, s in shares.items() if s.sum()},
+            self.channel,
         )
 
 
 def subject_of(
     scan: Any,
-    spacing: float,
+    spacing: Spacing,
     is_flat: bool,
     *,
     case: int | str = 0,
     labels: Any = None,
     label_names: Mapping[int, str] | None = None,
+    modality: str = "CT",
+    channels: int = 1,
+    channel: int = 0,
 ) -> Subject:
-    """A subject from a path, `Volume`, `Mammogram`, array at the spacing of training, or a store and its `case`."""
+    """A subject from a path, or one per channel, `Volume`, `Mammogram`, array at the spacing of training, or a store
+    and its `case`; modality, channels: of the training; channel: which is shown."""
     names, center = dict(label_names or {}), None
+    called: tuple[str, ...] = ()
     if isinstance(scan, Store):
+        called = scan.channels
         volume, labels, names, center = _stored(scan, case)
     else:
-        volume = _volume(scan, spacing, is_flat)
+        volume = _volume(scan, spacing, is_flat, modality)
     if (volume.modality == "MG") != is_flat:
-        kinds = ("CT", "mammograms")
+        kinds = (modality, "mammograms")
         raise UseError(
             f"this encoder is one of {kinds[is_flat]}, and the scan is of the other kind",
             fix="give `encoder` a run of mammograms (method miram or mae)"
             if not is_flat
             else "give an encoder of CT",
         )
+    many = len(volume.array.reshape(-1, *volume.shape))
+    if not is_flat and (volume.modality, many) != (modality, channels):
+        raise UseError(
+            "this encoder is not one of such scans",
+            path=volume.source or None,
+            found=f"{volume.modality} of {many} channel{'s' * (many > 1)}",
+            expected=f"{modality} of {channels}",
+            fix="give a list of paths, one per channel, or a store"
+            if channels > many
+            else "give another encoder",
+        )
+    if not 0 <= channel < many:
+        raise UseError(f"there is no channel {channel}", expected=f"0 to {many - 1}")
     array, affine = at_spacing(volume.array, volume.affine, spacing)
     array = to_hounsfield(array, volume.array) if array.dtype.kind == "f" else array
-    body = _breast(array, spacing) if is_flat else None
+    several, array = (array, array[channel]) if array.ndim == 4 else (None, array)
+    name = f"{called[channel]}, " if called else ""
+    shown = f"{name}channel {channel + 1} of {many}" if many > 1 else ""
+    body = _breast(array, float(three(spacing)[0])) if is_flat else None
     painted = None if labels is None else _labels(labels, volume, array.shape, affine)
     names = names or ({} if painted is None else {int(v): f"label {v}" for v in np.unique(painted) if v})
     if center is None:
-        voxel = _middle(array, painted, names, body, spacing)
+        voxel = _middle(array, painted, names, body, volume.modality, spacing)
     else:
         voxel = Volume(array, affine).to_index(np.asarray(center, float))
-    return Subject(array, affine, painted, names, np.rint(voxel).astype(int), volume.notes, body)
+    center = np.rint(voxel).astype(int)
+    more = () if is_flat else (volume.modality, several, channel, shown)
+    return Subject(array, affine, painted, names, center, volume.notes, body, *more)
 
 
-def _volume(scan: Any, spacing: float, is_flat: bool) -> Volume:
+def _volume(scan: Any, spacing: Spacing, is_flat: bool, modality: str) -> Volume:
     """A scan in any form but a store as a `Volume`."""
     path = scan if isinstance(scan, (str, Path)) else ""
     if path:
-        scan = read_mammogram(path) if is_flat else read_volume(path)
+        scan = read_mammogram(path) if is_flat else read_volume(path, modality=modality)
+    elif isinstance(scan, (list, tuple)) and scan and all(isinstance(one, (str, Path)) for one in scan):
+        scan = read_channels(scan, modality=modality)
     if isinstance(scan, Volume):
         return scan
     if isinstance(scan, Mammogram):
@@ -151,17 +189,18 @@ def _volume(scan: Any, spacing: float, is_flat: bool) -> Volume:
                 path=path or None,
                 fix="read it with sl.read_mammogram, and give dataclasses.replace(mammogram, spacing_mm=(0.1, 0.1))",
             )
-        return flat.as_volume(scan, scan.spacing_mm, spacing)
+        return flat.as_volume(scan, scan.spacing_mm, float(three(spacing)[0]))
     array = as_array(scan)
-    if array.ndim != (2 if is_flat else 3) or array.dtype.kind not in "iuf":
+    if array.ndim not in ((2,) if is_flat else (3, 4)) or array.dtype.kind not in "iuf":
         raise UseError(
             "cannot explore this",
             found=f"{type(scan).__name__} of shape {array.shape}",
-            expected="a path, a Volume, a Mammogram, a store, or an array (X, Y, Z) or (rows, columns) at the encoder's spacing",
+            expected="a path, a Volume, a Mammogram, a store, or an array (X, Y, Z), (C, X, Y, Z) or (rows, columns) at the encoder's spacing",
         )
+    x, y, z = three(spacing).tolist()
     if is_flat:
-        return flat.as_volume(Mammogram(array, (spacing, spacing), "", ""), (spacing, spacing), spacing)
-    return Volume(np.rint(array).astype(np.int16), np.diag([spacing, spacing, spacing, 1.0]))
+        return flat.as_volume(Mammogram(array, (x, y), "", ""), (x, y), z)
+    return Volume(np.rint(array).astype(np.int16), np.diag([x, y, z, 1.0]), modality)
 
 
 def _stored(store: Store, case: int | str) -> tuple[Volume, Any, dict[int, str], Any]:
@@ -177,7 +216,7 @@ def _stored(store: Store, case: int | str) -> tuple[Volume, Any, dict[int, str],
         )
     row: Any = table.loc[case]
     image, is_flat = int(row.image), store.shape(int(row.image))[2] == 1
-    volume = Volume(store.array(image)[:], store.affine(image), "MG" if is_flat else "CT")
+    volume = Volume(store.array(image)[:], store.affine(image), "MG" if is_flat else store.modality)
     stored, names = store.labels(image), store.label_names
     labels = None if stored is None else stored[:]
     center, box = (value if isinstance(value, list) else None for value in (row.center_mm, row.box_mm))
@@ -226,7 +265,7 @@ def _breast(array: np.ndarray, spacing: float) -> np.ndarray:
 
 
 def _middle(
-    array: np.ndarray, labels: Any, names: Mapping[int, str], body: Any, spacing: float
+    array: np.ndarray, labels: Any, names: Mapping[int, str], body: Any, modality: str, spacing: Spacing
 ) -> np.ndarray:
     """Where to begin: the middle of the largest lesion, else of the body, else of the scan."""
     lesions = [value for value, name in names.items() if is_lesion(name)]
@@ -235,7 +274,8 @@ def _middle(
         return np.array(ndimage.center_of_mass(parts == 1 + np.bincount(parts.ravel())[1:].argmax()))
     step = np.ones(3)
     if body is None:
-        found = find_body(array, (spacing,) * 3)
+        mm = tuple(three(spacing).tolist())
+        found = find_tissue(array, mm) if modality == "MR" else find_body(array, mm)
         body, step = found.mask, np.array(found.step)
     return step * ndimage.center_of_mass(body) if body.any() else np.array(array.shape) / 2
 
@@ -295,10 +335,10 @@ class Model:
         grid = self.encoder.grid(view.input.shape)
         if self.autoencodes:
             finest = list(self.method.reconstruct(view.input, mask=mask).values())[-1]
-            guess = F.interpolate(finest["guess"], view.input.shape[2:])[0, 0]
+            guess = F.interpolate(finest["guess"], view.input.shape[2:])[0, view.channel]
         else:
             seen = self.method.student.encoder(view.input, hidden=mask)
-            guess = self.method.reconstruct(seen.stages[-1])[0, 0].float()
+            guess = self.method.reconstruct(seen.stages[-1])[0, view.channel].float()
         hidden = upsample(mask, (1, *grid)[-3:], self.stride)[0]
         hidden = hidden[0] if self.flat else hidden
         low, high = self.config.data.window

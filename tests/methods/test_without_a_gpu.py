@@ -95,6 +95,16 @@ def test_a_whole_step_on_scans(change, precision, meta):
     whole_step(sl.load_config("dagman", SCANS | change), (2, 2, 1, 64, 64, 64), meta, precision)
 
 
+@pytest.mark.parametrize("change", [{}, {"method.preset": "simmim"}, {"loss.coarse": 1.0}], ids=str)
+def test_a_whole_step_on_two_channels(change, meta):
+    two = {"encoder.in_channels": 2}
+    whole_step(sl.load_config("dagman", SCANS | two | change), (2, 2, 2, 64, 64, 64), meta)
+    config = sl.load_config(
+        "primus-tiny", PRIMUS | two | {"method.preset": change.get("method.preset", "mae")}
+    )
+    whole_step(config, (2, 2, 2, 32, 32, 32), meta)
+
+
 @pytest.mark.parametrize(
     ("change", "precision"),
     [({}, torch.bfloat16), (VITS[3], torch.bfloat16), *((c, None) for c in VITS)],
@@ -127,19 +137,22 @@ def whole_step(config, shape, device, precision=None):
     assert all(v.device == device for v in (loss, *values))
 
 
+@pytest.mark.parametrize("channels", [(), (2,)], ids=str)
 @pytest.mark.parametrize("task", ["classify", "segment"])
-def test_a_whole_step_of_fine_tuning(task, meta):
-    encoder = make_encoder(sl.load_config("tiny", TINY))
-    crop, classes = torch.zeros(2, 64, 64, 64, dtype=torch.int16, device=meta), torch.zeros(2, 3, device=meta)
+def test_a_whole_step_of_fine_tuning(task, channels, meta):
+    encoder = make_encoder(sl.load_config("tiny", TINY | {"encoder.in_channels": len(channels) + 1}))
+    size, classes = (64, 64, 64), torch.zeros(2, 3, device=meta)
+    crop = torch.zeros(2, *channels, *size, dtype=torch.int16, device=meta)
+    truth = torch.zeros(2, *size, dtype=torch.uint8, device=meta)
     if task == "classify":
         net, prefix = classifier.build(encoder, 3, pretrained=True, seed=0).to(meta), classifier.ENCODER
         measure = classifier.measure_of("multiclass", torch.tensor([0.2, 0.3, 0.5]).to(meta))
-        x = augment(window(crop, -175, 250), torch.Generator().manual_seed(0))
-        loss = measure(net(network_input(x)), classes)
+        x = augment(network_input(window(crop, -175, 250)), torch.Generator().manual_seed(0), channels=True)
+        loss = measure(net(x), classes)
     else:
         net, prefix = segmenter.build(encoder, 3, pretrained=True, seed=0).to(meta), segmenter.ENCODER
         loss = segmenter.loss_of(net, (-175, 250), weights=np.ones(3), flip=True)
-        loss = loss({"view": crop, "labels": crop.to(torch.uint8)}, torch.Generator().manual_seed(0))
+        loss = loss({"view": crop, "labels": truth}, torch.Generator().manual_seed(0))
     optimiser = torch.optim.AdamW(layer_groups(net, prefix, 0.75), lr=1e-4)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, field_validator, model_validator
 
 from smartlab.core.errors import DataError
 
@@ -97,6 +97,9 @@ class Case(BaseModel, extra="forbid"):
     id: str
     patient: str
     image: str | None = None  # path below the root: a file or a DICOM folder
+    channels: dict[
+        str, str
+    ] = {}  # name -> path, where a patient has several images on one grid; the first is `image`
     series_uid: str | None = None  # DICOM SeriesInstanceUID, found by content below the root
     labels: dict[str, LabelValue] = {}
     masks: dict[str, str] = {}  # name -> path of a binary mask, or "series:<UID>" (SEG, RTSTRUCT)
@@ -111,6 +114,20 @@ class Case(BaseModel, extra="forbid"):
     def image_key(self) -> str:
         """What identifies the image: cases with the same key share one stored volume."""
         return self.series_uid or self.image or self.id
+
+    @model_validator(mode="after")
+    def _channels_inside(self) -> Case:
+        if not self.channels:
+            return self
+        for path in self.channels.values():
+            safe_path(path)
+        first = next(iter(self.channels.values()))
+        if self.image not in (None, first) or self.series_uid:
+            raise ValueError(
+                f"case {self.id!r}: `channels` name all images, the first is {first!r}; leave `image` out"
+            )
+        self.image = first
+        return self
 
     @field_validator("image", "label_map")
     @classmethod

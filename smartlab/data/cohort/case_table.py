@@ -19,6 +19,7 @@ MISSING = (
     | set("?-.")
     | {"--"}
 )
+_NAMED = {"masks": "mask", "channels": "channel"}  # field -> word before the names in it
 _LESION = ("center_mm", "box_mm", "diameter_mm", "frame")
 
 
@@ -43,8 +44,8 @@ def _flat(case: Case) -> dict[str, str]:
     for name, value in case.model_dump(mode="json", exclude_none=True).items():
         if name == "labels":
             row |= {f"label.{k}": _text(v) for k, v in value.items() if v is not None}
-        elif name == "masks":
-            row |= {f"mask.{k}": v for k, v in value.items()}
+        elif name in _NAMED:
+            row |= {f"{_NAMED[name]}.{k}": v for k, v in value.items()}
         elif name == "lesion":
             row |= {k: _text(v) for k, v in value.items()}
         else:
@@ -123,8 +124,8 @@ def _nested(row: dict[str, str], labels: dict[str, Any]) -> dict[str, Any]:
         if name.startswith("label."):
             label = name.removeprefix("label.")
             case.setdefault("labels", {})[label] = _label(text, labels.get(label, {}).get("kind", "text"))
-        elif name.startswith("mask."):
-            case.setdefault("masks", {})[name.removeprefix("mask.")] = text
+        elif field := next((f for f, word in _NAMED.items() if name.startswith(f"{word}.")), None):
+            case.setdefault(field, {})[name.partition(".")[2]] = text
         elif name in _LESION:
             value = text.split("|") if name in ("center_mm", "box_mm") else text
             case.setdefault("lesion", {})[name] = value

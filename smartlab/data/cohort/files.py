@@ -71,6 +71,10 @@ class Files:
             return path, series, None
         return path, series, tuple(sorted((*found[series], *found.get("", ()))))  # "": damaged, perhaps of it
 
+    def channels(self, group: ImageGroup) -> tuple[Path, ...]:
+        """The images beside the first one, where there are several on one grid."""
+        return tuple(below(self.root, place) for place in list(group.cases[0].channels.values())[1:])
+
     def labels(self, group: ImageGroup) -> Iterator[LabelSource]:
         """The label maps and masks of an image."""
         masks = dict.fromkeys((name, place) for c in group.cases for name, place in c.masks.items())

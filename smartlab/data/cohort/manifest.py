@@ -58,7 +58,7 @@ class Manifest(BaseModel, extra="forbid", populate_by_name=True):
     schema_version: Literal[1] = 1
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     title: str = ""
-    modality: Literal["CT", "MG"] = "CT"
+    modality: Literal["CT", "MG", "MR"] = "CT"
     licence: str = "own data"
     citation: str = ""
     homepage: str = ""
@@ -73,6 +73,11 @@ class Manifest(BaseModel, extra="forbid", populate_by_name=True):
     @property
     def cases(self) -> list[Case]:
         return [case for case in self.all_cases if not case.excluded]
+
+    @property
+    def channels(self) -> list[str]:
+        """The names of the images that every case has on one grid; none where it is one image."""
+        return list(self.all_cases[0].channels) if self.all_cases else []
 
     @property
     def patients(self) -> list[str]:
@@ -103,6 +108,8 @@ class Manifest(BaseModel, extra="forbid", populate_by_name=True):
 
     def _problems(self) -> Iterator[str]:
         """Everything that is wrong with the cases, one sentence each."""
+        if self.modality == "MG" and self.channels:
+            yield "mammograms have no `channels`: each image is a case"
         seen: set[str] = set()
         for case in self.all_cases:
             if case.id in seen:
@@ -110,6 +117,9 @@ class Manifest(BaseModel, extra="forbid", populate_by_name=True):
             seen.add(case.id)
             if not case.id or not case.patient:
                 yield f"case {case.id!r} of patient {case.patient!r}: both need a name"
+            if list(case.channels) != self.channels:
+                found, wanted = (", ".join(names) or "none" for names in (case.channels, self.channels))
+                yield f"case {case.id!r} has the channels {found}, the first case {wanted}: all need the same, in one order"
             for name, value in case.labels.items():
                 if name not in self.labels:
                     yield f"case {case.id!r} has label {name!r}, which `labels` does not describe"
@@ -117,7 +127,8 @@ class Manifest(BaseModel, extra="forbid", populate_by_name=True):
                     yield f"case {case.id!r}, label {name!r}: {problem}"
         owner: dict[str, str] = {}
         for case in self.all_cases:
-            for image in filter(None, (case.series_uid, case.image and str(PurePosixPath(case.image)))):
+            images = {str(PurePosixPath(path)) for path in (case.image, *case.channels.values()) if path}
+            for image in sorted({case.series_uid or "", *images} - {""}):
                 if (other := owner.setdefault(image, case.patient)) != case.patient:
                     yield (
                         f"image {image!r} belongs to two patients, {other!r} and {case.patient!r}; "

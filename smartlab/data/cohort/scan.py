@@ -16,18 +16,19 @@ from __future__ import annotations
 import os
 import shlex
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import ValidationError
 
-from smartlab.core.errors import DataError, UseError, counted, problems_of, some
+from smartlab.core.errors import DataError, UseError, counted, one_of, problems_of, some
 from smartlab.core.places import KEYS
 from smartlab.data.cohort.case import Case, natural
 from smartlab.data.cohort.manifest import Manifest, Source, load_manifest
-from smartlab.data.cohort.scan_files import MAMMOGRAM, PICTURE, SERIES, Contents, Found, look_into
-from smartlab.data.cohort.scan_masks import Pairs
+from smartlab.data.cohort.scan_files import MAMMOGRAM, PICTURE, SERIES, VOLUMES, Contents, Found, look_into
+from smartlab.data.cohort.scan_masks import Pairs, grids_apart
 from smartlab.data.cohort.scan_names import fits_path, is_named_like_a_mask, patients_by_name, slug, stem
 from smartlab.data.cohort.scan_table import Joined, join_table
 from smartlab.data.images.readers import files_of
@@ -88,6 +89,8 @@ def scan_folder(
     labels: str | Path | None = None,
     masks: str | None = None,
     *,
+    modality: str | None = None,
+    channels: Sequence[str] = (),
     out: str | Path | None = None,
     replace: bool = False,
     progress: bool = True,
@@ -97,6 +100,9 @@ def scan_folder(
     labels:   CSV with one row per scan or patient; see `scan_table.py` for what is read from it.
     masks:    pattern of the files ("*_lesion*") or structures ("GTV*") that are masks, where the usual names
               (`*_mask`, `*_seg`, `label*/`, …) are not used or name more than is wanted.
+    modality: "CT" or "MR", where the files do not say it (only DICOM does); by default CT, unless all series are MR.
+    channels: names of the images that each patient has on one grid, ("t1", "t2"): files that end in _0000, _0001, …
+              as nnU-Net has them, or in _t1, _t2.
     out:      also write it there; images are then looked for in `folder`, the root to give.
     replace:  write over a manifest of other content.
 
@@ -104,7 +110,8 @@ def scan_folder(
     >>> len(man.cases) > 0
     True
     """
-    report = scan(folder, labels, masks, out=out, replace=replace, progress=progress)
+    more: dict[str, Any] = {"modality": modality, "channels": channels, "out": out, "replace": replace}
+    report = scan(folder, labels, masks, progress=progress, **more)
     if progress:
         print(report)
     return report.manifest
@@ -115,6 +122,8 @@ def scan(
     labels: str | Path | None = None,
     masks: str | None = None,
     *,
+    modality: str | None = None,
+    channels: Sequence[str] = (),
     out: str | Path | None = None,
     replace: bool = False,
     progress: bool = True,
@@ -122,12 +131,16 @@ def scan(
     """`scan_folder` with its report."""
     root, out = Path(folder), None if out is None else Path(out)
     _check_request(root, labels, out)
+    if modality is not None:
+        one_of("modality", modality, VOLUMES)
+    if len({name.lower() for name in channels}) < len(channels):
+        raise UseError("a channel is named twice", found=", ".join(channels))
     ignore = {root / "manifest.json", root / KEYS, *(Path(p) for p in (labels, out) if p)}
     ignore |= {root / path.resolve().relative_to(root.resolve()) for path in ignore if _below(path, root)}
     contents = look_into(root, ignore, progress)
     report = ScanReport(Manifest(name=slug(root.resolve().name) or "own-data"), root, left=contents.left)
     if not _stacks(report, contents):
-        _volumes(report, contents, masks)
+        _volumes(report, contents, masks, modality, channels)
     if labels is not None:
         joined = join_table(Path(labels), root, report.manifest.cases)
         _take(report, joined, Path(labels))
@@ -175,11 +188,19 @@ def _stacks(report: ScanReport, contents: Contents) -> bool:
     return True
 
 
-def _volumes(report: ScanReport, contents: Contents, pattern: str | None) -> None:
+def _volumes(
+    report: ScanReport,
+    contents: Contents,
+    pattern: str | None,
+    wanted: str | None,
+    channels: Sequence[str],
+) -> None:
     """Scans with their masks and patients -> the manifest of the report."""
-    scans, masks = _apart(contents, pattern)
-    modality, scans = _one_modality(scans, report)
+    scans, masks = _apart(contents, pattern, wanted)
+    modality, scans = _one_modality(scans, report, wanted)
     scans = _without_copies(scans, report)
+    joined = _joined(scans, channels, report) if channels else {}
+    scans = [one for one in scans if one.path in joined] if channels else scans
     if not scans:
         raise DataError(
             "no scan below this folder can be used",
@@ -197,8 +218,9 @@ def _volumes(report: ScanReport, contents: Contents, pattern: str | None) -> Non
         Case(
             id=_id(one) if ids[_id(one)] == 1 else f"{one.path}/{one.uid}" if one.uid else one.path,
             patient=patient,
+            channels=joined.get(one.path, {}),
             image=None if one.path == "." else one.path,
-            series_uid=one.uid,
+            series_uid=None if channels else one.uid,
             masks=pairs.places(one),
             label_map=pairs.maps.get(id(one)),
         )
@@ -214,7 +236,7 @@ def _volumes(report: ScanReport, contents: Contents, pattern: str | None) -> Non
     _describe(report, scans)
 
 
-def _apart(contents: Contents, pattern: str | None) -> tuple[list[Found], list[Found]]:
+def _apart(contents: Contents, pattern: str | None, modality: str | None) -> tuple[list[Found], list[Found]]:
     """Scans, and masks by their names (or by `pattern`)."""
     scans: list[Found] = []
     masks = [one for one in contents.found if one.grid is None]  # SEG and RTSTRUCT
@@ -228,7 +250,13 @@ def _apart(contents: Contents, pattern: str | None) -> tuple[list[Found], list[F
             masks.append(one)
         elif usual:
             contents.left.append((one.path, "named like a mask, and --masks asks for others"))
-        elif could_be and one.kind != PICTURE and one.grid and one.grid.array.itemsize == 1:
+        elif (
+            could_be
+            and modality != "MR"
+            and one.kind != PICTURE
+            and one.grid
+            and one.grid.array.itemsize == 1
+        ):
             why = "8-bit values are no Hounsfield units; if it is a mask, name it *_mask or give --masks PATTERN"
             contents.left.append((one.path, why))
         else:
@@ -236,8 +264,43 @@ def _apart(contents: Contents, pattern: str | None) -> tuple[list[Found], list[F
     return scans, masks
 
 
-def _one_modality(scans: list[Found], report: ScanReport) -> tuple[Any, list[Found]]:
-    """CT, unless there are only mammograms: a manifest has one modality."""
+def _joined(scans: list[Found], channels: Sequence[str], report: ScanReport) -> dict[str, dict[str, str]]:
+    """By the path of the first channel, the paths of all: files of one name but for `_0000`, `_0001`, or `_t1`, `_t2`."""
+    groups: dict[str, dict[str, Found]] = defaultdict(dict)
+    for one in scans:
+        place = PurePosixPath(one.path).with_name(stem(one.path)).as_posix()
+        for number, name in enumerate(channels):
+            if end := next(
+                (e for e in (f"_{number:04d}", f"_{name}") if place.lower().endswith(e.lower())), None
+            ):
+                groups[place[: -len(end)]].setdefault(name, one)
+                break
+        else:
+            report.left.append(
+                (one.path, f"no channel: its name ends neither in _0000, … nor in _{channels[0]}, …")
+            )
+    joined = {}
+    for place, found in groups.items():
+        first = found.get(channels[0])
+        lacking = [name for name in channels if name not in found]
+        apart = (
+            {} if first is None else {n: why for n, one in found.items() if (why := grids_apart(one, first))}
+        )
+        if first is None or lacking or apart:
+            why = (
+                f"{place} has no {lacking[0]}"
+                if lacking
+                else "; ".join(f"{n}: {w}" for n, w in apart.items())
+            )
+            report.left += [(one.path, why) for one in found.values()]
+        else:
+            first.name = f"{place}.nii"
+            joined[first.path] = {name: found[name].path for name in channels}
+    return joined
+
+
+def _one_modality(scans: list[Found], report: ScanReport, wanted: str | None) -> tuple[Any, list[Found]]:
+    """CT, unless MR is asked for or all series are MR, or there are only mammograms: a manifest has one modality."""
     flat = [one for one in scans if one.kind in (MAMMOGRAM, PICTURE)]
     volumes = [one for one in scans if one.kind not in (MAMMOGRAM, PICTURE)]
     if not volumes:
@@ -247,7 +310,15 @@ def _one_modality(scans: list[Found], report: ScanReport) -> tuple[Any, list[Fou
         PICTURE: "a picture, not a scan",
     }
     report.left += [(one.path, reasons[one.kind]) for one in flat]
-    return "CT", volumes
+    stated = [
+        one.grid.modality if one.kind == SERIES and one.grid else "" for one in volumes
+    ]  # files do not say it
+    chosen = wanted or ("MR" if {*stated} == {"MR"} else "CT")
+    others = [(one, kind) for one, kind in zip(volumes, stated, strict=True) if kind not in ("", chosen)]
+    report.left += [
+        (o.path, f"{kind} among {chosen}: for these, scan with --modality {kind}") for o, kind in others
+    ]
+    return chosen, [one for one, kind in zip(volumes, stated, strict=True) if kind in ("", chosen)]
 
 
 def _without_copies(scans: list[Found], report: ScanReport) -> list[Found]:
@@ -284,7 +355,7 @@ def _id(one: Found) -> str:
     """Path without suffix; of a series its folder."""
     if one.kind == SERIES:
         return one.path if one.path != "." else str(one.uid)
-    return PurePosixPath(one.path).with_name(stem(one.path)).as_posix()
+    return PurePosixPath(one.name).with_name(stem(one.name)).as_posix()
 
 
 def _patients(scans: list[Found], root: Path) -> list[str]:
@@ -292,12 +363,12 @@ def _patients(scans: list[Found], root: Path) -> list[str]:
 
     A file in the folder of a DICOM patient is of that patient.
     """
-    named = patients_by_name(sorted({one.path for one in scans}), root.resolve().name)
+    named = patients_by_name(sorted({one.name for one in scans}), root.resolve().name)
     stated: dict[str, set[str]] = defaultdict(set)
     for one in scans:
-        stated[named[one.path]] |= {one.patient} - {""}
+        stated[named[one.name]] |= {one.patient} - {""}
     alike = {name: next(iter(found)) for name, found in stated.items() if len(found) == 1}
-    return [one.patient or alike.get(named[one.path], named[one.path]) for one in scans]
+    return [one.patient or alike.get(named[one.name], named[one.name]) for one in scans]
 
 
 # ---- report --------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from smartlab.data.images.readers import NIFTI, Volume, empty, read_grid
 
 SERIES, MAMMOGRAM, PICTURE, SEGMENTATION, CONTOURS = "DICOM series", "mammogram", "picture", "SEG", "RTSTRUCT"
 _FORMATS = dict.fromkeys(NIFTI, "NIfTI") | {".nrrd": "NRRD", ".nhdr": "NRRD", ".mhd": "MetaImage", ".mha": "MetaImage"}  # fmt: skip
+VOLUMES = ("CT", "MR")  # modalities of DICOM series that are read as volumes
 _VOXELS = (".raw", ".zraw")  # of a MetaImage or NRRD whose header stands beside
 _OFF_GRID = 0.3  # voxels, as in dicom_masks
 _REFERENCES = ["ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence"]
@@ -55,6 +56,10 @@ class Found:
     structures: tuple[str, ...] = field(default=(), repr=False)
     frames: np.ndarray | None = None
     note: str = ""
+    name: str = ""  # the path, without what tells a channel from the others
+
+    def __post_init__(self) -> None:
+        self.name = self.name or self.path
 
 
 @dataclass
@@ -165,15 +170,15 @@ def _sort_dicom(
             contents.left.append((place, broken[uid]))
         elif "volume" in kinds and modality == "MG":
             contents.found += [_mammogram(root, header) for header in own]
-        elif "volume" in kinds and modality == "CT":
+        elif "volume" in kinds and modality in VOLUMES:
             used = [header for header in own if kind_of(header, None) == "volume"]
             used, place = _without_copies(root, used, contents)
-            contents.take(place, _series, root, uid, used)
+            contents.take(place, _series, root, uid, used, modality)
         elif kinds <= {"SEG object", "RTSTRUCT object"}:
             contents.take(place, _segmentation, uid, own)
         else:
             what = f"DICOM of modality {modality}" if "volume" in kinds else ", ".join(sorted(kinds))
-            contents.left.append((place, f"{what}: only CT and mammograms are read"))
+            contents.left.append((place, f"{what}: only CT, MR and mammograms are read"))
 
 
 def _blame(
@@ -228,11 +233,11 @@ def hashed_patient(text: str) -> str:
     return "p-" + hashed(salt(), "patient", text)[:12]
 
 
-def _series(place: str, root: Path, uid: str, headers: list[Dataset]) -> Found:
+def _series(place: str, root: Path, uid: str, headers: list[Dataset], modality: str) -> Found:
     from smartlab.data.images.dicom import planes_in
     from smartlab.data.images.dicom_geometry import stack_planes
 
-    planes = [plane for header in headers for plane in planes_in(header, "CT")]
+    planes = [plane for header in headers for plane in planes_in(header, modality)]
     stack = stack_planes(planes, root / place, "correct")
     rows, columns = stack.planes[0].size
     check_affine(affine := LPS_TO_RAS @ stack.affine, root / place)
@@ -240,7 +245,7 @@ def _series(place: str, root: Path, uid: str, headers: list[Dataset]) -> Found:
     tilted = (
         f"gantry tilt of {stack.tilt_degrees:.1f}°: give --tilt correct" if stack.offsets is not None else ""
     )
-    grid = Volume(empty(shape), affine, "CT", place)
+    grid = Volume(empty(shape), affine, modality, place)
     return Found(place, SERIES, grid, uid, len(headers), _patient(headers[0]), note=tilted)
 
 

@@ -37,7 +37,7 @@ class Pairs:
         self.by_folder: dict[str, list[Found]] = defaultdict(list)
         for one in scans:
             for bare in (False, True):
-                self.by_key[bare, key_of(one.path, bare)].append(one)
+                self.by_key[bare, key_of(one.name, bare)].append(one)
             self.by_folder[folder_of(one.path)].append(one)
         self.series = {one.uid: one for one in scans if one.uid}
         self.masks: dict[int, dict[str, list[Found]]] = {id(one): defaultdict(list) for one in scans}
@@ -70,12 +70,12 @@ class Pairs:
             near = alone if len(alone) == 1 else []
         if not near:
             return "a mask without a scan of its name"
-        good = [one for one in near if not _apart(mask, one)]
+        good = [one for one in near if not grids_apart(mask, one)]
         if not good:
-            return f"not on the grid of {near[0].path}: {_apart(mask, near[0])}"
+            return f"not on the grid of {near[0].path}: {grids_apart(mask, near[0])}"
         if len(good) > 1:
             return f"a mask that fits {len(good)} scans: {some([one.path for one in good])}"
-        start = key_of(good[0].path, bare)
+        start = key_of(good[0].name, bare)
         rest = key[len(start) :] if key[: len(start)] == start else words_of(stem(mask.path))
         name = "_".join(word for word in rest if not MASK_WORD.fullmatch(word)) or UNNAMED
         self.masks[id(good[0])][name].append(mask)
@@ -155,8 +155,8 @@ def _named_values(root: Path, place: str) -> dict[int, str]:
         ) from None
 
 
-def _apart(mask: Found, one: Found) -> str:
-    """How the grids of a mask and a scan differ, or ""."""
+def grids_apart(mask: Found, one: Found) -> str:
+    """How the grids of a mask, or another channel, and a scan differ, or ""."""
     assert mask.grid is not None and one.grid is not None
     try:
         check_same_grid(mask.path, mask.grid, one.grid)

@@ -109,6 +109,7 @@ class _Image:
     series: str | None = None
     files: tuple[Path, ...] | None = None
     labels: tuple[LabelSource, ...] = ()
+    channels: tuple[Path, ...] = ()  # images beside the first
     outlines: tuple[tuple[str, tuple[Path, ...]], ...] = ()  # case, the files that may hold its outline
     stack: bool = False
     problem: str = ""
@@ -120,7 +121,7 @@ def _job(files: Files, man: Manifest, group: ImageGroup) -> _Image:
         flat, stack = man.modality == "MG", "stacks" in man.layout
         labels = () if flat or stack else tuple(files.labels(group))
         outlines = tuple((case.id, files.outline(case)) for case in group.cases if flat and case.masks)
-        return _Image(group, path, series, own, labels, outlines, stack)
+        return _Image(group, path, series, own, labels, files.channels(group), outlines, stack)
     except Exception as error:  # of this image only
         return _Image(group, problem=_told(error))
 
@@ -171,7 +172,10 @@ def check_image(
             row["shape"], row["spacing_mm"] = by(image.array.shape), by(np.round(image.spacing_mm, 3))
             row["problem"] = _check_outlines(job.outlines, image.array)
         else:
-            volume = readers.read_volume(job.path, series=job.series, tilt=tilt, files=job.files)
+            how: Any = {"tilt": tilt, "modality": modality}
+            volume = readers.read_volume(job.path, series=job.series, files=job.files, **how)
+            for channel in job.channels:
+                readers.check_same_grid(channel, readers.read_volume(channel, **how), volume)
             row["shape"], row["spacing_mm"] = by(volume.shape), by(np.round(volume.spacing, 3))
             row["remark"] = " | ".join(volume.notes)
             for case in job.group.cases:

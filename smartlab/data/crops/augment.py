@@ -6,6 +6,8 @@ augmentation of masked image modelling.
 
     x = window(batch["views"], -175, 250)           # (B, V, D, H, W) in [0, 1]
     x = augment(x, generator)
+
+Several channels of one scan are mirrored together, and vary in brightness and contrast each by itself.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 
 
 def window(hu: torch.Tensor, low: float, high: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Clip HU to [low, high] and scale to [0, 1]; any shape, float32 inside so that bf16 only rounds once."""
+    """Clip HU, or what else is stored, to [low, high] and scale to [0, 1]; any shape, float32 inside so that bf16 only rounds once."""
     return ((hu.float() - low) / (high - low)).clamp_(0, 1).to(dtype)
 
 
@@ -27,6 +29,7 @@ def augment(
     flip: bool = True,
     intensity: float = 0.1,
     noise: float = 0.0,
+    channels: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> torch.Tensor:
     """Random mirrors, contrast and brightness, and noise for (..., D, H, W) in [0, 1].
@@ -34,10 +37,11 @@ def augment(
     flip:       mirror each axis with probability one half.
     intensity:  scale by 1 ± intensity around the sample's mean and shift by ± intensity, uniform.
     noise:      standard deviation of Gaussian noise, per sample uniform between 0 and this.
+    channels:   the axis before (D, H, W) holds channels of one scan, and not samples.
     shard:      (rank, world) where x is one rank's share of a batch: draws as for the whole batch.
     """
     if flip:
-        x = mirror(x, draw_mirrors(x, generator, shard))
+        x = mirror(x, draw_mirrors(x[..., :1, :, :, :] if channels else x, generator, shard))
     if intensity > 0:
         scale = 1 + intensity * (2 * _draw(x, generator, shard) - 1)
         shift = intensity * (2 * _draw(x, generator, shard) - 1)

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smartlab.data.cohort.scan_names import UNNAMED
+from smartlab.data.images.mr import DENSE
 
 LESION_WORDS = ("nodule", "tumour", "tumor", "lesion", "mass", "metasta", "cancer", "gtv", "neoplasm", "cyst")
-BODY_HU = -500.0  # denser than this: body, not air or lung
+BODY = {"CT": -500.0, "MR": float(DENSE)}  # denser than this: body, not air or lung
 
 
 def is_lesion(name: str) -> bool:
@@ -23,13 +24,17 @@ def is_lesion(name: str) -> bool:
 
 
 def unit_shares(
-    hu: Tensor, labels: Tensor | None, names: dict[int, str], stride: int | tuple[int, int, int]
+    hu: Tensor,
+    labels: Tensor | None,
+    names: dict[int, str],
+    stride: int | tuple[int, int, int],
+    body: float = BODY["CT"],
 ) -> dict[str, Tensor]:
     """Share of every unit's voxels that is "body", "organ" or "lesion", (B, N) each.
 
-    hu, labels: (B, D, H, W); names: label value -> name.
+    hu, labels: (B, D, H, W); names: label value -> name; body: values above this are.
     """
-    masks = {"body": hu > BODY_HU}
+    masks = {"body": hu > body}
     if labels is not None:
         table = torch.zeros(2, 256, dtype=torch.bool, device=labels.device)
         for value, name in names.items():

@@ -2,7 +2,8 @@
 
 Every dataset is map-style and pure: item (epoch, index) depends on the seed and these two numbers
 only, never on a worker, a rank or what was read before. `dataset[index]` is epoch 0. Only the
-blocks that a crop touches are read. Values are int16 HU; windowing and augmentation happen on the
+blocks that a crop touches are read. Values are int16 as stored, with an axis of channels before (X, Y, Z) where a
+store has several; windowing and augmentation happen on the
 device, for the whole batch (`augment.py`). `CropLoader` (`loader.py`) makes batches of them.
 
 A dataset names its arrays in `fields` and writes them into buffers it is given (`read`), so that
@@ -11,6 +12,7 @@ no crop is copied more often than needed.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -20,8 +22,8 @@ from numpy.typing import ArrayLike
 
 from smartlab.core.errors import DataError, UseError
 from smartlab.data.images.body import BLOCK
-from smartlab.data.images.grid import AIR
-from smartlab.data.images.resample import LabelPainter, resample
+from smartlab.data.images.grid import AIR, Spacing, three
+from smartlab.data.images.resample import LabelPainter, over_channels, resample
 from smartlab.data.store.store import Store
 
 if TYPE_CHECKING:
@@ -71,20 +73,21 @@ def read_crop(
     fill: int = AIR,
     memory: np.ndarray | None = None,
 ) -> tuple[np.ndarray, bool]:
-    """A box of a stored volume, reading only its blocks -> (array of `size`, whether it was padded).
+    """A box of a stored volume, of all channels, reading only its blocks -> (array (…, *size), whether it was padded).
 
     The box may reach beyond the volume (or lie outside): there it holds `fill`. `memory`, a flat
     array of the volume's type, is used for the result where it is large enough.
     """
-    start, size = np.asarray(start), tuple(np.asarray(size).tolist())
-    low = np.clip(start, 0, array.shape)
-    high = np.clip(start + size, low, array.shape)
-    shape, count = tuple((high - low).tolist()), int(np.prod(high - low))
+    start, size, many = np.asarray(start), tuple(np.asarray(size).tolist()), tuple(array.shape[:-3])
+    low = np.clip(start, 0, array.shape[-3:])
+    high = np.clip(start + size, low, array.shape[-3:])
+    shape = (*many, *(high - low).tolist())
+    count = int(np.prod(shape))
     fits = memory is not None and memory.size >= count
     part = memory[:count].reshape(shape) if memory is not None and fits else np.empty(shape, array.dtype)
     try:
         if count:  # as array[low:high], into memory of ours
-            array.get_slice_numpy(part, (low.tolist(), high.tolist()))
+            array.get_slice_numpy(part, ([0] * len(many) + low.tolist(), [*many, *high.tolist()]))
     except RuntimeError as error:
         raise DataError(
             "a stored volume is damaged",
@@ -92,11 +95,11 @@ def read_crop(
             found=error,
             fix="delete it and build the store again",
         ) from error
-    if part.shape == size:
+    if part.shape[-3:] == size:
         return part, False
-    out = np.full(size, fill, array.dtype)
+    out = np.full((*many, *size), fill, array.dtype)
     at = low - start
-    out[tuple(slice(a, a + n) for a, n in zip(at, part.shape, strict=True))] = part
+    out[(..., *(slice(a, a + n) for a, n in zip(at, part.shape[-3:], strict=True)))] = part
     return out, True
 
 
@@ -108,7 +111,7 @@ def resampled_crop(
     Axes of one voxel, as of mammograms, stay as they are. Labels go by their share of each voxel.
     """
     to_index = np.linalg.inv(grid) @ target
-    step, flat = np.diag(to_index)[:3], np.array(array.shape) == 1
+    step, flat = np.diag(to_index)[:3], np.array(array.shape[-3:]) == 1
     reach = np.where(flat, 0, np.ceil(_REACH * np.maximum(1.0, step) - 1e-6)).astype(int)
     start = np.floor(to_index[:3, 3] + 1e-6).astype(int) - reach
     count = np.where(flat, 1, np.ceil(step * np.array(size) - 1e-6).astype(int) + 2 * reach + 1)
@@ -116,8 +119,12 @@ def resampled_crop(
     moved = grid.copy()
     moved[:3, 3] += grid[:3, :3] @ start
     if array.dtype == np.int16:
-        values = resample(box, moved, size, target, fill=fill)
-        return np.clip(np.rint(values), box.min(), box.max()).astype(np.int16), padded
+
+        def change(one: np.ndarray) -> np.ndarray:
+            values = resample(one, moved, size, target, fill=fill)
+            return np.clip(np.rint(values), one.min(), one.max()).astype(np.int16)
+
+        return over_channels(change, box), padded
     painter = LabelPainter(size, target)
     for value in np.unique(box[box > 0]):
         painter.paint(int(value), box == value, moved)
@@ -169,7 +176,7 @@ class ViewDataset(CropDataset):
         self.seed, self.min_overlap, self.foreground, self.draws = seed, min_overlap, foreground, draws
         self.images = positions(store, images)
         self._starts: dict[int, np.ndarray] = {}  # image -> (regions, 3), made on first use
-        self.fields: Fields = {"views": ((views, view, view, view), np.int16)}
+        self.fields: Fields = {"views": ((views, *store.leading, view, view, view), np.int16)}
         if labels:
             self.fields["view_labels"] = ((views, view, view, view), np.uint8)
 
@@ -183,7 +190,9 @@ class ViewDataset(CropDataset):
         offsets = self._offsets(rng, np.array(self.store.shape(image)), self._region(rng, image))
         low = offsets.min(axis=0)
         size = offsets.max(axis=0) + self.view - low
-        memory = _MEMORY.pop() if _MEMORY else np.empty(self.region**3, np.int16)
+        memory = (
+            _MEMORY.pop() if _MEMORY else np.empty(math.prod(self.store.leading) * self.region**3, np.int16)
+        )
         box, padded = read_crop(self.store.array(image), low, size, AIR, memory)
         self._copy(box, offsets - low, out["views"])
         _MEMORY.append(memory)
@@ -195,7 +204,7 @@ class ViewDataset(CropDataset):
 
     def _copy(self, box: np.ndarray, offsets: np.ndarray, out: np.ndarray) -> None:
         for view, at in zip(out, offsets, strict=True):
-            view[:] = box[tuple(slice(a, a + self.view) for a in at)]
+            view[:] = box[(..., *(slice(a, a + self.view) for a in at))]
 
     def _region(self, rng: np.random.Generator, image: int) -> np.ndarray:
         """Start of a region, uniform over those on the block grid with enough body."""
@@ -281,7 +290,7 @@ class LesionDataset(CropDataset):
     Where no case of the store says where its lesion is, the masks of lesions do.
 
     size:     voxels, one number or three.
-    spacing:  resample the crop to this voxel size in mm, exactly centred; by default the store's own
+    spacing:  resample the crop to this voxel size in mm (one, or three), exactly centred; by default the store's own
               grid is cut, centred to half a voxel.
     cases:    keys of `store.cases` to take, in this order; by default every case with a lesion.
 
@@ -296,7 +305,7 @@ class LesionDataset(CropDataset):
         store: Store,
         *,
         size: int | tuple[int, int, int] = 64,
-        spacing: float | None = None,
+        spacing: Spacing | None = None,
         cases: Iterable[str] | None = None,
     ) -> None:
         from smartlab.data.crops.regions import is_lesion
@@ -309,7 +318,7 @@ class LesionDataset(CropDataset):
             middles: Any = [middle_of_mask(store, image, marked) for image in table.image]
             table = table.assign(center_mm=middles)
         self.table = lesion_table(store, table, cases)
-        self.fields: Fields = {"crop": (self.size, np.int16)}
+        self.fields: Fields = {"crop": ((*store.leading, *self.size), np.int16)}
         if store.label_names:
             self.fields["crop_labels"] = (self.size, np.uint8)
 
@@ -332,7 +341,7 @@ class LesionDataset(CropDataset):
         affine = self.store.affine(image)
         middle = (np.array(self.size) - 1) / 2
         if self.spacing is not None:
-            affine[:3, :3] *= self.spacing / self.store.spacing
+            affine[:3, :3] *= three(self.spacing) / three(self.store.spacing)
             affine[:3, 3] = center - affine[:3, :3] @ middle
         else:
             inverse = np.linalg.inv(affine)
@@ -349,7 +358,7 @@ class LesionDataset(CropDataset):
 
 
 class VolumeDataset:
-    """Whole scans one by one, for sliding windows: "volume" int16, "volume_labels" uint8 or None."""
+    """Whole scans one by one, for sliding windows: "volume" int16, of all channels, "volume_labels" uint8 or None."""
 
     def __init__(self, store: Store, images: Iterable[int] | None = None) -> None:
         self.store = store

@@ -31,10 +31,10 @@ class Body:
         return bool(self.mask.any())
 
 
-def find_body(array: np.ndarray, spacing: tuple[float, ...]) -> Body:
-    """The body in an (X, Y, Z) HU volume. Nothing is found in an image of air, or a very small one."""
+def find_body(array: np.ndarray, spacing: tuple[float, ...], least: float = DENSE) -> Body:
+    """The body in an (X, Y, Z) volume, denser than `least` HU. Nothing is found in an image of air, or a very small one."""
     step = tuple(max(1, round(COARSE_MM / s)) for s in spacing)
-    dense = array[:: step[0], :: step[1], :: step[2]] > DENSE
+    dense = array[:: step[0], :: step[1], :: step[2]] > least
     # the image border is not the body's border: a trunk cut by the field of view is not eroded there
     opened = ndimage.binary_erosion(dense, border_value=1)
     opened = ndimage.binary_dilation(opened) & dense

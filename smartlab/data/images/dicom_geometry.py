@@ -100,10 +100,11 @@ def straighten(array: np.ndarray, stack: Stack) -> tuple[np.ndarray, np.ndarray]
     assert stack.offsets is not None
     low = np.floor(stack.offsets.min(axis=0)).astype(int)
     grow = np.ceil(stack.offsets.max(axis=0)).astype(int) - low
-    wide = np.pad(array, ((0, 0), (0, grow[0]), (0, grow[1])), constant_values=AIR)
+    air = AIR if array.dtype == np.int16 else float(array.min())  # of MR, which has no unit, the darkest
+    wide = np.pad(array, ((0, 0), (0, grow[0]), (0, grow[1])), constant_values=air)
     for plane, offset in zip(wide, stack.offsets - low, strict=True):
-        moved = ndimage.shift(plane.astype(np.float32), offset, order=1, mode="constant", cval=AIR)
-        plane[:] = np.rint(moved)
+        moved = ndimage.shift(plane.astype(np.float32), offset, order=1, mode="constant", cval=air)
+        plane[:] = np.rint(moved) if array.dtype == np.int16 else moved
     affine = stack.affine.copy()
     affine[:3, 3] += affine[:3, 0] * low[1] + affine[:3, 1] * low[0]
     return wide, affine

@@ -20,7 +20,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRL
 
 from smartlab.core.errors import DataError
 from smartlab.data.images.dicom_geometry import Plane
-from smartlab.data.images.grid import AIR, clip_notes, to_int16
+from smartlab.data.images.grid import AIR, check_numbers, clip_notes, to_int16
 
 # fmt: off
 PLANE_TAGS = [
@@ -188,9 +188,11 @@ def _padding(header: Dataset) -> tuple[int, int] | None:
 
 
 def decode(planes: Sequence[Plane], path: Path, modality: str) -> tuple[np.ndarray, list[str]]:
-    """Stored pixels of ordered planes -> int16 (slices, rows, columns) in HU, and notes."""
+    """Stored pixels of ordered planes -> (slices, rows, columns) and notes: int16 HU, or of MR float32 as rescaled."""
+    is_mr = modality == "MR"
     floor = AIR if modality == "CT" else -32768
-    array = np.empty((len(planes), *planes[0].size), np.int16)
+    array = np.empty((len(planes), *planes[0].size), np.float32 if is_mr else np.int16)
+    padded = np.zeros(array.shape if is_mr else 0, bool)
     below = above = 0
     by_file = sorted(range(len(planes)), key=lambda i: (str(planes[i].file), planes[i].frame))
     for file, group in groupby(by_file, key=lambda i: planes[i].file):
@@ -200,12 +202,20 @@ def decode(planes: Sequence[Plane], path: Path, modality: str) -> tuple[np.ndarr
             if frame.shape != plane.size:
                 raise _undecodable(file, f"an image of {frame.shape}, not {plane.size}")
             values = frame * plane.slope + plane.intercept if plane.slope != 1 else frame + plane.intercept
-            array[i], low, high = to_int16(values, file, floor)
+            pad = np.zeros(frame.shape, bool)
             if plane.padding is not None:
                 pad = (frame >= plane.padding[0]) & (frame <= plane.padding[1])
+            if is_mr:
+                check_numbers(values, file)
+                array[i], padded[i] = values, pad
+                continue
+            array[i], low, high = to_int16(values, file, floor)
+            if plane.padding is not None:
                 low += int((array[i][pad] != floor).sum())
                 array[i][pad] = floor
             below, above = below + low, above + high
+    if padded.any() and not padded.all():
+        array[padded] = array[~padded].min()
     return array, clip_notes(below, above, floor)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import permutations, product
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from smartlab.core.errors import DataError
 
 AIR = -1024  # HU; the lowest value a CT keeps, and what padding outside the field of view becomes
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM and ITK count x to the Left and y to the back
+Spacing = float | Sequence[float]  # mm: of all axes, or along x, y and z
 SPACING_MM = (0.01, 100.0)  # outside this the unit is wrong, not the scanner
 LARGEST_GB = 8.0  # of one image unpacked; SMARTLAB_LARGEST_GB overrides it
 SHEAR = 1e-3  # cosine between two axes: half a voxel over 500 of them
@@ -95,6 +96,20 @@ def check_affine(affine: np.ndarray, path: str | Path) -> None:
         )
 
 
+def three(spacing: Spacing) -> np.ndarray:
+    """One voxel size, or three, in mm along x, y and z, (3,)."""
+    return np.broadcast_to(np.asarray(spacing, float), 3)
+
+
+def same_spacing(a: Spacing, b: Spacing) -> bool:
+    return bool(np.abs(three(a) - three(b)).max() < 1e-4)
+
+
+def in_mm(spacing: Spacing) -> str:
+    """A voxel size in words, without the unit: 2, or 1×1×3."""
+    return by(np.atleast_1d(spacing))
+
+
 def by(values: Iterable[float], joint: str = "×", digits: str = "g") -> str:
     """Sizes in words: 512×512×134."""
     return joint.join(f"{v:{digits}}" for v in values)
@@ -138,8 +153,8 @@ def _ras_axes(affine: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return max(product(permutations(range(3)), product((1, -1), repeat=3)), key=aligned)
 
 
-def to_int16(values: np.ndarray, path: str | Path, floor: int = AIR) -> tuple[np.ndarray, int, int]:
-    """Round and clip to int16. Returns the array and how many voxels lay below `floor` and above int16."""
+def check_numbers(values: np.ndarray, path: str | Path) -> None:
+    """Refuse what is not one finite number in every voxel."""
     if values.dtype.kind == "f":
         bad = np.size(values) - int(np.isfinite(values).sum())
         if bad:
@@ -151,7 +166,6 @@ def to_int16(values: np.ndarray, path: str | Path, floor: int = AIR) -> tuple[np
                 expected="a number in every voxel",
                 fix=f"write {AIR} where there is no data, or fetch the file again",
             )
-        values = np.rint(values)
     elif values.dtype.kind not in "iub":
         raise DataError(
             "voxels are not plain numbers",
@@ -160,6 +174,12 @@ def to_int16(values: np.ndarray, path: str | Path, floor: int = AIR) -> tuple[np
             expected="one integer or real value per voxel",
             fix="give the original scan, not a colour or complex rendering",
         )
+
+
+def to_int16(values: np.ndarray, path: str | Path, floor: int = AIR) -> tuple[np.ndarray, int, int]:
+    """Round and clip to int16. Returns the array and how many voxels lay below `floor` and above int16."""
+    check_numbers(values, path)
+    values = np.rint(values) if values.dtype.kind == "f" else values
     low, high = int(values.min()), int(values.max())
     below = int((values < floor).sum()) if low < floor else 0
     above = int((values > 32767).sum()) if high > 32767 else 0

@@ -1,18 +1,19 @@
-"""Read any volumetric CT file into one form: int16 HU on a RAS+ grid.
+"""Read any volumetric CT or MR file into one form: int16 on a RAS+ grid, of CT in HU.
 
 - One function for every format: `dicom.py`, `nifti.py`, and `itk.py` for NRRD and MetaImage. All
   pass the same checks (`grid.py`), so a volume that is returned can be trusted downstream.
 - World positions are those of SimpleITK for the same file, LPS turned to RAS. Axes are flipped and
   permuted, never resampled; an oblique scan keeps its oblique affine.
-- Values are HU. Below −1024 there is only padding, which becomes −1024. What was changed or set
-  aside is told in `Volume.notes`; what cannot be trusted is a `DataError`.
+- Values of CT are HU. Below −1024 there is only padding, which becomes −1024. Values of MR, which have no unit,
+  are normalised by percentiles (`mr.py`). What was changed or set aside is told in `Volume.notes`; what cannot be
+  trusted is a `DataError`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from smartlab.core.errors import DataError, SmartlabError, one_of, some
-from smartlab.data.images import itk, nifti
+from smartlab.data.images import itk, mr, nifti
 from smartlab.data.images.grid import AIR, by, check_affine, clip_notes, ras_grid, to_int16, to_ras, unopened
 
 NIFTI, ITK = nifti.SUFFIXES, itk.SUFFIXES
@@ -31,12 +32,14 @@ TILTS = ("refuse", "correct")  # what is done with a gantry-tilted DICOM series
 class Volume:
     """One scan.
 
-    array:   (X, Y, Z) int16 Hounsfield units; i grows to the patient's Right, j to Anterior,
+    array:   (X, Y, Z) int16 Hounsfield units, of MR 0 to 4095 between two percentiles; (C, X, Y, Z) where one
+             patient has several images on one grid (`read_channels`). i grows to the patient's Right, j to Anterior,
              k to Superior (the closest such orientation for an oblique scan), C-contiguous.
     affine:  4×4 float64, voxel index -> RAS world mm, right-handed (det > 0).
     source:  the path it was read from.
     notes:   what was set aside or repaired on the way ("2 localizers set aside"), free of PHI.
     stored:  4×4 affine of the voxels in the order of the file (DICOM: column, row, slice), where known.
+    scale:   of MR, by channel, the values of the file that became 0 and 4095.
     """
 
     array: np.ndarray
@@ -45,6 +48,7 @@ class Volume:
     source: str = ""
     notes: tuple[str, ...] = field(default=())
     stored: np.ndarray | None = None
+    scale: tuple[tuple[float, float], ...] = ()
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -54,7 +58,8 @@ class Volume:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.array.shape  # type: ignore[return-value]
+        """(X, Y, Z), of every channel."""
+        return self.array.shape[-3:]  # type: ignore[return-value]
 
     def to_index(self, world_mm: np.ndarray) -> np.ndarray:
         """World RAS mm (…, 3) -> fractional voxel index (…, 3)."""
@@ -95,7 +100,7 @@ def read_volume(
 
     series:    which SeriesInstanceUID to take where a DICOM folder holds several; no effect elsewhere.
     tilt:      "refuse" a gantry-tilted DICOM series, or "correct" it by shifting slices in-plane.
-    modality:  what the file must hold. Only "CT" is clipped at −1024 and must have a rescale.
+    modality:  what the file must hold. Only "CT" is clipped at −1024 and must have a rescale; "MR" is normalised.
     files:     those of `series` in a DICOM folder of many, to open no others (`dicom.series_files`).
 
     >>> read_volume("scan.nii.gz").spacing
@@ -110,11 +115,35 @@ def read_volume(
             array, affine, notes = read_dicom(path, series, tilt, modality, files)
             return _finish(array, affine, path, modality, notes)
         values, affine, notes = _read_file(path)
+    if modality == "MR":
+        return _finish(values, affine, path, modality, notes)
     floor = AIR if modality == "CT" else -32768
     if modality == "CT":
         notes += _check_hounsfield(values, path)
     array, below, above = to_int16(values, path, floor)
     return _finish(array, affine, path, modality, notes + clip_notes(below, above, floor))
+
+
+def read_channels(paths: Sequence[str | Path], **how: Any) -> Volume:
+    """Several images of one patient, all on the voxels of the first, as one volume (C, X, Y, Z).
+
+    how: as for `read_volume`.
+
+    >>> len(sl.read_channels(["scan.nii.gz", "scan.nii.gz"], modality="MR").array)
+    2
+    """
+    first, *others = (read_volume(path, **how) for path in paths)
+    for other in others:
+        check_same_grid(other.source, other, first)
+    if not others:
+        return first
+    every = [first, *others]
+    return replace(
+        first,
+        array=np.stack([one.array for one in every]),
+        notes=tuple(note for one in every for note in one.notes),
+        scale=tuple(ends for one in every for ends in one.scale),
+    )
 
 
 def read_labels(path: str | Path, *, binary: bool = False, on: Volume | None = None) -> Volume:
@@ -254,7 +283,11 @@ def _finish(array: np.ndarray, affine: np.ndarray, path: Path, modality: str, no
     _check_grid(array.shape, affine, path)
     stored = affine
     array, affine = to_ras(array, affine)
-    return Volume(array, affine, modality, str(path), tuple(notes), stored)
+    volume = Volume(array, affine, modality, str(path), tuple(notes), stored)
+    if modality != "MR":
+        return volume
+    array, ends, more = mr.normalise(array, volume.spacing, path)
+    return replace(volume, array=array, notes=(*notes, *more), scale=(ends,))
 
 
 def _check_grid(shape: tuple[int, ...], affine: np.ndarray, path: Path) -> None:

@@ -19,21 +19,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from scipy import sparse
 
 from smartlab.core.errors import DataError
+from smartlab.data.images.grid import Spacing, three
 
 PARALLEL = 1e-3  # as grid.SHEAR: cosine between axes that still counts as parallel
 _COLUMNS = 1 << 22  # values converted to float32 at a time: bounds memory at 16 MB, still long rows
 
 
 def target_grid(
-    shape: tuple[int, ...], affine: np.ndarray, spacing: float
+    shape: tuple[int, ...], affine: np.ndarray, spacing: Spacing
 ) -> tuple[tuple[int, ...], np.ndarray]:
     """The grid of `spacing` mm that lies inside a grid and shares its centre -> (shape, affine)."""
+    spacing = three(spacing)
     old = np.linalg.norm(affine[:3, :3], axis=0)
     extent = (np.array(shape) - 1) * old  # between the centres of the outer voxels
     count = np.floor(extent / spacing + 1e-6).astype(int) + 1
@@ -46,12 +48,17 @@ def target_grid(
     return tuple(int(n) for n in count), new
 
 
-def at_spacing(array: np.ndarray, affine: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
-    """A scan with voxels of this size -> (array, affine); as it is where they are that to one percent."""
-    if (np.abs(np.linalg.norm(affine[:3, :3], axis=0) / spacing - 1) < 0.01).all():
+def at_spacing(array: np.ndarray, affine: np.ndarray, spacing: Spacing) -> tuple[np.ndarray, np.ndarray]:
+    """A scan (…, X, Y, Z) with voxels of this size -> (array, affine); as it is where they are that to one percent."""
+    if (np.abs(np.linalg.norm(affine[:3, :3], axis=0) / three(spacing) - 1) < 0.01).all():
         return array, affine
-    shape, target = target_grid(array.shape, affine, spacing)
-    return resample(array, affine, shape, target), target
+    shape, target = target_grid(array.shape[-3:], affine, spacing)
+    return over_channels(lambda one: resample(one, affine, shape, target), array), target
+
+
+def over_channels(change: Callable[[np.ndarray], np.ndarray], array: np.ndarray) -> np.ndarray:
+    """What a function makes of a scan (X, Y, Z), or of each channel of several."""
+    return change(array) if array.ndim == 3 else np.stack([change(one) for one in array])
 
 
 def resample(

@@ -255,12 +255,10 @@ def write(root: Path, seed: int, index: int, grid: Grid) -> None:
     """Render one patient and write the files, each appearing whole or not at all."""
     patient = draw_patient(seed, index, grid)
     made, rows = render(patient, grid), cases(seed, index, grid)
-    for path, mask in zip((p for case in rows for p in case.masks.values()), made.masks, strict=True):
-        _save(root / path, mask, made.affine)
-    _save(root / str(rows[0].label_map), made.labels, made.affine)
+    save_labels(root, made, rows)
     image = root / str(rows[0].image)
     if grid.format == "nifti":
-        _save(image, made.array, made.affine)
+        save(image, made.array, made.affine)
         return
     with whole(image) as folder:
         write_ct_series(
@@ -274,7 +272,13 @@ def write(root: Path, seed: int, index: int, grid: Grid) -> None:
         )
 
 
-def _save(path: Path, array: Array, matrix: Array) -> None:
+def save_labels(root: Path, made: Rendered, rows: list[Case]) -> None:
+    for path, mask in zip((p for case in rows for p in case.masks.values()), made.masks, strict=True):
+        save(root / path, mask, made.affine)
+    save(root / str(rows[0].label_map), made.labels, made.affine)
+
+
+def save(path: Path, array: Array, matrix: Array) -> None:
     image = nibabel.Nifti1Image(np.asfortranarray(array), matrix)
     image.header.set_xyzt_units("mm")
     # in noise there is nothing to find but the frequency of values, in labels and masks nothing but runs

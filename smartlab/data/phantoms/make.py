@@ -2,6 +2,7 @@
 
 - "ct": chest and abdomen with organ labels, lung vessels, nodules (benign or malignant), tumours and
   an outcome; NIfTI files, or DICOM series.
+- "mr": the same people in two MR contrasts, a channel each; NIfTI files.
 - "mammo": mammograms with masses of five margin classes and pathology; DICOM files.
 
 Patient i follows from (seed, i) and the grid alone: the same for any cohort size, on any number of
@@ -29,9 +30,9 @@ from smartlab.data.cohort.manifest import Manifest, Source
 from smartlab.data.phantoms.grid import Grid
 
 Format = Literal["nifti", "dicom"]
-_KINDS = {"ct": "smartlab.data.phantoms.ct", "mammo": "smartlab.data.phantoms.mammo"}
+_KINDS = {kind: f"smartlab.data.phantoms.{kind}" for kind in ("ct", "mammo", "mr")}
 # raised when a seed gives other images than before: those kept are then others
-DRAWING = {"ct": 1, "mammo": 2}
+DRAWING = {"ct": 1, "mammo": 2, "mr": 1}
 
 
 def make_phantom(
@@ -49,7 +50,7 @@ def make_phantom(
     """Write the images of `n` patients and `manifest.json` below `out`; return the manifest.
 
     shape, spacing (mm), format: of the images; None takes the defaults, 160³ voxels at 2 mm as NIfTI
-    for "ct", 1024×768 pixels at 0.25 mm as DICOM for "mammo". A smaller field of view holds a smaller
+    for "ct" and "mr", 1024×768 pixels at 0.25 mm as DICOM for "mammo". A smaller field of view holds a smaller
     person, whole. workers: processes; 0 or 1 works in this one.
 
     >>> manifest = sl.make_phantom("ct", "data/phantom-ct", n=2, shape=(64, 64, 64), spacing=5.0)
@@ -79,7 +80,7 @@ def kept_in(name: str, n: int, seed: int = 0) -> Path:
 
 
 def _is_there(case: Case, root: Path) -> bool:
-    paths = [*case.masks.values(), case.label_map, case.image]
+    paths = [*case.masks.values(), case.label_map, case.image, *case.channels.values()]
     return all((root / path).exists() for path in paths if path)
 
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from smartlab.core.errors import DataError, UseError
@@ -23,12 +24,12 @@ from smartlab.core.workers import Lost, draining, run_bounded
 from smartlab.data.cohort.case import Case
 from smartlab.data.cohort.manifest import Manifest, load_manifest
 from smartlab.data.cohort.privacy import hashed, salt, storable
-from smartlab.data.images.grid import told
+from smartlab.data.images.grid import Spacing, in_mm, told
 from smartlab.data.store import index
 from smartlab.data.store.current import check_salt, made_from, salt_check, state_of
 from smartlab.data.store.ingest import files_present, ingest, lost_lesions
 from smartlab.data.store.jobs import Cohort
-from smartlab.data.store.request import Failure, FlatSettings, Job, Outcome, Settings
+from smartlab.data.store.request import ChannelSettings, Failure, FlatSettings, Job, Outcome, Settings
 
 TYPICAL_BYTES = 10_000_000  # a chest CT at 2 mm, cropped and compressed; told until some are built
 SPARE_BYTES = 500_000_000  # left free on the disk
@@ -77,7 +78,7 @@ def build_store(
     out: str | Path,
     *,
     workers: int = 2,
-    spacing: float | None = None,
+    spacing: Spacing | None = None,
     crop_body: bool = True,
     labels: bool = True,
     tilt: str = "refuse",
@@ -88,7 +89,7 @@ def build_store(
 ) -> StoreReport:
     """Resample the images of a manifest below `root` to `spacing` mm into the store `out`.
 
-    spacing:    mm; None is 2 for CT and 0.2 for mammograms.
+    spacing:    mm, one number, or three along x, y and z; None is 2 for scans and 0.2 for mammograms.
     workers:    processes on this machine; 0 works in this one.
     scheduler:  address of a Dask scheduler whose workers see `root` and `out`.
     labels:     also store label maps and masks, merged into one uint8 volume per image.
@@ -309,20 +310,25 @@ class _Build:
 
 def settings_for(
     man: Manifest,
-    spacing: float | None = None,
+    spacing: Spacing | None = None,
     crop: bool = True,
     labels: bool = True,
     tilt: str = "refuse",
     grey: str = "voi",
 ) -> Settings | FlatSettings:
-    """How a store is built: mammograms and CT differ in what there is to say."""
+    """How a store is built: mammograms, CT and MR differ in what there is to say."""
     if man.modality == "MG":
         pixel_mm = man.source.parameters.get("pixel_mm")
-        return FlatSettings(0.2 if spacing is None else float(spacing), crop, labels, grey, pixel_mm)
-    return Settings(2.0 if spacing is None else float(spacing), crop, labels, tilt)
+        flat: Any = 0.2 if spacing is None else spacing
+        return FlatSettings(float(flat), crop, labels, grey, pixel_mm)
+    mm: Any = 2.0 if spacing is None else np.asarray(spacing, float).tolist()
+    mm = mm[0] if np.ndim(mm) and len({*mm}) == 1 else mm
+    if man.modality == "MR" or man.channels:
+        return ChannelSettings(mm, crop, labels, tilt, modality=man.modality, channels=man.channels)
+    return Settings(mm, crop, labels, tilt)
 
 
-def _check_request(man: Manifest, root: Path, out: Path, spacing: float, workers: int) -> None:
+def _check_request(man: Manifest, root: Path, out: Path, spacing: Spacing, workers: int) -> None:
     man.check_there(root, "build")
     if "stacks" in man.layout:
         raise UseError(
@@ -335,12 +341,17 @@ def _check_request(man: Manifest, root: Path, out: Path, spacing: float, workers
             "the store cannot be written among the images", path=out, fix="choose another folder for --out"
         )
     low, high, usual = (0.02, 1.5, 0.2) if man.modality == "MG" else (0.1, 20, 2)
-    if not low <= spacing <= high:
+    sizes = np.atleast_1d(spacing)
+    if (
+        len(sizes) not in ((1,) if man.modality == "MG" else (1, 3))
+        or not ((low <= sizes) & (sizes <= high)).all()
+    ):
         raise UseError(
             "spacing is out of range",
             path=f"manifest {man.name}",
-            found=f"{spacing:g} mm",
-            expected=f"{low} to {high} mm for {man.modality}",
+            found=f"{in_mm(spacing)} mm",
+            expected=f"{low} to {high} mm for {man.modality}"
+            + ("" if man.modality == "MG" else ", or three of these"),
             fix=f"set data.spacing={usual:g}, for example",
         )
     if workers < 0:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from smartlab.core.errors import UseError
 from smartlab.data.cohort.case import uid_in
@@ -35,8 +36,10 @@ def check_salt(key: bytes, header: index.Row, path: Path) -> None:
 
 def made_from(man: Manifest, root: Path, settings: Settings | FlatSettings, key: bytes) -> str:
     """Tells stores apart by their images and voxel size; with other labels or splits it is the same store."""
-    images = [group.key for group in man.images()]
+    images = [[group.key, *list(group.cases[0].channels.values())[1:]] for group in man.images()]
+    images = images if man.channels else [key for (key,) in images]
     facts = [os.path.realpath(root), images, settings.spacing, settings.labels, getattr(settings, "grey", "")]
+    facts += ["MR"] if man.modality == "MR" else []
     return hashed(key, "made from", json.dumps(facts))
 
 
@@ -78,9 +81,11 @@ def cohort_state(man: Manifest, root: Path) -> str | None:
     tells when one came, went or was replaced. Opens no image and takes a fraction of a second for 10,000. What lies
     below `root` under another name than its series UID is known to who has read all headers only.
     """
-    facts = hashlib.sha256(f"{FORMAT} {LABELS} {man.model_dump_json()}".encode())
+    # as before there were channels
+    unsaid: Any = None if man.channels else {"all_cases": {"__all__": {"channels"}}}
+    facts = hashlib.sha256(f"{FORMAT} {LABELS} {man.model_dump_json(exclude=unsaid)}".encode())
     images = [case.image or case.series_uid for case in man.cases]
-    others = [place for case in man.cases for place in (case.label_map, *case.masks.values())]
+    others = [place for c in man.cases for place in (*c.channels.values(), c.label_map, *c.masks.values())]
     try:
         for place in dict.fromkeys(filter(None, images + others)):
             for seen in _seen(root / (uid_in(place) or place)):

@@ -23,9 +23,19 @@ from smartlab.core.errors import DataError
 from smartlab.core.files import write_bytes
 from smartlab.data.cohort.files import values_in
 from smartlab.data.cohort.privacy import hashed, identifying_words, scrub
-from smartlab.data.images.body import BLOCK, body_box, find_body, occupancy
-from smartlab.data.images.readers import Volume, read_volume
-from smartlab.data.images.resample import LabelPainter, Mask, resample, target_grid, to_hounsfield, uncovered
+from smartlab.data.images.body import BLOCK, Body, body_box, find_body, occupancy
+from smartlab.data.images.grid import three
+from smartlab.data.images.mr import find_tissue
+from smartlab.data.images.readers import Volume, read_channels, read_volume
+from smartlab.data.images.resample import (
+    LabelPainter,
+    Mask,
+    over_channels,
+    resample,
+    target_grid,
+    to_hounsfield,
+    uncovered,
+)
 from smartlab.data.store import flat, index
 from smartlab.data.store.request import Failure, FlatSettings, Job, Outcome
 
@@ -76,10 +86,12 @@ def _outcome(row: dict[str, Any], built: bool) -> Outcome:
 
 def _build(job: Job, content: str) -> dict[str, Any]:
     volume = _read(job)
-    shape, affine = target_grid(volume.shape, volume.affine, job.settings.spacing)
-    array = to_hounsfield(resample(volume.array, volume.affine, shape, affine), volume.array)
-    spacing = (job.settings.spacing,) * 3
-    body = flat.find_body(array, spacing) if volume.modality == "MG" else find_body(array, spacing)
+    spacing: tuple[float, ...] = tuple(three(job.settings.spacing).tolist())
+    shape, affine = target_grid(volume.shape, volume.affine, spacing)
+    array = over_channels(
+        lambda one: to_hounsfield(resample(one, volume.affine, shape, affine), one), volume.array
+    )
+    body = FIND[volume.modality](array, spacing)
     start, stop = body_box(body, shape, spacing) if job.settings.crop_body else (np.zeros(3, int), shape)
 
     lesions = _place(job, volume)
@@ -90,7 +102,8 @@ def _build(job: Job, content: str) -> dict[str, Any]:
     masks = [*masks, *_masks(job, volume)] if job.settings.labels else []
     start, stop = _include(start, stop, affine, shape, lesions, masks)
     affine[:3, 3] = affine[:3, :3] @ start + affine[:3, 3]
-    array = np.ascontiguousarray(array[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))])
+    cut = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+    array = np.ascontiguousarray(array[(..., *cut)])
 
     # a changed source or setting gives a new name: a store in use is never written over
     name = f"{job.key}-{hashed(job.salt, 'file', job.request + content)[:12]}"
@@ -100,11 +113,11 @@ def _build(job: Job, content: str) -> dict[str, Any]:
     row = {
         "key": job.key,
         **stored,
-        "shape": list(array.shape),
+        "shape": list(array.shape[-3:]),
         "spacing": list(spacing),
         "affine": [[float(v) for v in line] for line in affine],
         "hu": _histogram(array),
-        "body": base64.b64encode(occupancy(body, start, array.shape).tobytes()).decode(),
+        "body": base64.b64encode(occupancy(body, start, array.shape[-3:]).tobytes()).decode(),
         "body_found": body.found,
         "lesions": lesions,
         "labels": None,
@@ -116,17 +129,30 @@ def _build(job: Job, content: str) -> dict[str, Any]:
         "request": job.request,
         "stat": job.stat,
     }
+    if volume.scale:
+        row["scale"] = volume.scale
     if found.boxes:
         row["boxes"] = found.boxes
     if masks or (job.labels and job.settings.labels):
-        row["labels"] = _write_labels(job, name, masks, array.shape, affine)
+        row["labels"] = _write_labels(job, name, masks, array.shape[-3:], affine)
     return row
 
 
 def _read(job: Job) -> Volume:
     if isinstance(job.settings, FlatSettings):
         return flat.read(job)
-    return read_volume(job.path, series=job.series, tilt=job.settings.tilt, files=job.files)
+    how: Any = {"tilt": job.settings.tilt, "modality": getattr(job.settings, "modality", "CT")}
+    if job.channels:
+        return read_channels([job.path, *job.channels], **how)
+    return read_volume(job.path, series=job.series, files=job.files, **how)
+
+
+def _find_body(array: np.ndarray, spacing: tuple[float, ...]) -> Body:
+    """Of CT, in any of its channels."""
+    return find_body(array if array.ndim == 3 else array.max(0), spacing)
+
+
+FIND = {"CT": _find_body, "MG": flat.find_body, "MR": find_tissue}
 
 
 # ---- labels and lesions --------------------------------------------------------------------------
@@ -205,7 +231,7 @@ def _write_labels(
 
 
 def _histogram(array: np.ndarray) -> dict[str, int]:
-    """Extremes and percentiles in HU, exact, from counts."""
+    """Extremes and percentiles in HU (or what else is stored), exact, from counts."""
     low = int(array.min())
     counts = np.bincount(array.ravel().astype(np.int32) - low)
     share = np.cumsum(counts) / array.size
@@ -219,11 +245,11 @@ def _histogram(array: np.ndarray) -> dict[str, int]:
 
 def write_array(out: Path, file: str, array: np.ndarray, codec: dict[str, Any]) -> dict[str, Any]:
     """One contiguous blosc2 frame, written whole or not at all -> its file, bytes and checksum."""
-    is_flat = array.shape[2:] == (1,)
+    is_flat, one = array.shape[2:] == (1,), (1,) * (array.ndim - 3)  # every channel in chunks of its own
     frame = blosc2.asarray(
         array,
-        chunks=FLAT_CHUNKS if is_flat else CHUNKS,
-        blocks=FLAT_BLOCKS if is_flat else BLOCKS,
+        chunks=FLAT_CHUNKS if is_flat else one + CHUNKS,
+        blocks=FLAT_BLOCKS if is_flat else one + BLOCKS,
         cparams=blosc2.CParams(
             codec=blosc2.Codec.ZSTD, typesize=array.itemsize, nthreads=1, splitmode=SPLIT, **codec
         ),

@@ -54,6 +54,7 @@ class Cohort:
                 labels=tuple(self.files.labels(group)) if stored else (),
                 organs=self.organs,
                 words=words,
+                channels=self.files.channels(group),
                 outlines=tuple(Outline(self.case_keys[c.id], value, self.files.outline(c)) for c in drawn),
                 phantom=self.phantom,
             )
@@ -86,7 +87,7 @@ def identifying(group: ImageGroup, root: Path) -> tuple[str, ...]:
     """What identifies the cases of an image, as it may turn up in an error."""
     words = {str(root), str(root.resolve()), os.path.expanduser("~")}
     for case in group.cases:
-        given = [case.image, case.label_map, *case.masks.values()]
+        given = [case.image, *case.channels.values(), case.label_map, *case.masks.values()]
         places = [uid_in(place) or place for place in given if place]
         words |= {case.id, case.patient, case.series_uid or "", *places}
         words |= {part for place in places for part in Path(place).parts}

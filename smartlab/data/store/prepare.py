@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from smartlab.core.errors import UseError
 from smartlab.core.places import remembered_store
 from smartlab.core.settings import DataConfig
 from smartlab.data.cohort.manifest import Manifest, load_manifest, shipped_manifests
 from smartlab.data.cohort.privacy import salt
+from smartlab.data.images.grid import Spacing, in_mm
 from smartlab.data.store import index
 from smartlab.data.store.build import build_store, settings_for
 from smartlab.data.store.current import is_current, made_from, state_of
@@ -110,7 +112,8 @@ def prepare_store(
     man, root = located or locate_images(data, progress)
     store = Path(data.store) if data.store else store_place(man, root, data.spacing, data.grey)
     built = (index.read_header(store) or {}).get("settings", {})
-    for name, asked in (("spacing", data.spacing), ("grey", data.grey)):
+    wanted: Any = settings_for(man, data.spacing).spacing
+    for name, asked in (("spacing", wanted), ("grey", data.grey)):
         if built.get(name, asked) != asked:  # built anew in its place, it would be gone for who reads it now
             raise UseError(
                 f"this store has another {name}",
@@ -145,11 +148,13 @@ def prepare_store(
     return man, open_store(store)
 
 
-def store_place(man: Manifest, root: Path, spacing: float | None = None, grey: str = "voi") -> Path:
+def store_place(man: Manifest, root: Path, spacing: Spacing | None = None, grey: str = "voi") -> Path:
     """The store that was made from these images, wherever it is; else where one would be built, beside them."""
     settings = settings_for(man, spacing, grey=grey)
     root = Path(os.path.abspath(root))
-    name = f"{root.name}-store-{settings.spacing:g}mm" + ("-percentile" if grey == "percentile" else "")
+    name = f"{root.name}-store-{in_mm(settings.spacing).replace('×', 'x')}mm" + (
+        "-percentile" if grey == "percentile" else ""
+    )
     usual, wanted = root.parent / name, made_from(man, root, settings, salt())
     for place in (usual, remembered_store(wanted)):
         if place is not None and (index.read_header(place) or {}).get("made_from") == wanted:

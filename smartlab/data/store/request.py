@@ -26,9 +26,9 @@ LABELS = 2  # the same of label volumes, which are then built again; 2: a later 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the stored bytes, beside the source."""
+    """What decides the stored bytes, beside the source. `spacing`: mm, of all axes or three."""
 
-    spacing: float = 2.0
+    spacing: float | list[float] = 2.0
     crop_body: bool = True
     labels: bool = True
     tilt: str = "refuse"  # or "correct": what read_volume does with a gantry-tilted series
@@ -36,6 +36,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         one_of("unknown tilt setting", self.tilt, TILTS)
+
+
+@dataclass(frozen=True)
+class ChannelSettings(Settings):
+    """The same of MR, and where a patient has several images on one grid; stores of CT know nothing of it."""
+
+    modality: str = "CT"
+    channels: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,7 @@ class Job:
     organs: tuple[int, ...] = ()  # values a label map may hold
     words: tuple[str, ...] = ()  # what identifies this case, for scrubbing
     outlines: tuple[Outline, ...] = ()  # mammograms only
+    channels: tuple[Path, ...] = ()  # images on the grid of the first, `path`
     phantom: bool = False  # drawn here: written fast rather than small
 
     @property
@@ -85,6 +94,7 @@ class Job:
         """File or folder -> the files read from it."""
         image = {self.path: files_of(self.path) if self.files is None else list(self.files)}
         outlines = {file: [file] for one in self.outlines for file in one.files}
+        image |= {path: files_of(path) for path in self.channels}
         return image | {source.path: files_of(source.path) for source in self.labels} | outlines
 
     @property

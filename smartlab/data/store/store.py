@@ -3,7 +3,8 @@
 Built once from a manifest (`build_store`, in `build.py`), opened in milliseconds however many
 scans it holds (`open_store`), and all that training and evaluation touch:
 
-- one blosc2 array per scan, int16 HU at one isotropic spacing, cropped to the body, lossless;
+- one blosc2 array per scan, int16 at one spacing, cropped to the body, lossless: HU, or of MR 0 to 4095 between
+  two percentiles (`mr.py`); (C, X, Y, Z) where a patient has several images on one grid;
   blocks of 32³ so that a crop reads what it needs (`ingest.py` gives the measurements);
 - optionally one uint8 label volume per scan;
 - an index with shapes, affines, HU range, where the body is, labels, splits and lesions.
@@ -28,10 +29,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from smartlab.core import plots
 from smartlab.core.errors import DataError
 from smartlab.data.cohort.case import Case
 from smartlab.data.cohort.privacy import hashed, salt
+from smartlab.data.images import mr
 from smartlab.data.images.body import BLOCK
+from smartlab.data.images.grid import Spacing
 from smartlab.data.store import index
 from smartlab.data.store.current import check_salt
 from smartlab.data.store.request import FORMAT
@@ -110,9 +114,33 @@ class Store:
         return index.digest([images, lesions if "grey" in self.header["settings"] else []])
 
     @property
-    def spacing(self) -> float:
-        """Voxel size in mm, the same along all axes."""
+    def spacing(self) -> Spacing:
+        """Voxel size in mm: one number, or three along x, y and z."""
         return self.header["settings"]["spacing"]
+
+    @property
+    def voxel_mm3(self) -> float:
+        return self.spacing**3 if isinstance(self.spacing, float) else float(np.prod(self.spacing))
+
+    @property
+    def modality(self) -> str:
+        """ "MR", else "CT", also of mammograms, whose settings say what they are."""
+        return self.header["settings"].get("modality", "CT")
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The names of the images of a patient, where there are several on one grid."""
+        return tuple(self.header["settings"].get("channels", ()))
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The axes of a volume before (X, Y, Z): one of several channels, else none."""
+        return (len(self.channels),) if len(self.channels) > 1 else ()
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """What a picture shows of a scan, black to white: soft tissue, of MR what lies between the percentiles."""
+        return mr.WINDOW if self.modality == "MR" else plots.WINDOWS["soft tissue"]
 
     @property
     def label_names(self) -> dict[int, str]:
@@ -182,7 +210,7 @@ class Store:
         return np.frombuffer(base64.b64decode(row["body"]), np.uint8).reshape(blocks) / 255
 
     def array(self, image: int) -> blosc2.NDArray:
-        """Handle on the (X, Y, Z) int16 HU volume; slicing it reads and decompresses only those blocks."""
+        """Handle on the int16 volume, (X, Y, Z) or (C, X, Y, Z); slicing it reads and decompresses only those blocks."""
         return self._handle(self.rows[image], 2 * image)
 
     def labels(self, image: int) -> blosc2.NDArray | None:

@@ -10,6 +10,8 @@ news.
                     then the annotated diameter itself, where every case has it
     "mean HU"       inside the mask, else in a central ball
     "HU histogram"  there, shares of 16 even bins of the window; values beyond it count in the outer bins
+
+Of MR, which has no HU, these are "mean intensity" and "intensity histogram"; of several channels, all side by side.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from smartlab.data.cohort.manifest import Manifest, load_manifest
 from smartlab.data.crops.flat import is_flat, lesion_crops
 from smartlab.data.crops.regions import is_lesion
 from smartlab.data.crops.views import read_crop
-from smartlab.data.images.grid import AIR
+from smartlab.data.images.grid import AIR, three
 from smartlab.data.store.store import Store
 from smartlab.evaluation.features.cases import lesion_rows, read_stacks
 from smartlab.evaluation.features.table import FeatureTable
@@ -61,15 +63,17 @@ def lesion_baselines(
         diameter, source = _diameter(row, volume)
         sizes.append(diameter)
         sources.append(source)
-        means.append([values.mean()])
-        histograms.append(histogram(values, window))
+        channels = values.reshape(-1, values.shape[-1])
+        means.append([one.mean() for one in channels])
+        histograms.append(np.concatenate([histogram(one, window) for one in channels]))
     about = lesion_rows(store, keys, man)
     facts = {"encoder": "none", "manifest": man.name, "data": store.fingerprint, "window": list(window)}
 
     def table(x: list | np.ndarray, **more: object) -> FeatureTable:
         return FeatureTable(np.asarray(x, np.float32), about, man.labels, facts | more)
 
-    tables = {"mean HU": table(means), "HU histogram": table(histograms)}
+    unit = "intensity" if store.modality == "MR" else "HU"
+    tables = {f"mean {unit}": table(means), f"{unit} histogram": table(histograms)}
     if (known := np.isfinite(sizes)).any():
         columns = _size_columns(np.array(sizes), known)
         if np.isfinite(given := about.diameter_mm.astype(float).to_numpy()[:, None]).all():
@@ -118,7 +122,7 @@ def _size_columns(diameter: np.ndarray, known: np.ndarray) -> np.ndarray:
 
 
 def _lesion(store: Store, row: pd.Series, wanted: list[int]) -> tuple[float | None, np.ndarray]:
-    """Volume in mm³ of a lesion's mask (None without one) and the HU in it, else in the central ball.
+    """Volume in mm³ of a lesion's mask (None without one) and the values (…, n) in it, else in the central ball.
 
     The mask on a mammogram counts as a ball of the same cross-section.
     """
@@ -126,14 +130,12 @@ def _lesion(store: Store, row: pd.Series, wanted: list[int]) -> tuple[float | No
     affine, shape = store.affine(row.image), np.array(store.shape(row.image))
     center = np.linalg.inv(affine)[:3] @ [*row.center_mm, 1.0]
     labels = store.labels(row.image) if wanted else None
-    reach = int(
-        np.ceil(max(_NEAR_MM + BALL_MM, row.diameter_mm or 0.0, *(row.box_mm or [0.0])) / store.spacing)
-    )
+    mm = three(store.spacing)
+    fine = float(mm.min())
+    reach = int(np.ceil(max(_NEAR_MM + BALL_MM, row.diameter_mm or 0.0, *(row.box_mm or [0.0])) / fine))
     while labels is not None:
         start, size = _box(center, reach, flat)
-        mask = _component(
-            np.isin(read_crop(labels, start, size, 0)[0], wanted), center - start, store.spacing
-        )
+        mask = _component(np.isin(read_crop(labels, start, size, 0)[0], wanted), center - start, mm)
         if mask is None:
             break
         index = np.argwhere(mask)
@@ -141,15 +143,15 @@ def _lesion(store: Store, row: pd.Series, wanted: list[int]) -> tuple[float | No
             (index.max(0) == 2 * reach) & (start + 2 * reach + 1 < shape)
         )
         if not cut.any():
-            values = read_crop(store.array(row.image), start, size, AIR)[0][mask]
+            values = read_crop(store.array(row.image), start, size, AIR)[0][..., mask]
             if flat:
-                return np.pi / 6 * (4 / np.pi * len(values) * store.spacing**2) ** 1.5, values
-            return len(values) * store.spacing**3, values
+                return np.pi / 6 * (4 / np.pi * values.shape[-1] * fine**2) ** 1.5, values
+            return values.shape[-1] * store.voxel_mm3, values
         reach *= 2  # it goes on beyond the box
-    start, size = _box(center, int(np.ceil(BALL_MM / store.spacing)), flat)
+    start, size = _box(center, int(np.ceil(BALL_MM / fine)), flat)
     crop = read_crop(store.array(row.image), start, size, AIR)[0]
-    ball = _distance(crop.shape, center - start) * store.spacing <= max(BALL_MM, store.spacing)
-    return None, crop[ball]
+    ball = _distance(crop.shape[-3:], center - start, mm) <= max(BALL_MM, fine)
+    return None, crop[..., ball]
 
 
 def _box(center: np.ndarray, reach: int, flat: bool) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -158,9 +160,9 @@ def _box(center: np.ndarray, reach: int, flat: bool) -> tuple[np.ndarray, tuple[
     return (np.array([*start[:2], 0]), (*size[:2], 1)) if flat else (start, size)
 
 
-def _component(mask: np.ndarray, center: np.ndarray, spacing: float) -> np.ndarray | None:
+def _component(mask: np.ndarray, center: np.ndarray, mm: np.ndarray) -> np.ndarray | None:
     """The connected part of a mask that is nearest to the centre, unless that is too far."""
-    away = np.where(mask, _distance(mask.shape, center) * spacing, np.inf)
+    away = np.where(mask, _distance(mask.shape, center, mm), np.inf)
     nearest = np.unravel_index(int(away.argmin()), mask.shape)
     if away[nearest] > _NEAR_MM:
         return None
@@ -168,7 +170,8 @@ def _component(mask: np.ndarray, center: np.ndarray, spacing: float) -> np.ndarr
     return parts == parts[nearest]
 
 
-def _distance(shape: tuple[int, ...], center: np.ndarray) -> np.ndarray:
-    """Voxels from a point, on a grid."""
-    axes = np.ogrid[tuple(slice(n) for n in shape)]
-    return np.sqrt(sum((axis - c) ** 2 for axis, c in zip(axes, center, strict=True)))
+def _distance(shape: tuple[int, ...], center: np.ndarray, mm: np.ndarray) -> np.ndarray:
+    """Distance in mm from a point, on a grid of voxels of this size."""
+    axes, by_first = np.ogrid[tuple(slice(n) for n in shape)], mm / mm[0]
+    every = zip(axes, center, by_first, strict=True)
+    return np.sqrt(sum(((axis - c) * step) ** 2 for axis, c, step in every)) * mm[0]

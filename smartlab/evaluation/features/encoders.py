@@ -61,8 +61,9 @@ def random_encoder(config: Config, seed: int = 0) -> Any:
 
 
 def network_input(crops: Tensor) -> Tensor:
-    """Windowed crops (B, D, H, W) with a channel; the unit axis of images (B, 1, H, W) is one already."""
-    return crops if crops.shape[1] == 1 else crops[:, None]
+    """Windowed crops (B, D, H, W) with a channel; the unit axis of images (B, 1, H, W) is one already, and crops of
+    several have them (B, C, D, H, W)."""
+    return crops if crops.shape[1] == 1 or crops.dim() == 5 else crops[:, None]
 
 
 def identity(encoder: nn.Module) -> str:

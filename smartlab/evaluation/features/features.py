@@ -34,8 +34,8 @@ from smartlab.data.crops.augment import window
 from smartlab.data.crops.flat import is_flat, lesion_crops
 from smartlab.data.crops.loader import CropLoader
 from smartlab.data.crops.regions import is_lesion
-from smartlab.data.images.grid import AIR
-from smartlab.data.images.resample import LabelPainter, resample, target_grid
+from smartlab.data.images.grid import AIR, Spacing, same_spacing
+from smartlab.data.images.resample import LabelPainter, over_channels, resample, target_grid
 from smartlab.data.images.resample import to_hounsfield as rounded
 from smartlab.data.store.store import Store
 from smartlab.evaluation.features import pooling as pool
@@ -54,7 +54,7 @@ class How(TypedDict, total=False):
     """What all of them take beside: the encoder's role in a run, where it runs, what is kept on disk."""
 
     pooling: str
-    spacing: float | None  # mm, by default as in training
+    spacing: Spacing | None  # mm, by default as in training
     role: str
     device: str | torch.device | None  # by default where the encoder is
     cache: Cache
@@ -70,7 +70,7 @@ class Extraction:
         allowed: Sequence[str],
         *,
         pooling: str = "cls",
-        spacing: float | None = None,
+        spacing: Spacing | None = None,
         role: str = "teacher",
         device: str | torch.device | None = None,
         cache: Cache = True,
@@ -82,7 +82,8 @@ class Extraction:
         pool.parts(pooling, tuple(allowed))
         self.encoder: AnyEncoder = ready(given, device)
         self.config, self.device = given.config, next(self.encoder.parameters()).device
-        self.spacing = float(spacing or given.config.data.spacing)
+        wanted: Any = np.asarray(given.config.data.spacing if spacing is None else spacing, float).tolist()
+        self.spacing: Spacing = wanted
         self.folder = (
             None if cache is False else cache_folder() / "features" if cache is True else Path(cache)
         )
@@ -112,7 +113,7 @@ class Extraction:
         return cached(self.folder, settings, frozen)
 
     def encode(self, batches: Iterable[torch.Tensor], n: int, what: str) -> np.ndarray:
-        """(n, C) rows of crops that come in batches (B, D, H, W) of int16 HU."""
+        """(n, C) rows of crops that come in batches (B, D, H, W) or (B, C, D, H, W) of int16 as stored."""
         x = np.empty((n, pool.width(self.encoder, self.pooling)), np.float32)
         done, (low, high) = 0, self.config.data.window
         with self.bar(total=n, desc=f"{what} features") as bar:
@@ -156,7 +157,7 @@ def lesion_features(
     """
     job = Extraction(encoder, pool.POOLINGS, **how)
     side = job.crop_size(size)
-    same = abs(job.spacing - store.spacing) < 1e-4  # then cut, as in training: resampling would blur
+    same = same_spacing(job.spacing, store.spacing)  # then cut, as in training: resampling would blur
     margin = job.config.data.margin
     dataset = lesion_crops(store, side, None if same else job.spacing, cases=cases, margin=margin)
     dataset.fields.pop("crop_labels", None)  # not read where not needed
@@ -313,19 +314,19 @@ def _images(store: Store, images: Iterable[int] | None) -> list[int]:
 
 
 def _scan(
-    store: Store, image: int, spacing: float, labels: bool
+    store: Store, image: int, spacing: Spacing, labels: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A whole scan at a voxel size -> (HU, label values or zeros, affine)."""
+    """A whole scan, of all channels, at a voxel size -> (values, label values or zeros, affine)."""
     volume, affine = store.array(image)[:], store.affine(image)
     stored = store.labels(image) if labels else None
     values = np.zeros((1, 1, 1), np.uint8) if stored is None else stored[:]
-    if abs(spacing - store.spacing) < 1e-4:
+    if same_spacing(spacing, store.spacing):
         return volume, values, affine
-    shape, target = target_grid(volume.shape, affine, spacing)
+    shape, target = target_grid(volume.shape[-3:], affine, spacing)
     painter = LabelPainter(shape, target)
     for value in np.unique(values[values > 0]):
         painter.paint(int(value), values == value, affine)
-    moved = rounded(resample(volume, affine, shape, target, fill=AIR), volume)
+    moved = over_channels(lambda one: rounded(resample(one, affine, shape, target, fill=AIR), one), volume)
     return moved, painter.finish(), target
 
 

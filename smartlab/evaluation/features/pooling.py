@@ -67,14 +67,14 @@ def _middle(tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 
 def pool_scan(encoder: AnyEncoder, volume: np.ndarray, pooling: str) -> np.ndarray:
-    """The row of one scan (X, Y, Z) in HU, or mammogram (H, W), by sliding window, (C,); air added to fill strides counts not."""
+    """The row of one scan (X, Y, Z) or (C, X, Y, Z), or mammogram (H, W), by sliding window, (C,); air added to fill strides counts not."""
     features, rows = encoder.features(volume), []
     for part in parts(pooling, ("cls", "tokens", "stages")):
         if part == "cls":
             rows.append(features["cls"][0])
         else:
             for stride, level in _levels(encoder, features, part):
-                within = tuple(slice(-(-n // stride)) for n in volume.shape)
+                within = tuple(slice(-(-n // stride)) for n in volume.shape[-encoder.dims :])
                 rows.append(level[(slice(None), *within)].flatten(1).mean(1))
     return torch.cat(rows).float().cpu().numpy()
 

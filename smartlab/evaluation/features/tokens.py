@@ -91,13 +91,15 @@ def _grid(found: dict, stage: Stage) -> np.ndarray:
 
 
 def plain(hu: np.ndarray, stride: int, grid: Sequence[int]) -> dict[str, np.ndarray]:
-    """What needs no network: mean and spread of HU per unit, and its place as a share of the scan."""
-    pad = [(0, g * stride - n) for g, n in zip(grid, hu.shape, strict=True)]
-    padded = torch.from_numpy(np.pad(hu.astype(np.float32), pad, mode="edge"))[None, None]
-    mean, square = (F.avg_pool3d(v, stride).numpy().ravel() for v in (padded, padded**2))
-    ends = [np.arange(g) * stride / n for g, n in zip(grid, hu.shape, strict=True)]
+    """What needs no network: mean and spread of the values per unit (and channel), and its place as a share of the scan."""
+    shape = hu.shape[-3:]
+    pad = [(0, g * stride - n) for g, n in zip((1, *grid), (1, *shape), strict=True)]
+    pad[0] = (0, 0)
+    padded = torch.from_numpy(np.pad(hu.reshape(-1, *shape).astype(np.float32), pad, mode="edge"))
+    mean, square = (F.avg_pool3d(v, stride).flatten(1).numpy() for v in (padded, padded**2))  # (C, N)
+    ends = [np.arange(g) * stride / n for g, n in zip(grid, shape, strict=True)]
     return {
-        "intensity": np.stack([mean, np.sqrt(np.maximum(square - mean**2, 0))], 1),
+        "intensity": np.concatenate([mean, np.sqrt(np.maximum(square - mean**2, 0))]).T,
         "position": np.stack(np.meshgrid(*ends, indexing="ij"), -1).reshape(-1, 3),
     }
 

@@ -75,8 +75,8 @@ def standardise(
     net.eval()
     parts: list[Tensor] = []
     for item in range(min(STANDARDISED, len(draws))):
-        x = window(torch.from_numpy(draws[item]["crop"])[None].to(device), *hu_window)
-        parts.append(net.features(network_input(augment(x, generator, **augmentation))).float())
+        x = network_input(window(torch.from_numpy(draws[item]["crop"])[None].to(device), *hu_window))
+        parts.append(net.features(augment(x, generator, channels=True, **augmentation)).float())
     features = torch.cat(parts)
     net.centre.copy_(features.mean(0))
     net.spread.copy_(features.std(0, correction=0).clamp(min=LEAST_SPREAD))

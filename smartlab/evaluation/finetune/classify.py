@@ -295,8 +295,9 @@ def _one(
     learn, stop = (torch.from_numpy(task.targets[rows]).float().to(device) for rows in (train, held_out))
 
     def loss(batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        x = augment(window(batch["crop"], *hu_window), generator, shard=ranks(), **task.augmentation)
-        return measure(net(network_input(x)).float(), learn[batch["row"]])
+        x = network_input(window(batch["crop"], *hu_window))
+        x = augment(x, generator, shard=ranks(), channels=True, **task.augmentation)
+        return measure(net(x).float(), learn[batch["row"]])
 
     def said(rows: np.ndarray) -> Tensor:  # several windows of a scan count by their mean
         found = classifier.logits(net, task.part(rows), hu_window, s.batch, s.precision)

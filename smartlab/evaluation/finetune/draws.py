@@ -16,7 +16,7 @@ from smartlab.data.crops.flat import ImageDataset, lesion_crops
 from smartlab.data.crops.regions import is_lesion
 from smartlab.data.crops.views import CropDataset, Fields, Item, LesionDataset, middle_of_mask, read_crop
 from smartlab.data.images.body import BLOCK
-from smartlab.data.images.grid import AIR
+from smartlab.data.images.grid import AIR, three
 from smartlab.data.store.store import Store
 
 PLACES = 256  # voxels remembered per structure and image: enough to draw from, 25 kB for 16 structures
@@ -51,13 +51,15 @@ def places(store: Store, about: pd.DataFrame, size: int, spacing: float | None) 
 def _windows(store: Store, image: int, size: int, spacing: float | None) -> list[list[float]]:
     """Centres of crops that tile a scan, without those that hold next to no body."""
     shape, affine, body = np.array(store.shape(image)), store.affine(image), store.body(image)
-    side = size * (spacing or store.spacing) / store.spacing  # voxels of the store
+    mm = three(store.spacing)
+    side = size * (mm if spacing is None else three(spacing)) / mm  # voxels of the store
     number = np.maximum(1, np.ceil(shape / side - 0.5)).astype(int)
     found = []
     for place in np.ndindex(*number):
         middle = (np.array(place) + 0.5) * shape / number
         cells = [
-            slice(max(0, int((m - side / 2) // BLOCK)), int((m + side / 2) // BLOCK) + 1) for m in middle
+            slice(max(0, int((m - s / 2) // BLOCK)), int((m + s / 2) // BLOCK) + 1)
+            for m, s in zip(middle, side, strict=True)
         ]
         found.append((float(body[tuple(cells)].mean()), affine[:3, :3] @ (middle - 0.5) + affine[:3, 3]))
     most = max(share for share, _ in found)
@@ -69,7 +71,7 @@ class PlacedCrops(LesionDataset):
 
     def __init__(self, store: Store, table: pd.DataFrame, size: int, spacing: float | None) -> None:
         self.store, self.table, self.size, self.spacing = store, table, (size,) * 3, spacing
-        self.fields: Fields = {"crop": (self.size, np.int16)}
+        self.fields: Fields = {"crop": ((*store.leading, *self.size), np.int16)}
 
 
 class FlatScans(ImageDataset):
@@ -156,7 +158,10 @@ class ForegroundCrops(CropDataset):
     ) -> None:
         self.store, self.images, self.table, self.size = store, list(images), table, size
         self.items, self.seed, self.foreground = items, seed, foreground
-        self.fields: Fields = {"view": ((size,) * 3, np.int16), "labels": ((size,) * 3, np.uint8)}
+        self.fields: Fields = {
+            "view": ((*store.leading, *(size,) * 3), np.int16),
+            "labels": ((size,) * 3, np.uint8),
+        }
         self._places: dict[int, list[np.ndarray]] = {}  # image -> voxels of each structure it has
 
     def __len__(self) -> int:

@@ -126,7 +126,7 @@ def write_seg(
         raise DataError(
             "an empty prediction makes no DICOM SEG", path=path, expected="a voxel of any structure"
         )
-    images = [_reference(header) for header in _headers(Path(volume.source), series)]
+    images = [_reference(header) for header in _headers(Path(volume.source), series, volume.modality)]
     ordered = in_file_order(labels, volume)  # column, row, slice
     segments = np.zeros(ordered.shape, np.uint8)
     for number, value in enumerate(found, 1):
@@ -176,13 +176,13 @@ def is_dicom(path: Path) -> bool:
     return _format(path) == "dicom"
 
 
-def _headers(path: Path, series: str | None) -> list[Dataset]:
+def _headers(path: Path, series: str | None, modality: str) -> list[Dataset]:
     """The image headers of one series, without pixels."""
     import pydicom
 
     from smartlab.data.images.dicom import scan_headers
 
-    volumes = scan_headers(path, "CT", series).volumes
+    volumes = scan_headers(path, modality, series).volumes
     chosen = volumes[series] if series in volumes else max(volumes.values(), key=len)
     return [pydicom.dcmread(str(header.filename), stop_before_pixels=True) for header in chosen]
 

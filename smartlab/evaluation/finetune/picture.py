@@ -39,9 +39,9 @@ def segmentation(
     left, right = above.subplots(1, 2, width_ratios=(1, max(1.3, 0.18 * len(structures))))
     learning_curves(left, histories, "validation Dice")
     dice_by_structure(right, table, estimates, structures)
-    low, high = plots.WINDOWS["soft tissue"]
     axes = iter(below.subplots(1, 4))
     with np.load(example) as kept:
+        low, high = kept["window"] if "window" in kept else plots.WINDOWS["soft tissue"]
         for plane in ("axial", "coronal"):
             for what, labels in (("truth", kept[f"truth_{plane}"]), ("prediction", kept[f"said_{plane}"])):
                 ax = next(axes)
@@ -111,9 +111,11 @@ def _shade(place: int) -> str:
     return (figures.BLUE, *figures.OTHERS)[place % 7]
 
 
-def keep_example(path: Path, hu: np.ndarray, said: np.ndarray, truth: np.ndarray) -> None:
+def keep_example(
+    path: Path, hu: np.ndarray, said: np.ndarray, truth: np.ndarray, window: tuple[float, float]
+) -> None:
     """The axial and the coronal slice with the most structures in the truth, for the figure."""
-    kept: dict[str, Any] = {}
+    kept: dict[str, Any] = {"window": window}
     for plane, axis in (("axial", 2), ("coronal", 1)):
         others = tuple(a for a in range(3) if a != axis)
         counts = sum(

@@ -25,6 +25,7 @@ import torch
 from smartlab.core.errors import DataError, UseError
 from smartlab.data.cohort.case import Case
 from smartlab.data.cohort.manifest import Manifest, load_manifest
+from smartlab.data.images.grid import three
 from smartlab.data.images.readers import read_volume
 from smartlab.data.store.store import Store
 from smartlab.evaluation.finetune import masks, picture, segmenter
@@ -219,8 +220,8 @@ def _measure(job: Trainings, net: torch.nn.Module, row: pd.Series, folder: Path)
     if job.sources:
         _write(job, image, probability, folder / "predictions")
     if not (folder / "example.npz").exists():
-        picture.keep_example(folder / "example.npz", hu, said, truth)
-    spacing = (store.spacing,) * 3
+        picture.keep_example(folder / "example.npz", hu if hu.ndim == 3 else hu[0], said, truth, store.window)
+    spacing, ml = tuple(three(store.spacing).tolist()), store.voxel_mm3
     return pd.DataFrame(
         {
             "case": row.key,
@@ -228,8 +229,8 @@ def _measure(job: Trainings, net: torch.nn.Module, row: pd.Series, folder: Path)
             "structure": name,
             "dice": metrics.dice(said == c, truth == c),
             "hd95": metrics.hd95(said == c, truth == c, spacing),
-            "truth_ml": float((truth == c).sum()) * store.spacing**3 / 1000,
-            "said_ml": float((said == c).sum()) * store.spacing**3 / 1000,
+            "truth_ml": float((truth == c).sum()) * ml / 1000,
+            "said_ml": float((said == c).sum()) * ml / 1000,
         }
         for c, name in enumerate(job.names.values(), 1)
     )
@@ -239,7 +240,8 @@ def _write(job: Trainings, image: int, probability: np.ndarray, folder: Path) ->
     """The prediction on the source's voxels: NIfTI, and DICOM SEG where the source is DICOM."""
     case, root = job.sources[image]
     path, key = case.locate(root), str(job.store.rows[image]["key"])
-    volume = read_volume(path, series=case.series_uid, tilt=job.store.header["settings"]["tilt"])
+    tilt, modality = job.store.header["settings"]["tilt"], job.store.modality
+    volume = read_volume(path, series=case.series_uid, tilt=tilt, modality=modality)
     labels = masks.to_source(probability, job.store.affine(image), volume, list(job.names))
     masks.write_nifti(folder / f"{key}.nii.gz", labels, volume)
     if masks.is_dicom(path) and labels.any():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smartlab.core.errors import UseError
 from smartlab.data.crops.augment import augment, draw_mirrors, mirror, window
 from smartlab.data.crops.loader import CropLoader
+from smartlab.evaluation.features.encoders import network_input
 from smartlab.evaluation.finetune.draws import ForegroundCrops
 from smartlab.models.encoder import Encoder
 from smartlab.training.requests import ranks
@@ -69,12 +70,12 @@ def loss_of(
     weight = None if weights is None else torch.as_tensor(weights, dtype=torch.float32)
 
     def loss(batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        x, labels = window(batch["view"], *hu_window), batch["labels"]
+        x, labels = network_input(window(batch["view"], *hu_window)), batch["labels"]
         if flip:
-            mirrors = draw_mirrors(x, generator, ranks())
-            x, labels = mirror(x, mirrors), mirror(labels, mirrors)
+            mirrors = draw_mirrors(x[:, :1], generator, ranks())  # the same of all channels
+            x, labels = mirror(x, mirrors), mirror(labels, mirrors[:, 0])
         x = augment(x, generator, flip=False, intensity=intensity, shard=ranks())
-        logits = net(x[:, None].contiguous(memory_format=torch.channels_last_3d))
+        logits = net(x.contiguous(memory_format=torch.channels_last_3d))
         of_voxels = F.cross_entropy(
             logits.float(), labels.long(), weight=None if weight is None else weight.to(logits.device)
         )
@@ -96,7 +97,7 @@ def score_of(
     def score() -> float:
         hits, total = torch.zeros(classes), torch.zeros(classes)
         for batch in CropLoader(crops, 1, shuffle=False):
-            x = window(batch["view"].to(device), *hu_window)[:, None]
+            x = network_input(window(batch["view"].to(device), *hu_window))
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 said = net(x.contiguous(memory_format=torch.channels_last_3d)).argmax(1).cpu()
             truth = batch["labels"].long()
@@ -119,9 +120,9 @@ def probabilities(
     overlap: float = 0.5,
     precision: str = "fp32",
 ) -> np.ndarray:
-    """Class probabilities (classes, X, Y, Z) float32 of a scan in HU (X, Y, Z), by sliding windows."""
+    """Class probabilities (classes, X, Y, Z) float32 of a scan (X, Y, Z) or (C, X, Y, Z), by sliding windows."""
     device = next(net.parameters()).device
-    x = window(torch.from_numpy(np.ascontiguousarray(hu))[None, None].to(device), *hu_window)
+    x = network_input(window(torch.from_numpy(np.ascontiguousarray(hu))[None].to(device), *hu_window))
 
     def predict(part: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

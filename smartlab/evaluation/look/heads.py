@@ -164,7 +164,10 @@ def _view_attention(
     generator = torch.Generator().manual_seed(seed)
     maps, reaches = [], []
     for index in range(len(dataset)):
-        x = window(torch.from_numpy(dataset[index]["views"])[None].to(device), *data.window)
+        drawn = torch.from_numpy(
+            dataset[index]["views"]
+        )  # one view, with an axis of channels where there are several
+        x = window((drawn if store.leading else drawn[None]).to(device), *data.window)
         dropped = dropped_patches(encoder, x, dropout, generator) if dropout else None
         found, out = reach(encoder, x, dropped)
         reaches.append(

@@ -16,7 +16,7 @@ Attention lives on the unit grid (8 or 16 voxels a side). Per scan and region, w
 
 Beside the mean over heads and each head stand four baselines that any claim must beat: `random`, the
 same architecture with fresh weights; `centre`, a Gaussian around the middle of the scan; `body`, even
-over voxels above −500 HU; `uniform`. Intervals are by patient bootstrap, also those of the differences
+over voxels of the body (of CT, above −500 HU); `uniform`. Intervals are by patient bootstrap, also those of the differences
 from `random` and `centre`; that of pointing is Wilson's where every patient has one scan. Scans without the region are counted and left out.
 """
 
@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from smartlab.core.errors import DataError, UseError
-from smartlab.data.crops.regions import BODY_HU, is_lesion
+from smartlab.data.crops.regions import BODY, is_lesion
 from smartlab.data.store.store import Store
 from smartlab.evaluation.features import grids
 from smartlab.evaluation.features.encoders import EncoderSource, as_encoder, random_encoder
@@ -166,9 +166,15 @@ def _unit_maps(encoder: Encoder, untrained: Encoder, hu: np.ndarray) -> tuple[li
     """Names and values (maps, D, H, W) of every score: mean, heads, baselines."""
     attention = encoder.attention(hu)[0].float().cpu().numpy()
     grid = attention.shape[1:]
-    body = grids.unit_counts((hu > BODY_HU).view(np.uint8), np.arange(2), 2, encoder.stride, grid)[:, 1]
+    dense = hu.reshape(-1, *hu.shape[-3:]).max(0) > BODY[encoder.config.data.modality]
+    body = grids.unit_counts(dense.view(np.uint8), np.arange(2), 2, encoder.stride, grid)[:, 1]
     other = untrained.attention(hu)[0].float().mean(0).cpu().numpy()
-    baselines = [other, centre_map(hu.shape, grid, encoder.stride), body.reshape(grid) + 1e-6, np.ones(grid)]
+    baselines = [
+        other,
+        centre_map(dense.shape, grid, encoder.stride),
+        body.reshape(grid) + 1e-6,
+        np.ones(grid),
+    ]
     names = ["mean", *(f"head {i + 1}" for i in range(len(attention))), *BASELINES]
     return names, np.stack([attention.mean(0), *attention, *baselines]).astype(np.float64)
 
@@ -353,17 +359,18 @@ def _example(
     stride: int,
     high: float,
 ) -> Any:
-    """CT and attention overlay of one axial slice, both with the outline of the mask."""
-    from smartlab.core.plots import WINDOWS, draw_slice, slice_of
+    """The scan (its first channel) and attention overlay of one axial slice, both with the outline of the mask."""
+    from smartlab.core.plots import draw_slice, slice_of
 
     labels = store.labels(image)
     assert labels is not None
     mask = np.isin(labels[:], values)
     index = int(mask.sum((0, 1)).argmax())
-    hu, picture = store.array(image)[:, :, index : index + 1], None
+    first = (0,) * len(store.leading)
+    hu, picture = store.array(image)[(*first, slice(None), slice(None), slice(index, index + 1))], None
     smooth = grids.interpolate(relative.astype(np.float32), mask.shape, stride)[:, :, index : index + 1]
     for ax in axes:
-        draw_slice(ax, hu, "axial", 0, window=WINDOWS["soft tissue"])
+        draw_slice(ax, hu, "axial", 0, window=store.window)
         if ax is axes[1]:
             picture = ax.imshow(slice_of(smooth, "axial", 0), cmap="inferno", vmin=0, vmax=high, alpha=0.65)
         outline = slice_of(mask, "axial", index).astype(float)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from smartlab.core.errors import UseError
 from smartlab.core.settings import DataConfig
 from smartlab.data.cohort.manifest import Manifest
+from smartlab.data.images.grid import in_mm
 from smartlab.data.store.prepare import locate_images, prepare_store
 from smartlab.evaluation.evaluate import evaluate
 from smartlab.evaluation.finetune.trainer import HELD_OUT
@@ -153,7 +154,7 @@ class Prepared:
         if not man.cases:
             fix = f"run `smartlab data fetch {man.name} --root {root}`"
             raise UseError(f"no case of {man.name} is listed", path=root, fix=fix)
-        data.store = str(store or root.parent / f"{root.name}-store-{spacing:g}mm-{self.name}")
+        data.store = str(store or root.parent / f"{root.name}-store-{in_mm(spacing)}mm-{self.name}")
         man, opened = prepare_store(data, progress, (man, root))
         more: dict[str, Any] = {"root": root, "store": opened, "seed": self.seed, "progress": progress}
         more |= {} if self.label is None else {"label": self.label}

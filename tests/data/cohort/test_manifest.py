@@ -237,5 +237,36 @@ def test_selecting_an_unknown_case_is_an_error():
         man.select(["zz"])
 
 
+def several(**changes):
+    cases = [
+        {"id": f"c{i}", "patient": f"p{i}", "channels": {"t1": f"{i}a.nii", "t2": f"{i}b.nii"}}
+        for i in range(2)
+    ]
+    cases[1] |= changes
+    return {"name": "two", "modality": "MR", "cases": cases}
+
+
+def test_channels_come_through_json_and_csv(tmp_path):
+    for more in ({}, {"cases_file": "cases.csv"}):
+        man = Manifest.model_validate(several() | more)
+        assert man.channels == ["t1", "t2"] and man.cases[1].image == "1a.nii"
+        assert load_manifest(man.save(tmp_path / "m.json")) == man
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"channels": {"t2": "b.nii", "t1": "a.nii"}}, "has the channels t2, t1, the first case t1, t2"),
+        ({"channels": {}, "image": "a.nii"}, "has the channels none, the first case t1, t2"),
+        ({"channels": {"t1": "a.nii", "t2": "../b.nii"}}, "below the data root"),
+        ({"image": "b.nii"}, "leave `image` out"),
+        ({"channels": {"t1": "1a.nii", "t2": "0b.nii"}}, "belongs to two patients"),
+    ],
+)
+def test_channels_that_cannot_be_trained_on_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        Manifest.model_validate(several(**change))
+
+
 def test_the_committed_schema_is_the_code_s():
     assert json.loads((manifest_folder() / "schema.json").read_text(encoding="utf-8")) == schema()

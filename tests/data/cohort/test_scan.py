@@ -19,6 +19,7 @@ from smartlab.cli.app import app
 from smartlab.data.cohort.privacy import hashed, salt
 from smartlab.data.cohort.scan import scan
 from smartlab.data.cohort.scan_names import patients_by_name
+from smartlab.data.cohort.verify import verify_manifest
 from tests.data import mammograms
 from tests.data.dicom_factory import itk_image, write_nifti, write_series
 from tests.data.dicom_factory import scan as voxels
@@ -173,9 +174,21 @@ def one_patient_in_two_spellings(folder):
     folder.ct("followup/p1/ct.nii.gz")
 
 
-@wrong("mr: DICOM of modality MR", "only CT and mammograms")
+@wrong(
+    "mr: MR among CT: for these, scan with --modality MR",
+    "us: DICOM of modality US: only CT, MR and mammograms",
+)
 def another_modality(folder):
     three(folder).series("mr", modality="MR", sop_class="1.2.840.10008.5.1.4.1.1.4")
+    folder.series("us", modality="US", sop_class="1.2.840.10008.5.1.4.1.1.3.1")
+
+
+@wrong("only_0000.nii.gz: p9_only has no t2", "p3.nii.gz: no channel", "p8_0000.nii.gz, p8_0001.nii.gz: t2: ")
+def channels_that_are_not_complete(folder):
+    for name in ("p1_0000", "p1_0001", "p2_0000", "p2_0001", "p3", "p9_only_0000", "p8_0000"):
+        folder.ct(f"{name}.nii.gz")
+    folder.ct("p8_0001.nii.gz", (12, 10, 5))
+    return ["--modality", "MR", "--channels", "t1,t2"]
 
 
 @wrong("a mammogram among CT", "scan its folder by itself", "shot.png", "a picture, not a scan")
@@ -660,3 +673,35 @@ def test_real_folders(real_data, tmp_path):
     }  # fmt: skip
     organs = scan(real_data / "ct_organs", progress=False)
     assert len(organs.manifest.cases[0].masks) > 50 and not organs.left
+
+
+@pytest.mark.parametrize("ends", [("_0000", "_0001"), ("_T1", "_t2")])
+def test_images_of_one_patient_on_one_grid_are_its_channels(folder, ends):
+    for name in ("imagesTr/la_003", "imagesTr/la_004"):
+        for end in ends:
+            folder.ct(f"{name}{end}.nii.gz", kind=np.float32)
+    folder.mask("labelsTr/la_003.nii.gz")
+    arguments = ["data", "scan", str(folder.path), "--modality", "MR", "--channels", "t1,t2"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    man = sl.load_manifest(folder.path / "manifest.json")
+    assert (man.modality, man.channels, [c.id for c in man.cases]) == (
+        "MR",
+        ["t1", "t2"],
+        ["imagesTr/la_003", "imagesTr/la_004"],
+    )
+    first = man.cases[0]
+    assert first.channels == {
+        n: f"imagesTr/la_003{e}.nii.gz" for n, e in zip(("t1", "t2"), ends, strict=True)
+    }
+    assert first.image == first.channels["t1"] and first.masks == {"mask": "labelsTr/la_003.nii.gz"}
+    assert len(man.patients) == 2 and verify_manifest(man, folder.path, workers=0, progress=False).ok
+    store = sl.build_store(
+        man, folder.path, folder.path.parent / "s", workers=0, progress=False, spacing=(1, 1, 2.5)
+    )
+    assert (store.built, store.failed) == (2, 0)
+
+
+def test_a_folder_of_mr_series_is_mr(folder):
+    for name in ("a", "b"):
+        folder.series(name, patient=name, modality="MR", sop_class="1.2.840.10008.5.1.4.1.1.4")
+    assert scan(folder.path, progress=False).manifest.modality == "MR"

@@ -39,6 +39,7 @@ class FakeStore:
     def __init__(self, truth, lesions=1, size=32):
         self.side = size
         self.path, self.fingerprint, self.spacing, self.label_names = "memory", "fake", 3.0, {}
+        self.leading = ()
         rows = []
         for patient, value in enumerate(truth):
             for lesion in range(lesions):

@@ -1,0 +1,192 @@
+"""MR, several channels and anisotropic voxels, all the way: from phantoms through store and crops to runs and judges."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import smartlab as sl
+from smartlab.core.errors import UseError
+from smartlab.data.crops.views import LesionDataset, ViewDataset
+from smartlab.data.images.readers import read_channels
+from smartlab.data.images.resample import at_spacing
+from smartlab.training.views import prepare
+from tests.shared import once, phantoms
+from tests.training.conftest import SMALL, places
+
+THREE = {**SMALL, "train.steps": 3, "train.checkpoint_every": 3, "train.picture_every": 3}
+METHODS = {
+    "simmim": {},
+    "dagman": {},
+    "smart": {"loss.coarse": 1.0},
+    "mae": {"encoder.preset": "primus-tiny", "encoder.embed_dim": 24, "encoder.heads": 2, "encoder.blocks": 2}
+    | {"mae.input": 32, "mae.width": 24, "mae.heads": 2, "mae.depth": 1, "mae.scales": [1]},
+}
+
+
+@pytest.fixture(scope="module")
+def mr(tmp_path_factory):
+    """The places of six phantom patients in two MR contrasts."""
+    make = phantoms("mr", n=6, shape=(80, 80, 80), spacing=4.0)
+    return places(once(tmp_path_factory, "mr", make))
+
+
+@pytest.fixture
+def given(mr):
+    return THREE | dict(zip(("data.manifest", "data.root", "data.store"), map(str, mr), strict=True))
+
+
+def pretrained(method, given, tmp_path):
+    few = {k: v for k, v in given.items() if method != "mae" or not k.startswith(("encoder.", "semantic."))}
+    config = sl.load_config("tiny", few | METHODS[method] | {"method.preset": method})
+    return sl.pretrain(config, tmp_path / method, progress=False)
+
+
+# ---- what is stored
+
+
+def test_a_store_of_two_contrasts_holds_each_scan_as_it_is_read(mr):
+    manifest, images, store = sl.load_manifest(mr[0]), mr[1], sl.open_store(mr[2])
+    assert store.modality == "MR" and store.channels == ("t1", "t2") and len(store) == 6
+    paths = [images / path for path in manifest.cases[0].channels.values()]
+    volume = read_channels(paths, modality="MR")
+    assert store.rows[0]["scale"] == [list(ends) for ends in volume.scale]
+    stored = store.array(0)[:]
+    assert stored.dtype == np.int16 and stored.shape == (2, *store.shape(0))
+    start = np.rint(volume.to_index(store.affine(0)[:3, 3])).astype(int)
+    box = tuple(slice(a, a + n) for a, n in zip(start, store.shape(0), strict=True))
+    assert np.array_equal(stored, volume.array[(..., *box)])
+    assert not np.array_equal(stored[0], stored[1]) and store.verify() == []
+
+
+def test_views_are_parts_of_all_channels_and_mirrored_together(mr):
+    store = sl.open_store(mr[2])
+    item = ViewDataset(store, region=48, view=32, labels=True)[0]
+    assert item["views"].shape == (2, 2, 32, 32, 32) and item["view_labels"].shape == (2, 32, 32, 32)
+    whole = np.pad(store.array(item["image"])[:], [(0, 0), *[(40, 40)] * 3], constant_values=-1024)
+    for view, at in zip(item["views"], item["offsets"] + 40, strict=True):
+        assert np.array_equal(view, whole[(..., *(slice(a, a + 32) for a in at))])
+    config = sl.load_config("tiny", {"data.flip": True, "data.intensity": 0.0, "data.window": (0, 4095)})
+    hu = torch.randint(0, 4095, (4, 2, 1, 64, 64, 64), dtype=torch.int16).expand(-1, -1, 2, -1, -1, -1)
+    x, _ = prepare({"views": hu}, config, torch.device("cpu"), torch.Generator().manual_seed(1), (0, 1))
+    assert x.shape == hu.shape and torch.equal(x[:, :, 0], x[:, :, 1])
+    assert not torch.equal(x, hu.float() / 4095)  # some were mirrored
+    lesion = LesionDataset(store, size=16, spacing=(4.0, 2.0, 4.0))[0]
+    assert lesion["crop"].shape == (2, 16, 16, 16) and len(np.unique(lesion["crop"])) > 500
+
+
+# ---- what is trained
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_methods_of_the_papers_train_on_two_channels_and_are_judged(method, given, tmp_path):
+    run = pretrained(method, given, tmp_path)
+    data, losses = run.config.data, run.history.filter(like="loss")
+    assert (data.modality, data.window, run.config.encoder.in_channels) == ("MR", (0, 4095), 2)
+    assert np.isfinite(losses.loss).all() and len(losses) == 3 and (run.path / "figures").is_dir()
+    result = sl.evaluate(run, "probe", label="malignancy", split="cross", folds=2, draws=20, progress=False)
+    names = " ".join(result.metrics)
+    assert "intensity histogram" in names and "HU" not in names
+    encoder, store = run.encoder(), sl.open_store(given["data.store"])
+    features = encoder.features(store.array(0)[:])
+    assert torch.isfinite(features["cls"]).all()
+    assert torch.equal(
+        features["cls"], encoder.features(store.array(0)[:][None].astype(np.float32) + torch.zeros(()))["cls"]
+    )
+
+
+def test_a_run_on_two_channels_resumes_and_both_matter(given, tmp_path):
+    config = sl.load_config("tiny", given | {"method.preset": "simmim"})
+    whole = sl.pretrain(config, tmp_path / "a", progress=False)
+    again = sl.pretrain(config, tmp_path / "a", resume=True, progress=False)
+    assert again.step == whole.step == 3
+    method, x = whole.method(), torch.rand(1, 2, 2, 32, 32, 32)
+    hidden = torch.zeros(2, method.student.encoder.units((32,) * 3), dtype=torch.bool)
+    hidden[:, 0] = True
+    guess = method.reconstruct(method.student.encoder(x[0], hidden=hidden).stages[-1])
+    assert guess.shape == x[0].shape  # both are predicted, and hidden together:
+    unit, changed = method.student.encoder.stride, x[0].clone()
+    changed[:, :, :unit, :unit, :unit] = 0
+    seen, same = (method.student.encoder(one, hidden=hidden).cls for one in (x[0], changed))
+    assert torch.equal(seen, same)
+    mean = method.predict_voxels(method.student.encoder(x[0], hidden=hidden), x[0], hidden)
+    assert 0 < float(mean) < 2  # a mean over voxels and channels
+
+
+def test_settings_that_do_not_fit_the_data_are_refused(given, tmp_path):
+    for change, words in (
+        ({"encoder.in_channels": 1}, "in_channels=1 does not fit.*t1, t2"),
+        ({"data.window": (-1000, 400)}, "one of HU, and these data are MR"),
+    ):
+        with pytest.raises(UseError, match=words):
+            sl.pretrain(sl.load_config("tiny", given | change), tmp_path / "r", progress=False)
+    mine = sl.load_config(
+        "tiny", given | {"data.window": (0, 3000), "encoder.in_channels": 2, "train.steps": 1}
+    )
+    assert sl.pretrain(mine, tmp_path / "own", progress=False).config.data.window == (0, 3000)
+
+
+def test_an_encoder_of_ct_takes_no_mr_and_the_reverse(given, cohort, tmp_path):
+    run = pretrained("simmim", given, tmp_path)
+    with pytest.raises(UseError, match=r"cannot take phantom-ct.*MR, 2 channels"):
+        sl.evaluate(run, "heads", str(cohort[0]), root=str(cohort[1]), progress=False)
+    t1 = sl.load_manifest(given["data.manifest"]).cases[0].image
+    image = str(given["data.root"]) + "/" + t1
+    with pytest.raises(UseError, match="encoder of MR cannot encode CT"):
+        run.encoder().features(sl.read_volume(image))
+    with pytest.raises(UseError, match="list of paths, one per channel"):
+        sl.explore(image, run)
+
+
+# ---- what is seen
+
+
+def test_viewers_show_one_channel_say_which_and_call_nothing_hu(given, tmp_path):
+    run, store = pretrained("simmim", given, tmp_path), sl.open_store(given["data.store"])
+    explorer = sl.explore(store, run, case=0, channel=1, size=32)
+    scene, whole = explorer.viewer.scene, explorer.subject
+    assert explorer.view.input.shape == (1, 2, 32, 32, 32) and whole.shown == "t2, channel 2 of 2"
+    assert scene.value_name == "MR" and scene.layers[0].note == whole.shown
+    shown = np.clip(explorer.view.input[0, 1].numpy() * 4095, 0, 4095)
+    assert np.abs(shown - explorer.view.image).max() < 1
+    assert "HU" not in explorer.save_html(tmp_path / "page.html").read_text().partition("<script")[0]
+    paths = list(sl.load_manifest(given["data.manifest"]).cases[0].channels.values())
+    files = [f"{given['data.root']}/{path}" for path in paths]
+    assert sl.explore(files, run, size=32).view.input.shape == (1, 2, 32, 32, 32)
+    viewer = sl.view(read_channels(files, modality="MR"), channel=1)
+    assert tuple(viewer.window) == (0, 4095) and viewer.scene.notes == ["channel 2 of 2 is shown"]
+    viewer.figure()
+
+
+# ---- voxels that are no cubes
+
+
+def test_anisotropic_voxels_go_through_store_crops_features_and_viewer(cohort, tmp_path):
+    manifest, images, _ = cohort
+    mm, out = (3.0, 4.0, 6.0), tmp_path / "store"
+    where = {"data.manifest": str(manifest), "data.root": str(images), "data.store": str(out)}
+    config = sl.load_config("tiny", THREE | where | {"data.spacing": mm, "method.preset": "simmim"})
+    run = sl.pretrain(config, tmp_path / "r", progress=False)
+    store = sl.open_store(out)
+    assert store.spacing == [3.0, 4.0, 6.0] and run.config.data.spacing == mm
+    assert np.allclose(np.linalg.norm(store.affine(0)[:3, :3], axis=0), mm)
+    volume = sl.read_volume(images / sl.load_manifest(manifest).cases[0].image)
+    assert np.allclose(np.array(store.rows[0]["shape"]) * mm, np.array(volume.shape) * 4, atol=40)
+    crop = LesionDataset(store, size=16)[0]
+    index = np.linalg.inv(crop["affine"]) @ [*crop["center_mm"], 1]
+    assert np.abs(index[:3] - 7.5).max() <= 0.5  # the lesion is in the middle
+    cubes = LesionDataset(store, size=16, spacing=3.0)[0]
+    assert np.allclose(np.linalg.norm(cubes["affine"][:3, :3], axis=0), 3.0)
+    encoder = run.encoder()
+    features = encoder.features(volume)
+    shape = at_spacing(volume.array, volume.affine, mm)[0].shape
+    assert features["grid"] == tuple(
+        -(-n // encoder.total) * (encoder.total // encoder.stride) for n in shape
+    )
+    result = sl.evaluate(run, "probe", label="malignancy", split="cross", folds=2, draws=20, progress=False)
+    assert "accuracy" in result.metrics
+    explorer = sl.explore(volume, run, size=32)
+    assert explorer.viewer.scene.spacing == pytest.approx(mm)
+    with pytest.raises(UseError, match="another spacing"):
+        sl.pretrain(sl.load_config("tiny", THREE | where), tmp_path / "other", progress=False)

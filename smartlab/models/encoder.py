@@ -153,15 +153,11 @@ class AnyEncoder(nn.Module):
 
     def _prepare(self, image: Volume | np.ndarray | Tensor) -> Tensor:
         """Values in any accepted form -> windowed (B, C, …), padded with air to whole strides."""
-        many, unit = (
-            self.config.encoder.in_channels,
-            "HU" if self.config.data.modality == "CT" else "0 to 4095",
-        )
+        many = self.config.encoder.in_channels
         one = "(D, H, W)" if many == 1 else f"({many}, D, H, W)"
-        kinds = {
-            2: "(H, W) or (B, 1, H, W) grey values",
-            3: f"{one} or (B, {many}, D, H, W) in {unit}",
-        }
+        unit = "HU" if self.config.data.modality == "CT" else "0 to 4095"
+        scans = f"{one} or (B, {many}, D, H, W) in {unit}"
+        kinds = {2: "(H, W) or (B, 1, H, W) grey values", 3: scans}
         array = image if isinstance(image, np.ndarray | Tensor) else self._on_grid(image, kinds[self.dims])
         if isinstance(array, np.ndarray):
             array = torch.as_tensor(np.ascontiguousarray(array).astype(np.float32))
@@ -183,12 +179,9 @@ class AnyEncoder(nn.Module):
             raise UseError("cannot encode this", found=type(volume).__name__, expected=expected)
         trained = self.config.data.modality
         if "MR" in (trained, volume.modality) and trained != volume.modality:
+            problem = f"an encoder of {trained} cannot encode {volume.modality}"
             fix = f'sl.read_volume(path, modality="{trained}")'
-            raise UseError(
-                f"an encoder of {trained} cannot encode {volume.modality}",
-                path=volume.source or None,
-                fix=fix,
-            )
+            raise UseError(problem, path=volume.source or None, fix=fix)
         return at_spacing(volume.array, volume.affine, self.config.data.spacing)[0]
 
     def _windows(

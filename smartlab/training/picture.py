@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def reconstruction_picture(
     method: MaskedDistillation, view: Tensor, path: Path, title: str = "", guided: bool = False
 ) -> Path:
-    """Write a PNG for one windowed view (C, D, H, W) in [0, 1], of which the first channel is shown, hidden as the training hides it now.
+    """Write a PNG for one windowed view (C, D, H, W) in [0, 1], its first channel, hidden as the training hides it now.
 
     That is by the strategy, or at random while the guard holds attention back.
     """

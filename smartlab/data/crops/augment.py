@@ -18,7 +18,7 @@ import torch
 
 
 def window(hu: torch.Tensor, low: float, high: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Clip HU, or what else is stored, to [low, high] and scale to [0, 1]; any shape, float32 inside so that bf16 only rounds once."""
+    """Clip HU, or MR, to [low, high] and scale to [0, 1]; any shape, float32 inside so that bf16 only rounds once."""
     return ((hu.float() - low) / (high - low)).clamp_(0, 1).to(dtype)
 
 

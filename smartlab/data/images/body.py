@@ -32,7 +32,8 @@ class Body:
 
 
 def find_body(array: np.ndarray, spacing: tuple[float, ...], least: float = DENSE) -> Body:
-    """The body in an (X, Y, Z) volume, denser than `least` HU. Nothing is found in an image of air, or a very small one."""
+    """The body in a volume (…, X, Y, Z), denser than `least` HU in any channel. Nothing is found in an image of air, or a very small one."""
+    array = array if array.ndim == 3 else array.max(0)
     step = tuple(max(1, round(COARSE_MM / s)) for s in spacing)
     dense = array[:: step[0], :: step[1], :: step[2]] > least
     # the image border is not the body's border: a trunk cut by the field of view is not eroded there

@@ -3,8 +3,8 @@
 0 and 4095 stand for the 0.5th and the 99.5th percentile of what is not background. In between and beyond, to eight
 times that range, the map is linear, so that the values of the file can be had back (`Volume.scale`). It starts from
 the values as the file has them, floats too, before they become int16: a scan between 0 and 0.001 keeps its 4,096
-steps. Background is the value that all eight corners share (skull-stripped or padded scans), else what lies outside
-the body and is darker than a tenth of the range.
+steps. Background is what lies outside the body and is darker than a tenth of the range; or, where all eight corners
+share a value that is not the darkest (z-scored, skull-stripped scans), that value.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ NOTE = f"MR: the 0.5th to 99.5th percentile became 0 to {WHITE}"
 WINDOW = (0.0, float(WHITE))
 PERCENTILES = (0.5, 99.5)  # of what is not background [ours]
 DENSE = 410  # on the new scale: a tenth of the range, brighter than air
+_SAME = 8  # on the new scale: a constant background stays within this when it is resampled
 _RANGE = (2, 98)  # percentiles of the whole scan, between which that tenth is looked for
 
 
@@ -48,26 +49,31 @@ def normalise(
 
 def find_tissue(array: np.ndarray, spacing: tuple[float, ...]) -> Body:
     """What is not background in a normalised scan (…, X, Y, Z), in any of its channels; as `find_body` finds a body."""
-    channels = array.reshape(-1, *array.shape[-3:])
-    return find_body(np.max([_apart(one) for one in channels], axis=0), spacing, DENSE)
+    return find_body(np.stack([_tissue(one) for one in array.reshape(-1, *array.shape[-3:])]), spacing, DENSE)
 
 
-def _apart(array: np.ndarray) -> np.ndarray:
-    """How far voxels are from a constant background; as they are where there is none."""
+def _tissue(array: np.ndarray) -> np.ndarray:
+    """A channel, or where its background is constant and not dark, as of z-scores, white wherever it differs from that."""
     value = _background(array)
-    return array if value is None else np.abs(array.astype(np.int32) - int(value))
+    if value is None or value < DENSE:
+        return array
+    return np.where(np.abs(array.astype(np.int32) - int(value)) > _SAME, WHITE, 0)
 
 
 def _background(array: np.ndarray) -> float | None:
+    """The value of all eight corners, or None where they differ."""
     corners = np.unique(array[np.ix_(*[(0, n - 1) for n in array.shape])])
     return float(corners[0]) if len(corners) == 1 else None
 
 
 def _foreground(values: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
-    """The values that are not background, of voxels some 4 mm apart where it is not a constant; never none."""
-    if (background := _background(values)) is not None and (inside := values != background).any():
-        return values[inside]
-    low, high = np.percentile(values, _RANGE)
+    """The values that are not background, of voxels some 4 mm apart where these must be found; never none."""
+    background = _background(values)
+    inside = values if background is None else values[values != background]
+    if not len(inside) or (background is not None and background > values.min()):
+        return inside if len(inside) else values
+    low, high = np.percentile(inside, _RANGE).tolist()
+    low = low if background is None else background
     body = find_body(values, spacing, low + 0.1 * (high - low))
     every = values[tuple(slice(None, None, n) for n in body.step)]
     return every[body.mask] if body.found else every

@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +147,7 @@ def _read(job: Job) -> Volume:
     return read_volume(job.path, series=job.series, files=job.files, **how)
 
 
-def _find_body(array: np.ndarray, spacing: tuple[float, ...]) -> Body:
-    """Of CT, in any of its channels."""
-    return find_body(array if array.ndim == 3 else array.max(0), spacing)
-
-
-FIND = {"CT": _find_body, "MG": flat.find_body, "MR": find_tissue}
+FIND: dict[str, Callable[..., Body]] = {"CT": find_body, "MG": flat.find_body, "MR": find_tissue}
 
 
 # ---- labels and lesions --------------------------------------------------------------------------

@@ -464,3 +464,37 @@ def test_images_drawn_as_before_are_not_mixed_with_those_of_today(tmp_path):
         make_phantom("mammo", tmp_path, **small)
     assert kept_in("phantom-mammo", 6).name != "phantom-mammo-6-seed0"
     assert kept_in("phantom-ct", 6).name == "phantom-ct-6-seed0"
+
+
+def test_mr_phantoms_are_the_people_of_ct_in_two_contrasts(cohort, tmp_path):
+    root, man = tmp_path / "mr", make_phantom("mr", tmp_path / "mr", n=2, progress=False, **SMALL)
+    others = [case for case in cohort[1].cases if case.patient in man.patients]
+    assert (man.modality, man.channels) == ("MR", ["t1", "t2"]) and len(man.cases) == len(others)
+    assert [(c.id, c.labels, c.lesion, c.split) for c in man.cases] == [
+        (c.id, c.labels, c.lesion, c.split) for c in others
+    ]
+    first, paths = man.cases[0], {p for c in man.cases for p in (c.label_map, *c.masks.values())}
+    assert all((root / path).read_bytes() == (cohort[0] / path).read_bytes() for path in paths)
+    t1, t2 = (nibabel.load(root / path).get_fdata() for path in first.channels.values())
+    hu = read_volume(cohort[0] / others[0].image).array
+    labels = read_labels(root / first.label_map).array
+    assert t1.min() >= 0 and abs(np.corrcoef(t1.ravel(), t2.ravel())[0, 1]) < 0.95
+
+    def bright(image, part):
+        return np.median(image[part])
+
+    fat, muscle = (hu > -115) & (hu < -85) & (labels == 0), (hu > 52) & (hu < 68) & (labels == 0)
+    gall, lung = (labels == 14) & (abs(hu) < 15), np.isin(labels, (1, 2))
+    assert bright(t1, fat) > 1.4 * bright(t1, muscle) > 2 * bright(t1, lung)
+    assert bright(t2, gall) > 2 * bright(t2, muscle) and bright(t1, gall) < bright(t1, muscle)
+    air = labels == 0
+    air[10:-10, 10:-10] = False
+    assert 0 < np.median(t1[air]) < 0.2 * bright(t1, fat)  # noise of a magnitude is never negative
+    again = make_phantom("mr", tmp_path / "again", n=1, progress=False, **SMALL)
+    assert all(
+        (tmp_path / "again" / p).read_bytes() == (root / p).read_bytes()
+        for p in again.cases[0].channels.values()
+    )
+    assert verify_manifest(man, root, workers=0, progress=False).ok
+    with pytest.raises(UseError, match="cannot be written so"):
+        phantom_manifest("mr", 1, format="dicom")

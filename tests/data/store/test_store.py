@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from dataclasses import asdict
 
 import nibabel as nib
 import numpy as np
@@ -46,6 +47,14 @@ def build(cohort, **more):
 
 
 # ---- what is in it
+
+
+def test_stores_of_ct_are_known_by_what_they_always_were(cohort):
+    """So that those of before channels and MR are opened as they are, also where nothing may be written."""
+    known = asdict(building.settings_for(cohort[0], 2))
+    assert known == {"spacing": 2.0, "crop_body": True, "labels": True, "tilt": "refuse", "format": 1}
+    assert building.settings_for(cohort[0], (3, 3, 3)).spacing == 3.0
+    assert building.settings_for(cohort[0], (1, 1, 3)).spacing == [1.0, 1.0, 3.0]
 
 
 def test_a_store_holds_every_image_and_case_in_manifest_order(cohort):

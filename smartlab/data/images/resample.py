@@ -35,11 +35,11 @@ def target_grid(
     shape: tuple[int, ...], affine: np.ndarray, spacing: Spacing
 ) -> tuple[tuple[int, ...], np.ndarray]:
     """The grid of `spacing` mm that lies inside a grid and shares its centre -> (shape, affine)."""
-    spacing = three(spacing)
+    wanted = three(spacing)
     old = np.linalg.norm(affine[:3, :3], axis=0)
     extent = (np.array(shape) - 1) * old  # between the centres of the outer voxels
-    count = np.floor(extent / spacing + 1e-6).astype(int) + 1
-    step = np.where(np.abs(old - spacing) < 1e-4 * spacing, 1.0, spacing / old)
+    count = np.floor(extent / wanted + 1e-6).astype(int) + 1
+    step = np.where(np.abs(old - wanted) < 1e-4 * wanted, 1.0, wanted / old)
     count = np.where(step == 1.0, shape, count)
     start = (np.array(shape) - 1 - (count - 1) * step) / 2
     new = affine.astype(float).copy()

@@ -36,8 +36,8 @@ def check_salt(key: bytes, header: index.Row, path: Path) -> None:
 
 def made_from(man: Manifest, root: Path, settings: Settings | FlatSettings, key: bytes) -> str:
     """Tells stores apart by their images and voxel size; with other labels or splits it is the same store."""
-    images = [[group.key, *list(group.cases[0].channels.values())[1:]] for group in man.images()]
-    images = images if man.channels else [key for (key,) in images]
+    images: list[Any] = [group.key for group in man.images()]
+    images += [list(group.cases[0].channels.values()) for group in man.images() if man.channels]
     facts = [os.path.realpath(root), images, settings.spacing, settings.labels, getattr(settings, "grey", "")]
     facts += ["MR"] if man.modality == "MR" else []
     return hashed(key, "made from", json.dumps(facts))

@@ -35,6 +35,8 @@ _PUBLIC = {
     "Run": "smartlab.training.run",
     "load_encoder": "smartlab.interop.weights",
     "export": "smartlab.interop.weights",
+    "wrap": "smartlab.interop.wrap",
+    "Preprocessing": "smartlab.interop.wrap",
     "evaluate": "smartlab.evaluation.evaluate",
     "plan_protocol": "smartlab.evaluation.protocols.plan",
     "compare": "smartlab.evaluation.judge.compare",
@@ -70,6 +72,7 @@ if TYPE_CHECKING:  # so that editors and type checkers see the real things
     from smartlab.evaluation.judge.result import Result
     from smartlab.evaluation.protocols.plan import plan_protocol
     from smartlab.interop.weights import export, load_encoder
+    from smartlab.interop.wrap import Preprocessing, wrap
     from smartlab.training.pretrain import pretrain
     from smartlab.training.run import Run
     from smartlab.viewers.explore import explore

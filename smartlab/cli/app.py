@@ -207,6 +207,7 @@ smartlab evaluate runs/x --task heads sample=scans --json
 smartlab evaluate runs/x --task localize regions=lesion
 smartlab evaluate runs/x --task probe --label response --data scans
 smartlab evaluate x.safetensors --task probe --data nodules-png --root nodules
+smartlab evaluate ct-fm:weights.safetensors --task probe --data scans --label response
 
 The DAGMaN paper's downstream tasks by name, its figures beside yours; first what they would cost:
 
@@ -231,7 +232,7 @@ Stopped, it goes on with --resume and gives what it would have given.
 
 @app.command(epilog=EVALUATE, cls=WithSettings)
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
+    run: Annotated[Path, typer.Argument(help="Run folder, exported file, or KIND:FILE: ct-fm, voco …")],
     task: Annotated[
         str | None,
         typer.Option(help="probe, knn, fewshot, outcome, clusters, units, unsupervised, heads or localize."),
@@ -276,7 +277,7 @@ def evaluate(
 
 @app.command(epilog=FINETUNE, cls=WithSettings)
 def finetune(
-    run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
+    run: Annotated[Path, typer.Argument(help="Run folder, exported file, or KIND:FILE: ct-fm, voco …")],
     task: Annotated[str, typer.Option(help="classify or segment.")],
     settings: Annotated[list[str] | None, typer.Argument(help="Settings of the task as key=value.")] = None,
     data: DataOrRuns = None,
@@ -348,8 +349,11 @@ def _settings(words: list[str] | None, options: set[str]) -> dict[str, Any]:
 
 
 def _home(run: Path) -> Path:
-    """Where results of a run folder, or of an exported file, go."""
-    return run if run.is_dir() else run.parent / run.stem
+    """Where results of a run folder, or of a file (KIND:FILE, hf:ORG/NAME), go."""
+    if run.is_dir():
+        return run
+    file = run if run.exists() else Path(str(run).rpartition(":")[2])
+    return file.parent / file.stem
 
 
 def _tell(as_json: bool, content: Any, text: str) -> None:

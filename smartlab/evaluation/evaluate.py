@@ -30,6 +30,7 @@ from smartlab.evaluation.features.encoders import EncoderSource, as_encoder, run
 from smartlab.evaluation.judge.result import Result
 from smartlab.evaluation.learn.labels import check_label, check_name
 from smartlab.evaluation.task import Job, Rows, Task
+from smartlab.interop.wrap import Wrapped
 from smartlab.training.requests import ranks
 
 
@@ -52,7 +53,7 @@ def evaluate(
     progress: bool = True,
     **settings: Any,
 ) -> Result:
-    """Evaluate an encoder (a run, its folder, an exported file or the encoder itself) on a task.
+    """Evaluate an encoder (a run, its folder, a file or name that `load_encoder` takes, the encoder itself) on a task.
 
     manifest: the data, as in `find_data`: a name, a path, a folder of scans; by default those of the run (of an
               encoder without a run: phantom-ct). `root` is the folder of the images where they are elsewhere, `store`
@@ -84,6 +85,8 @@ def evaluate(
         label = _label(one, given, label, rows, folder, settings)
     encoder, facts = as_encoder(source, role)
     check_dimensions(encoder, given)
+    if one.inside:
+        check_own(task, encoder)
     if one.whole:
         tasks.refuse_stacks(given)
     given = load_manifest(given, folder)
@@ -151,6 +154,16 @@ def _label(
     if whole.source.kind != "phantom" and whole.all_cases:  # phantoms are drawn later, with labels of ours
         check_label(whole, task, label, settings, lesions=rows in (None, "lesion"))
     return label
+
+
+def check_own(what: str, encoder: Any) -> None:
+    """Refuse, before any work, another's network where one must be looked into."""
+    if isinstance(encoder, Wrapped) and not (what == "segment" and encoder.swin):
+        raise UseError(
+            f"{what} looks into smartlab's own networks and cannot take another's",
+            found=encoder.config.network,
+            fix="take probe, knn, fewshot, outcome, clusters, units, unsupervised or classify",
+        )
 
 
 def check_dimensions(encoder: Any, given: Manifest) -> None:

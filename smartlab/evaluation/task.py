@@ -86,6 +86,7 @@ class Task:
     ask: Callable[[FeatureTable, str, Settings], Any] | None = None
     stored: bool = False
     whole: bool = True  # needs whole scans: nodules cut out will not do
+    inside: bool = False  # looks into the network: attention, or a Swin to put a decoder on
     trains: bool = False
 
     @property
@@ -192,7 +193,7 @@ class Job:
 
     @property
     def untrained(self) -> Any:
-        return random_encoder(self.encoder.config, self.seed)
+        return random_encoder(self.encoder, self.seed)
 
     @property
     def of_lesions(self) -> bool:

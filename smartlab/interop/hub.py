@@ -20,14 +20,20 @@ PREFIX, FILE = "hf:", "encoder.safetensors"
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def download(name: str) -> Path:
-    """The encoder's file of `hf:ORG/NAME` or `hf:ORG/NAME@REVISION`, kept in the hub's own cache."""
+def download(name: str, usual: str = FILE) -> Path:
+    """The file of `hf:ORG/NAME`, `hf:ORG/NAME/FILE` or `hf:ORG/NAME@REVISION`, kept in the hub's own cache.
+
+    usual: the file where none is named.
+    """
     from huggingface_hub import hf_hub_download
 
-    repo, _, revision = name.removeprefix(PREFIX).partition("@")
-    _check(repo)
+    place, _, revision = name.removeprefix(PREFIX).partition("@")
+    *repo, file = place.split("/", 2) if place.count("/") > 1 else [place, usual]
+    _check("/".join(repo))
+    if not file:
+        raise UseError("which file of that repository?", found=name, expected=f"{name}/FILE")
     with _said(name):
-        return Path(hf_hub_download(repo, FILE, revision=revision or None))
+        return Path(hf_hub_download("/".join(repo), file, revision=revision or None))
 
 
 def publish(write: Callable[[Path], None], repo: str, private: bool = True) -> str:

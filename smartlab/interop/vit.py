@@ -22,6 +22,7 @@ from torch import Tensor
 
 from smartlab.core.config import Config, load_config
 from smartlab.core.errors import DataError, UseError
+from smartlab.interop.files import bare
 from smartlab.models.vit import ViTEncoder
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # by channels, of the published sizes
@@ -32,13 +33,14 @@ _LEFT_BEHIND = ("decoder_", "mask_token", "head.", "fc_norm.")
 
 def is_vit(weights: Mapping[str, Tensor]) -> bool:
     """Whether these are the names of a vision transformer as MAE has them."""
-    names = {_bare(key) for key in weights}
+    names = {bare(key, _WRAPPERS) for key in weights}
     return {"cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= names
 
 
 def convert_vit(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Foreign ViT weights -> ours: wrappers off, decoder and heads left behind, colour folded to grey."""
-    kept = {_bare(k): v for k, v in weights.items() if not _bare(k).startswith(_LEFT_BEHIND)}
+    named = {bare(k, _WRAPPERS): v for k, v in weights.items()}
+    kept = {k: v for k, v in named.items() if not k.startswith(_LEFT_BEHIND)}
     kernel = kept.get("patch_embed.proj.weight")
     if kernel is None or kernel.dim() != 4 or kernel.shape[1] not in (1, 3):
         raise DataError(
@@ -121,9 +123,3 @@ def to_monai(encoder: ViTEncoder) -> dict[str, Tensor]:
         key = key.replace(".mlp.fc1.", ".mlp.linear1.").replace(".mlp.fc2.", ".mlp.linear2.")
         found[key] = value
     return found
-
-
-def _bare(key: str) -> str:
-    while (wrapper := next((w for w in _WRAPPERS if key.startswith(w)), None)) is not None:
-        key = key.removeprefix(wrapper)
-    return key

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -84,10 +84,23 @@ class AnyEncoder(nn.Module):
     unit_patches: int  # patch tokens per side of a mask unit
     heads: int  # of [CLS] attention; 0: none
     dims: int = 3
+    no_attention = "train with semantic.enabled=true"  # what to do about it
+
+    @property
+    def in_channels(self) -> int:
+        return self.config.encoder.in_channels
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    def fresh(self) -> Self:
+        """The same architecture with new weights, from torch's generator."""
+        return type(self)(self.config)  # type: ignore[call-arg, arg-type]
+
+    def about(self) -> dict[str, Any]:
+        """What a result must tell beside where the encoder came from."""
+        return {}
 
     def grid(self, size: tuple[int, ...] | torch.Size) -> tuple[int, ...]:
         """Mask units of an image of this size."""
@@ -99,7 +112,12 @@ class AnyEncoder(nn.Module):
 
     @torch.no_grad()
     def features(
-        self, image: Volume | np.ndarray | Tensor, *, window: int | None = None, overlap: float = 0.25
+        self,
+        image: Volume | np.ndarray | Tensor,
+        *,
+        window: int | None = None,
+        overlap: float = 0.25,
+        stages: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         """Features of a scan: "cls" (B, C), "tokens" (B, N, C), "grid" (D, H, W), "stages" list of (B, C_i, …).
 
@@ -107,22 +125,26 @@ class AnyEncoder(nn.Module):
                 channels (C, D, H, W), or tensor (B, C, D, H, W) at that spacing, in HU or what a store of MR holds;
                 of an encoder of images (H, W) or (B, 1, H, W) grey values. Padded with air, or black, to whole strides.
         window: side of the sliding windows in voxels; None: the training view, whatever the scan's size.
+        stages: only these are joined, others are None: the finest of a whole scan can be large.
         """
         x = self._prepare(image)
         cls: list[Tensor] = []
-        mosaics = [Mosaic(x.shape[2:], stride) for stride in (self.stride, *self.stage_strides)]
+        every, tokens = range(len(self.stage_strides)), Mosaic(x.shape[2:], self.stride)
+        joined = {
+            i: Mosaic(x.shape[2:], self.stage_strides[i]) for i in (every if stages is None else stages)
+        }
         for box, part in self._windows(x, window, overlap):
             out = self(part)
             cls.append(out.cls.float())
-            levels = [out.tokens.unflatten(1, out.grid), *self._levels(out)]
-            for mosaic, level in zip(mosaics, levels, strict=True):
-                mosaic.add(box, level.float())
-        tokens, *stages = (mosaic.mean() for mosaic in mosaics)
+            tokens.add(box, out.tokens.unflatten(1, out.grid).float())
+            levels = self._levels(out) if joined else []
+            for i, mosaic in joined.items():
+                mosaic.add(box, levels[i].float())
         return {
             "cls": sum(cls) / len(cls),
-            "tokens": tokens.flatten(1, -2),
+            "tokens": tokens.mean().flatten(1, -2),
             "grid": self.grid(x.shape),
-            "stages": [stage.movedim(-1, 1) for stage in stages],
+            "stages": [joined[i].mean().movedim(-1, 1) if i in joined else None for i in every],
         }
 
     @torch.no_grad()
@@ -135,7 +157,7 @@ class AnyEncoder(nn.Module):
         ran over the scan: a window of air, where nothing is looked for, gets less than one with a tumour.
         """
         if not self.heads:
-            raise UseError("this encoder has no semantic attention", fix="train with semantic.enabled=true")
+            raise UseError("this encoder has no semantic attention", fix=self.no_attention)
         x = self._prepare(image)
         mosaic = Mosaic(x.shape[2:], self.stride)
         for box, part in self._windows(x, window, overlap):
@@ -153,7 +175,7 @@ class AnyEncoder(nn.Module):
 
     def _prepare(self, image: Volume | np.ndarray | Tensor) -> Tensor:
         """Values in any accepted form -> windowed (B, C, …), padded with air to whole strides."""
-        many = self.config.encoder.in_channels
+        many = self.in_channels
         one = "(D, H, W)" if many == 1 else f"({many}, D, H, W)"
         unit = "HU" if self.config.data.modality == "CT" else "0 to 4095"
         scans = f"{one} or (B, {many}, D, H, W) in {unit}"

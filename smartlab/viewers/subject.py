@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
+from smartlab.core.config import Config
 from smartlab.core.errors import DataError, UseError
 from smartlab.core.places import default_encoder
 from smartlab.data.crops.augment import window
@@ -295,7 +296,7 @@ class Model:
             source = (self.method.teacher or self.method.student).encoder
         source = default_encoder() if source is None else source
         self.encoder: Any = load_encoder(source) if isinstance(source, (str, Path)) else source
-        if not hasattr(self.encoder, "config"):
+        if not isinstance(getattr(self.encoder, "config", None), Config):
             raise UseError(
                 "the mask explorer needs an encoder of smartlab, whose mask units it knows",
                 found=type(self.encoder).__name__,

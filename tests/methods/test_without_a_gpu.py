@@ -160,6 +160,13 @@ def test_a_whole_step_of_fine_tuning(task, channels, meta):
     assert loss.device == meta
 
 
+def test_a_wrapped_module_waits_for_nothing(meta):
+    net = torch.nn.Sequential(torch.nn.Conv3d(2, 4, 3, 2, 1), torch.nn.Conv3d(4, 8, 3, 2, 1))
+    sees = {"standardise": True, "orientation": "SPL", "spacing": (2, 1, 1), "channels": 2, "size": 16}
+    out = sl.wrap(net, sees).to(meta)(torch.zeros(2, 1, 16, 16, 16, device=meta))
+    assert all(v.device == meta for v in (out.cls, out.tokens, *out.stages)) and out.grid == (4, 4, 4)
+
+
 def test_a_wait_for_the_device_is_noticed(meta):
     with pytest.raises(RuntimeError):
         float(torch.zeros((), device=meta) + 1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from smartlab.core.config import Config
+from smartlab.core.errors import UseError
 from smartlab.models.build import make_encoder
 from smartlab.models.encoder import AnyEncoder
 from smartlab.training.run import Run
@@ -32,6 +33,12 @@ def as_encoder(source: EncoderSource, role: str = "teacher") -> tuple[Any, dict[
     facts: dict[str, Any]
     encoder: Any
     if isinstance(source, nn.Module):
+        if not isinstance(source, AnyEncoder):
+            raise UseError(
+                "a torch module is no encoder yet",
+                found=type(source).__name__,
+                fix="wrap it: sl.wrap(module, …)",
+            )
         encoder, facts = source, {"encoder": "given"}
     elif isinstance(source, Run) or Path(source).is_dir():
         run = source if isinstance(source, Run) else Run(source)
@@ -42,7 +49,7 @@ def as_encoder(source: EncoderSource, role: str = "teacher") -> tuple[Any, dict[
         from smartlab.interop.weights import load_encoder
 
         encoder, facts = load_encoder(source), {"encoder": Path(source).name}
-    return encoder, facts | {"weights": identity(encoder)[:16]}
+    return encoder, facts | encoder.about() | {"weights": identity(encoder)[:16]}
 
 
 def run_of(source: EncoderSource) -> Run | None:
@@ -52,11 +59,11 @@ def run_of(source: EncoderSource) -> Run | None:
     return source if isinstance(source, Run) else None
 
 
-def random_encoder(config: Config, seed: int = 0) -> Any:
+def random_encoder(like: Config | AnyEncoder, seed: int = 0) -> Any:
     """The same architecture with random weights; equal seeds give equal weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        encoder = make_encoder(config)
+        encoder = like.fresh() if isinstance(like, AnyEncoder) else make_encoder(like)
     return encoder.eval().requires_grad_(False)
 
 

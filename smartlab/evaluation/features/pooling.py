@@ -68,8 +68,9 @@ def _middle(tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 def pool_scan(encoder: AnyEncoder, volume: np.ndarray, pooling: str) -> np.ndarray:
     """The row of one scan (X, Y, Z) or (C, X, Y, Z), or mammogram (H, W), by sliding window, (C,); air added to fill strides counts not."""
-    features, rows = encoder.features(volume), []
-    for part in parts(pooling, ("cls", "tokens", "stages")):
+    wanted, rows = parts(pooling, ("cls", "tokens", "stages")), []
+    features = encoder.features(volume, stages=None if "stages" in wanted else ())
+    for part in wanted:
         if part == "cls":
             rows.append(features["cls"][0])
         else:
@@ -87,7 +88,7 @@ def pool_regions(
     regions: (n, 3) voxel positions each.
     """
     allowed = parts(pooling, ("tokens", "stages"))
-    features = encoder.features(volume)
+    features = encoder.features(volume, stages=None if "stages" in allowed else ())
     return [_pool_region(encoder, features, index, allowed) for index in regions]
 
 

@@ -50,8 +50,9 @@ def organs_of(store: Store) -> dict[int, str]:
 
 def stride_of(encoder: AnyEncoder, stage: Stage) -> int:
     """Voxels per side of a unit."""
-    if stage is not None and not 0 <= stage <= 4:
-        raise UseError(f"stage={stage}", expected="0 to 4, or None for the semantic tokens")
+    last = len(encoder.stage_strides) - 1
+    if stage is not None and not 0 <= stage <= last:
+        raise UseError(f"stage={stage}", expected=f"0 to {last}, or None for the semantic tokens")
     return encoder.stride if stage is None else encoder.stage_strides[stage]
 
 
@@ -67,7 +68,8 @@ def units_of(
         return None
     hu, labels, codes = store.array(image)[:], stored[:], np.zeros(256, np.int64)
     codes[list(names)] = np.arange(1, len(names) + 1)
-    found = {name: net.features(hu) for name, net in nets.items()}
+    needed = [stage for stage in stages if stage is not None]
+    found = {name: net.features(hu, stages=needed) for name, net in nets.items()}
     out = []
     for stage in stages:
         stride = stride_of(next(iter(nets.values())), stage)
@@ -114,7 +116,7 @@ def units_of_scans(
 ) -> tuple[pd.DataFrame, list[list[Units]]]:
     """The scans that have labels, a row each, and their units by all of `FEATURES`, stage by stage."""
     about = scans(store, images)
-    nets = {"encoder": encoder, "random": random_encoder(encoder.config, seed).to(encoder.device)}
+    nets = {"encoder": encoder, "random": random_encoder(encoder, seed).to(encoder.device)}
     bar = tqdm(about.image, desc="features", disable=not progress, mininterval=1)
     every = [units_of(nets, store, int(image), stages) for image in bar]
     known = np.array([units is not None for units in every])

@@ -15,7 +15,6 @@ from smartlab.data.crops.loader import CropLoader
 from smartlab.data.crops.views import CropDataset
 from smartlab.evaluation.features.encoders import network_input
 from smartlab.evaluation.finetune.draws import LesionDraws
-from smartlab.models.build import make_encoder
 
 ENCODER = "encoder."  # prefix of the encoder's parameters in a Classifier
 STANDARDISED = 64  # training crops from which the features' mean and spread are taken
@@ -56,7 +55,7 @@ def build(encoder: Any, classes: int, *, pretrained: bool, seed: int) -> Classif
     """The encoder's weights, or new ones, and a head; what is new depends on the seed only."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = Classifier(make_encoder(encoder.config), classes)
+        net = Classifier(encoder.fresh(), classes)
     if pretrained:
         net.encoder.load_state_dict(encoder.state_dict())
     return net

@@ -285,14 +285,14 @@ def _estimates(table: pd.DataFrame, modes: Sequence[Mode], largest: float) -> di
 
 
 def _check(modes: Sequence[str], fractions: Sequence[float], size: int, encoder: Encoder) -> None:
-    if encoder.config.encoder.kind == "vit":
-        kind = "images" if encoder.config.flat else "scans that is no Swin"
+    if getattr(encoder, "swin", None) is None:
+        kind = "images" if encoder.config.flat else "scans that is no Swin of smartlab"
         raise UseError("segmentation is by SwinUNETR, of scans", found=f"an encoder of {kind}")
     check_modes(modes, size, encoder)
-    if size < 2 * encoder.config.encoder.stride(4):
+    if size < 2 * encoder.total:
         raise UseError(
             f"crops of {size} voxels are one token in the deepest stage, which cannot be normalised",
-            expected=f"at least {2 * encoder.config.encoder.stride(4)}",
+            expected=f"at least {2 * encoder.total}",
         )
     check_fractions(fractions)
 
@@ -347,4 +347,4 @@ class _Segment(Task):
         return segment(job.encoder, job.store, job.manifest, job.out, **more)
 
 
-TASKS = {"segment": _Segment(segment, headline="dice", trains=True)}
+TASKS = {"segment": _Segment(segment, headline="dice", trains=True, inside=True)}

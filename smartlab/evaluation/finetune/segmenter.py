@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,17 +19,20 @@ from smartlab.data.crops.augment import augment, draw_mirrors, mirror, window
 from smartlab.data.crops.loader import CropLoader
 from smartlab.evaluation.features.encoders import network_input
 from smartlab.evaluation.finetune.draws import ForegroundCrops
+from smartlab.interop.wrap import Wrapped
 from smartlab.models.encoder import Encoder
 from smartlab.training.requests import ranks
 
 ENCODER = "swinViT."  # prefix of the encoder's parameters in SwinUNETR
 
 
-def build(encoder: Encoder, classes: int, *, pretrained: bool, seed: int) -> SwinUNETR:
+def build(encoder: Encoder | Wrapped, classes: int, *, pretrained: bool, seed: int) -> SwinUNETR:
     """SwinUNETR of the encoder's shape, with its weights in `swinViT`; the decoder depends on the seed only.
 
     classes: outputs, background included.
     """
+    if isinstance(encoder, Wrapped):
+        return _around(encoder, classes, pretrained, seed)
     e = encoder.config.encoder
     if e.embed_dim % 12:
         raise UseError("SwinUNETR needs a multiple of 12 channels", found=f"encoder.embed_dim={e.embed_dim}")
@@ -50,6 +54,16 @@ def build(encoder: Encoder, classes: int, *, pretrained: bool, seed: int) -> Swi
     if pretrained:
         net.swinViT.load_state_dict(encoder.swin.state_dict(), strict=True)
     # convolutions over channels-last memory: a third less time per step on a CPU
+    return net.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+
+
+def _around(encoder: Wrapped, classes: int, pretrained: bool, seed: int) -> SwinUNETR:
+    """The same around MONAI's own Swin, of the published depths."""
+    swin = encoder.swin
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        net = SwinUNETR(1, classes, feature_size=swin.embed_dim, use_v2=swin.use_v2)
+        net.swinViT = copy.deepcopy(swin).requires_grad_(True) if pretrained else encoder.fresh().network
     return net.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 

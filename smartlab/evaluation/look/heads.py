@@ -50,8 +50,9 @@ from smartlab.evaluation.judge.means import patient_means
 from smartlab.evaluation.judge.result import Estimate, Result
 from smartlab.evaluation.task import Job, Task
 from smartlab.masking import head_diversity, informativeness
-from smartlab.models.encoder import AnyEncoder, dropped_patches
+from smartlab.models.encoder import AnyEncoder, Encoder, dropped_patches
 from smartlab.models.reach import reach
+from smartlab.models.vit import ViTEncoder
 from smartlab.training import checkpoint
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def heads(
     looks = [(step, "clean", encoder, 0.0) for step, encoder in encoders.items()]
     if dropout and sample == "views":
         looks += [(step, "noisy", encoder, dropout) for step, encoder in encoders.items()]
-    looks.append((last_step, "random", random_encoder(newest.config, seed).to(newest.device), 0.0))
+    looks.append((last_step, "random", random_encoder(newest, seed).to(newest.device), 0.0))
     rows: list[dict[str, Any]] = []
     metrics: dict[str, Estimate] = {}
     similarity = np.zeros((0, 0))
@@ -122,7 +123,7 @@ def heads(
 
 
 def _check(encoder: AnyEncoder, sample: str, views: int) -> None:
-    if not isinstance(encoder, AnyEncoder) or encoder.config.flat:
+    if not isinstance(encoder, Encoder | ViTEncoder) or encoder.config.flat:
         raise UseError("not an encoder of scans", found=type(encoder).__name__, expected="one of smartlab's")
     if not encoder.heads and sample == "scans":
         raise UseError(
@@ -351,4 +352,4 @@ class _Heads(Task):
         return heads(source, job.store, role=job.role, progress=job.progress, **settings)
 
 
-TASKS = {"heads": _Heads(heads, headline="cosine", stored=True)}
+TASKS = {"heads": _Heads(heads, headline="cosine", stored=True, inside=True)}

@@ -80,12 +80,12 @@ def localize(
     """
     encoder, origin = as_encoder(source)
     if encoder.config.flat or not encoder.heads:
-        raise UseError("this encoder has no semantic attention", fix="train with semantic.enabled=true")
+        raise UseError("this encoder has no semantic attention", fix=encoder.no_attention)
     if not 0 < quantile < 1:
         raise UseError(f"quantile={quantile}", expected="a number between 0 and 1")
     wanted = _regions(store, regions)
     about = grids.scans(store, images, held_out=True)
-    untrained = random_encoder(encoder.config, seed).to(encoder.device)
+    untrained = random_encoder(encoder, seed).to(encoder.device)
     table, maps, unlabelled = _collect(encoder, untrained, store, about, wanted, 1 - quantile, progress)
     metrics = _summarise(table)
     counts = {name: int((table[table.score == "mean"].region == name).sum()) for name in wanted}
@@ -379,4 +379,4 @@ def _example(
     return picture
 
 
-TASKS = {"localize": Task(localize, headline="*/lift", stored=True)}
+TASKS = {"localize": Task(localize, headline="*/lift", stored=True, inside=True)}

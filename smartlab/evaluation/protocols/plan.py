@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from smartlab.core.errors import UseError, misfit, one_of
 from smartlab.data.cohort.case import Case
 from smartlab.data.cohort.manifest import Manifest, load_manifest
-from smartlab.evaluation.evaluate import check_dimensions
+from smartlab.evaluation.evaluate import check_dimensions, check_own
 from smartlab.evaluation.features.encoders import EncoderSource, as_encoder
 from smartlab.evaluation.finetune.settings import Settings, make_settings
 from smartlab.evaluation.learn.folds import deal, nested
@@ -47,6 +47,7 @@ def plan_protocol(
     own = _own(name, protocol, settings)
     parts = [part for part in protocol.parts if own.shares is None or part.share in own.shares]
     given, facts = as_encoder(source, role)
+    check_own(name, given)
     encoder = copy.copy(given)  # its own weights, reading images as the protocol says
     encoder.config = given.config.model_copy(
         update={"data": given.config.data.model_copy(update=protocol.data)}

@@ -144,7 +144,7 @@ class Wrapped(AnyEncoder):
                 f"{self.config.network} cannot take {tuple(x.shape)}: {str(error).splitlines()[0][:200]}",
                 fix="say what it sees: sl.wrap(module, {'size': …, 'channels': …, 'dims': …})",
             ) from error
-        maps, vector = self._read(answer)
+        maps, vector = self._read(answer, 1)
         if not -len(maps) <= p.stage < len(maps):
             raise UseError(
                 f"stage={p.stage}", found=f"{len(maps)} maps", expected=f"{-len(maps)} to {len(maps) - 1}"
@@ -154,13 +154,11 @@ class Wrapped(AnyEncoder):
         self.total = math.lcm(*self.stage_strides)
         self.stride, self.channels = self.stage_strides[p.stage], self.stage_channels[p.stage]
         self.unit_patches = 1
-        vector = self._vector(maps[p.stage], vector).float()
-        if vector.shape != (1, self.channels):
-            raise UseError(
-                "the vector and the tokens differ in width", found=f"{vector.shape[1]} and {self.channels}"
-            )
-        told = (vector.mean(), vector.std(correction=0), vector.abs().max())
-        self.config = self.config.model_copy(update={"answer": tuple(f"{float(v):.3g}" for v in told)})
+        every = (self._vector(maps[p.stage], vector), *maps)
+        told = tuple(
+            f"{float(n):.3g}" for v in every for n in (v.float().mean(), v.float().std(correction=0))
+        )
+        self.config = self.config.model_copy(update={"answer": told})
 
     def seen(self, x: Tensor) -> Tensor:
         """Crops as evaluations have them, (B, 1, X, Y, Z) in [0, 1] -> as the network takes them."""
@@ -174,7 +172,7 @@ class Wrapped(AnyEncoder):
 
     def forward(self, x: Tensor, deep: int | None = None) -> Encoded:
         p = self.config.preprocessing
-        maps, vector = self._read(self.network(self.seen(x)))
+        maps, vector = self._read(self.network(self.seen(x)), len(x))
         placed = zip(maps, self.stage_strides, strict=True)
         stages = [self._placed(m, [n // stride for n in x.shape[2:]]) for m, stride in placed]
         tokens = stages[p.stage]
@@ -193,10 +191,11 @@ class Wrapped(AnyEncoder):
     def about(self) -> dict[str, Any]:
         return {"network": self.config.network, "preprocessing": self.config.preprocessing.model_dump()}
 
-    def _read(self, answer: Any) -> tuple[list[Tensor], Tensor | None]:
+    def _read(self, answer: Any, batch: int) -> tuple[list[Tensor], Tensor | None]:
         """Maps (B, C, …) on the network's axes, and its own vector, from whatever a forward pass gives."""
         parts = list(answer.values()) if isinstance(answer, Mapping) else answer
-        parts = [t for t in (parts if isinstance(parts, list | tuple) else [parts]) if isinstance(t, Tensor)]
+        given = [t for t in (parts if isinstance(parts, list | tuple) else [parts]) if isinstance(t, Tensor)]
+        parts = [t for t in given if t.dim() > 1 and len(t) == batch]
         if maps := [t for t in parts if t.dim() == self.dims + 2]:
             return maps, None
         for tokens in (t for t in parts if t.dim() == 3):
@@ -209,7 +208,7 @@ class Wrapped(AnyEncoder):
             return [vector[(..., *[None] * self.dims)]], vector
         raise UseError(
             f"cannot read what {self.config.network} gives",
-            found=", ".join(str(tuple(t.shape)) for t in parts) or type(answer).__name__,
+            found=", ".join(str(tuple(t.shape)) for t in given) or type(answer).__name__,
             expected=f"maps (B, C, {', '.join('DHW'[-self.dims :])}), tokens (B, N, C) of a cube, or vectors (B, C)",
             fix="put a module around it that returns one of these",
         )

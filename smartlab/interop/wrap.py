@@ -28,6 +28,10 @@ AXES = ("RL", "AP", "SI")  # of the arrays here, which grow to the first of each
 _Mm = Annotated[float, Field(gt=0)]
 
 
+def _axis(letter: str) -> int:
+    return next((i for i, axis in enumerate(AXES) if letter in axis), -1)
+
+
 class Preprocessing(BaseModel):
     """How a module wants its images. Order: window, output or standardise, orientation, spacing, channels."""
 
@@ -41,20 +45,17 @@ class Preprocessing(BaseModel):
     size: int = Field(96, ge=1)  # voxels per side of a crop, at the finest spacing
     channels: int = Field(1, ge=1)  # the image repeated
     stage: int = -1  # which of the module's maps gives the tokens
-    pooling: Literal["cls", "mean", "max"] = (
-        "cls"  # the vector: the module's own, else the mean of the tokens
-    )
+    pooling: Literal["cls", "mean", "max"] = "cls"  # the vector: its own, else the mean of the tokens
     dims: Literal[2, 3] = 3  # 2: mammograms, as they lie
 
     @model_validator(mode="after")
     def _check(self) -> Preprocessing:
-        letters = sorted(next((i for i, axis in enumerate(AXES) if c in axis), -1) for c in self.orientation)
-        if letters != [0, 1, 2]:
+        if sorted(map(_axis, self.orientation)) != [0, 1, 2]:
             raise ValueError(f"orientation={self.orientation!r}: one of R L, one of A P, one of S I")
         if self.window[0] >= self.window[1]:
             raise ValueError(f"window={list(self.window)}: the lower bound must be below the upper one")
-        if self.dims == 2 and isinstance(self.spacing, tuple):
-            raise ValueError("images have one spacing")
+        if self.dims == 2 and (isinstance(self.spacing, tuple) or self.orientation != "RAS"):
+            raise ValueError("images have one spacing, and no orientation")
         return self
 
     @property
@@ -65,13 +66,12 @@ class Preprocessing(BaseModel):
     @property
     def order(self) -> list[int]:
         """Which of our axes each of the module's is."""
-        given = self.orientation[: self.dims] if self.dims == 3 else "RA"
-        return [next(i for i, axis in enumerate(AXES) if c in axis) for c in given]
+        return [_axis(c) for c in self.orientation[: self.dims]]
 
     @property
     def turned(self) -> list[int]:
         """The module's axes that grow the other way, as dimensions of (B, C, …)."""
-        return [2 + i for i, c in enumerate(self.orientation) if c in "LPI" and self.dims == 3]
+        return [2 + i for i, c in enumerate(self.orientation) if c in "LPI"]
 
 
 class Seen(BaseModel):
@@ -96,10 +96,8 @@ class Wrapped(AnyEncoder):
     make:    builds the network anew, for the untrained one beside it; None: its layers draw new weights.
     """
 
-    heads, semantic = 0, None
-    no_attention = (
-        "a wrapped network shows none: take probe, knn, fewshot, outcome, clusters, units, unsupervised"
-    )
+    heads = 0
+    no_attention = "a wrapped network shows none: take a task that asks for features only"
 
     def __init__(
         self,
@@ -153,11 +151,8 @@ class Wrapped(AnyEncoder):
         self.stage_strides = [_stride(p.size, max(m.shape[2:])) for m in maps]
         self.total = math.lcm(*self.stage_strides)
         self.stride, self.channels = self.stage_strides[p.stage], self.stage_channels[p.stage]
-        self.unit_patches = 1
         every = (self._vector(maps[p.stage], vector), *maps)
-        told = tuple(
-            f"{float(n):.3g}" for v in every for n in (v.float().mean(), v.float().std(correction=0))
-        )
+        told = tuple(f"{n:.3g}" for v in every for n in (float(v.mean()), float(v.std(correction=0))))
         self.config = self.config.model_copy(update={"answer": told})
 
     def seen(self, x: Tensor) -> Tensor:
@@ -170,7 +165,7 @@ class Wrapped(AnyEncoder):
             x = F.interpolate(x, shape, mode="trilinear")
         return x.expand(-1, p.channels, *[-1] * p.dims)
 
-    def forward(self, x: Tensor, deep: int | None = None) -> Encoded:
+    def forward(self, x: Tensor) -> Encoded:
         p = self.config.preprocessing
         maps, vector = self._read(self.network(self.seen(x)), len(x))
         placed = zip(maps, self.stage_strides, strict=True)

@@ -159,6 +159,7 @@ def test_images_are_wrapped_as_scans_are():
         (Tiny, {"spacng": 2}, r"spacng.*expected some of spacing"),
         (Tiny, {"orientation": "RAL"}, "one of R L, one of A P, one of S I"),
         (Tiny, {"window": (1, 0)}, "lower bound"),
+        (Tiny, {"dims": 2, "spacing": (1, 1, 2)}, "images have one spacing"),
         (Tiny, {"channels": 2}, r"Tiny cannot take \(1, 2, 96, 96, 96\)"),
         (Tiny, {"size": 32, "stage": 2}, "stage=2.*2 maps"),
         (lambda: Spy(lambda x: x[0, 0, 0]), {"size": 16}, r"cannot read what Spy gives \(found \(16, 16\)"),

@@ -63,7 +63,8 @@ def _around(encoder: Wrapped, classes: int, pretrained: bool, seed: int) -> Swin
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = SwinUNETR(1, classes, feature_size=swin.embed_dim, use_v2=swin.use_v2)
-        net.swinViT = copy.deepcopy(swin).requires_grad_(True) if pretrained else encoder.fresh().network
+        inner: Any = copy.deepcopy(swin).requires_grad_(True) if pretrained else encoder.fresh().network
+        net.swinViT = inner
     return net.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
 

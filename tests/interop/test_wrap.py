@@ -138,12 +138,14 @@ def test_a_vision_transformer_of_monai_keeps_its_cls(pooling):
             return self.net.norm(self.net(x)[1][-1])
 
     x = torch.rand(2, 1, 16, 16, 16)
-    out = sl.wrap(Tokens(), {"size": 16, "pooling": pooling})(x)
+    enc = sl.wrap(Tokens(), {"size": 16, "pooling": pooling})
+    out = enc(x)
     with torch.no_grad():
         tokens = Tokens()(x)
     wanted = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1), "max": tokens[:, 1:].amax(1)}
     torch.testing.assert_close(out.cls, wanted[pooling])
     torch.testing.assert_close(out.tokens, tokens[:, 1:])
+    assert enc.features(np.zeros((5, 9, 5)))["grid"] == (2, 2, 2), "it can take no smaller crop"
 
 
 def test_images_are_wrapped_as_scans_are():

@@ -255,7 +255,7 @@ def test_organs_tokens_and_fine_tuning_take_it_too(task, more, metric, tiny, whe
 @pytest.fixture
 def swin():
     torch.manual_seed(0)
-    return SwinTransformer(1, 12, (7,) * 3, (2,) * 3, (2, 2, 2, 2), (3, 6, 12, 24))
+    return SwinTransformer(1, 12, (4,) * 3, (2,) * 3, (1, 1, 1, 1), (1, 1, 2, 2))
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def build(encoder: Encoder | Wrapped, classes: int, *, pretrained: bool, seed: i
 
 
 def _around(encoder: Wrapped, classes: int, pretrained: bool, seed: int) -> SwinUNETR:
-    """The same around MONAI's own Swin, of the published depths."""
+    """The same around MONAI's own Swin."""
     swin = encoder.swin
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -224,7 +224,7 @@ def test_a_file_that_lacks_a_tensor_or_has_it_in_another_shape_is_refused(name, 
 def test_names_and_files_that_are_not_there_are_told(tmp_path):
     torch.save(torch.nn.Conv3d(1, 2, 3), tmp_path / "pickled.pt")
     for place, error, said in (
-        ("ctfm:x.pt", UseError, "unknown kind of weights.*Did you mean 'ct-fm'"),
+        ("ctfm:x.pt", UseError, "no kind of weights.*Did you mean 'ct-fm'"),
         ("voco:absent.pt", UseError, "no such file.*weights of voco, or hf:ORG/NAME/FILE"),
         ("fmcib:hf:org/name", UseError, "which file of that repository"),
         (f"voco:{tmp_path / 'pickled.pt'}", DataError, "cannot be read as weights"),

@@ -176,7 +176,7 @@ def check_dimensions(encoder: Any, given: Manifest) -> None:
             expected="mammograms (MG)" if images else "scans",
             fix=f"give a manifest of such, as manifest={'phantom-mammo' if images else 'phantom-ct'}",
         )
-    trained, many = encoder.config.data.modality, encoder.config.encoder.in_channels
+    trained, many = encoder.config.data.modality, encoder.in_channels
     if not images and (trained, many) != (given.modality, max(1, len(given.channels))):
         raise UseError(
             f"this encoder cannot take {given.name}",

@@ -110,7 +110,7 @@ class ImageDataset(CropDataset):
     ) -> tuple[np.ndarray, float]:
         """Start (rows, columns) and side of the square around a lesion, in the store's pixels."""
         extent = max(box[:2]) if box else (diameter or 0.0)
-        size = extent / self.store.spacing
+        size = extent / float(three(self.store.spacing)[0])
         side = max(size * (1 + 2 * self.margin), float(self.view))
         inverse = np.linalg.inv(self.store.affine(image))
         middle = (inverse[:3, :3] @ np.array(center, float) + inverse[:3, 3])[:2]
@@ -157,7 +157,7 @@ class FlatLesions(ImageDataset):
 def lesion_crops(
     store: Store,
     size: int,
-    spacing: float | None = None,
+    spacing: Spacing | None = None,
     *,
     cases: Iterable[str] | None = None,
     margin: float = 0.5,

@@ -98,8 +98,11 @@ def read_crop(
     if part.shape[-3:] == size:
         return part, False
     out = np.full((*many, *size), fill, array.dtype)
-    at = low - start
-    out[(..., *(slice(a, a + n) for a, n in zip(at, part.shape[-3:], strict=True)))] = part
+    there: Any = (
+        ...,
+        *(slice(a, a + n) for a, n in zip(low - start, part.shape[-3:], strict=True)),
+    )
+    out[there] = part
     return out, True
 
 
@@ -204,7 +207,8 @@ class ViewDataset(CropDataset):
 
     def _copy(self, box: np.ndarray, offsets: np.ndarray, out: np.ndarray) -> None:
         for view, at in zip(out, offsets, strict=True):
-            view[:] = box[(..., *(slice(a, a + self.view) for a in at))]
+            cut: Any = (..., *(slice(a, a + self.view) for a in at))
+            view[:] = box[cut]
 
     def _region(self, rng: np.random.Generator, image: int) -> np.ndarray:
         """Start of a region, uniform over those on the block grid with enough body."""

@@ -18,7 +18,8 @@ from scipy import ndimage
 
 from smartlab.data.cohort.case import Case
 from smartlab.data.phantoms import ct
-from smartlab.data.phantoms.curve import Array, Grid
+from smartlab.data.phantoms.curve import Array
+from smartlab.data.phantoms.grid import Grid
 from smartlab.data.phantoms.organs import LABEL
 from smartlab.data.phantoms.patient import DEFAULT as DEFAULT
 from smartlab.data.phantoms.patient import draw_patient

@@ -102,8 +102,8 @@ def _build(job: Job, content: str) -> dict[str, Any]:
     masks = [*masks, *_masks(job, volume)] if job.settings.labels else []
     start, stop = _include(start, stop, affine, shape, lesions, masks)
     affine[:3, 3] = affine[:3, :3] @ start + affine[:3, 3]
-    cut = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-    array = np.ascontiguousarray(array[(..., *cut)])
+    cut: Any = (..., *(slice(a, b) for a, b in zip(start, stop, strict=True)))
+    array = np.ascontiguousarray(array[cut])
 
     # a changed source or setting gives a new name: a store in use is never written over
     name = f"{job.key}-{hashed(job.salt, 'file', job.request + content)[:12]}"

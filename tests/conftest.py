@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -20,6 +21,22 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; set SMARTLAB_REAL_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def primus():
+    """The module of nnU-Net's own Primus; its package comes with the development tools."""
+    if importlib.util.find_spec("dynamic_network_architectures") is None:
+        pytest.skip("dynamic-network-architectures is not installed")
+    import torch
+
+    known = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):  # its torchvision may be built for another torch, and is not needed
+        known.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from dynamic_network_architectures.architectures import primus as theirs
+
+    yield theirs
+    del known
 
 
 @pytest.fixture(autouse=True)

@@ -173,12 +173,12 @@ def explore(
 @app.command(epilog="Example: smartlab export runs/x --to monai --out encoder.pt")
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder or exported file.")],
-    to: Annotated[str, typer.Option(help="monai, safetensors or hub.")],
+    to: Annotated[str, typer.Option(help="monai, nnunet, safetensors or hub.")],
     out: Annotated[str, typer.Option(help="File to write; for the Hugging Face hub, ORG/NAME.")],
     role: Annotated[str, typer.Option(help="teacher or student.")] = "teacher",
     as_json: AsJson = False,
 ) -> None:
-    """Write a pretrained encoder for MONAI's SwinUNETR, or as safetensors with a model card, or to the hub."""
+    """Write a pretrained encoder for MONAI or nnU-Net, as safetensors with a model card, or to the hub."""
     from smartlab.interop import weights as interop
 
     path = interop.export(run, to, out, role)  # type: ignore[arg-type]
@@ -364,7 +364,10 @@ def _tell(as_json: bool, content: Any, text: str) -> None:
 
 @app.command(epilog="Example: smartlab compare runs/smart runs/smit --task probe --metric auc")
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Two or more run folders, or folders of results.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Two or more run folders, folders of results, or nnU-Net's summary.json."),
+    ],
     task: Annotated[str, typer.Option(help="The task, or its folder, such as probe-malignancy.")],
     metric: Annotated[list[str] | None, typer.Option(help="Only this one; may be repeated.")] = None,
     as_json: AsJson = False,
@@ -373,9 +376,10 @@ def compare(
     from smartlab.evaluation.judge.compare import compare as tell_apart
     from smartlab.evaluation.judge.result import clean
 
-    if len({run.name for run in runs}) < len(runs):
+    named = {str(run) if run.name == "summary.json" else run.name: run for run in runs}
+    if len(named) < len(runs):
         raise UseError("two runs have the same name", found=", ".join(map(str, runs)))
-    table = tell_apart({run.name: run for run in runs}, task, metrics=metric)
+    table = tell_apart(named, task, metrics=metric)
     say(as_json, clean(table.to_dict("records")), table.round(4).to_string(index=False))
 
 

@@ -1,7 +1,7 @@
 """Weights to and from the rest of the ecosystem, through one adapter.
 
-Out: a `.pt` that MONAI's SwinUNETR loads (`{"state_dict": {"swinViT.…": …}}`, `weights_only=True`), or
-safetensors with a model card. In: our run folders and exports, MONAI SwinUNETR checkpoints, MONAI's
+Out: a `.pt` that MONAI's SwinUNETR loads (`{"state_dict": {"swinViT.…": …}}`, `weights_only=True`), a `.pth` that
+nnU-Net fine-tunes (`nnunet.py`), or safetensors with a model card. In: our run folders and exports, MONAI SwinUNETR checkpoints, MONAI's
 SwinUNETR self-supervised weights, SMIT-style checkpoints, and MAE's vision transformers (`vit.py`); other people's networks by name
 (`ct-fm:FILE`, see `foreign.py`). Nothing is loaded by halves: what does not match is refused with a table of what
 did and what did not.
@@ -23,6 +23,7 @@ from smartlab.core.errors import DataError, UseError
 from smartlab.core.files import written
 from smartlab.interop import hub
 from smartlab.interop.files import load_whole, read_weights
+from smartlab.interop.nnunet import to_nnunet
 from smartlab.interop.swin import MERGE_ORDERS, config_of, convert
 from smartlab.interop.vit import config_of_vit, convert_vit, is_vit, to_monai
 from smartlab.interop.wrap import Wrapped
@@ -88,19 +89,20 @@ def load_encoder(
 
 def export(
     source: str | Path | AnyEncoder,
-    to: Literal["monai", "safetensors", "hub"],
+    to: Literal["monai", "safetensors", "nnunet", "hub"],
     out: str | Path,
     role: str = "teacher",
 ) -> Path | str:
-    """Write an encoder for others: "monai" (.pt for its SwinUNETR or ViT), "safetensors" with a model card, or
-    both of these last on the Hugging Face hub, private at first: `out` is ORG/NAME there, and so is what returns.
+    """Write an encoder for others: "monai" (.pt for its SwinUNETR or ViT), "nnunet" (.pth of a Primus, for its
+    fine-tuning), "safetensors" with a model card, or both of these last on the Hugging Face hub, private at first:
+    `out` is ORG/NAME there, and so is what returns.
 
     >>> export("runs/a", "monai", "encoder.pt")
     >>> weights = torch.load("encoder.pt", weights_only=True)["state_dict"]
     >>> net.load_state_dict(weights, strict=False)  # net: MONAI's SwinUNETR of the same sizes
     """
-    if to not in ("monai", "safetensors", "hub"):
-        raise UseError(f"cannot export to {to!r}", expected="monai, safetensors or hub")
+    if to not in ("monai", "safetensors", "nnunet", "hub"):
+        raise UseError(f"cannot export to {to!r}", expected="monai, safetensors, nnunet or hub")
     given = isinstance(source, torch.nn.Module)
     run = Run(source) if not given and Path(source).is_dir() else None  # type: ignore[arg-type]
     encoder: Any = source if given else load_encoder(source, role)  # type: ignore[arg-type]
@@ -114,6 +116,8 @@ def export(
     with written(out, "the export") as temporary:
         if to == "safetensors":
             save_weights(temporary, encoder.state_dict(), card)
+        elif to == "nnunet":
+            torch.save(to_nnunet(encoder), temporary)
         elif isinstance(encoder, ViTEncoder):
             torch.save({"state_dict": to_monai(encoder)}, temporary)
         else:

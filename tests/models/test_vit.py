@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
 
@@ -36,33 +35,21 @@ def scan_encoder():
     return scans(**{"encoder.registers": 2})
 
 
-@pytest.fixture(scope="module")
-def primus():
-    """nnU-Net's own, made like an encoder of ours; its package comes with the development tools."""
-    if importlib.util.find_spec("dynamic_network_architectures") is None:
-        pytest.skip("dynamic-network-architectures is not installed")
-    known = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):  # its torchvision may be built for another torch, and is not needed
-        known.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    from dynamic_network_architectures.architectures import primus as theirs
-
-    def make(config, classes=1):
-        e = config.encoder
-        return theirs.Primus(
-            1,
-            e.embed_dim,
-            (e.patch,) * 3,
-            classes,
-            e.blocks,
-            e.heads,
-            (config.data.view,) * 3,
-            drop_path_rate=e.drop_path,
-            init_values=e.layer_scale,
-            scale_attn_inner=e.inner_norm,
-        )
-
-    yield make, theirs._PRIMUS_CONFIGS
-    del known
+def made_by(primus, config):
+    """nnU-Net's own, made like an encoder of ours."""
+    e = config.encoder
+    return primus.Primus(
+        1,
+        e.embed_dim,
+        (e.patch,) * 3,
+        1,
+        e.blocks,
+        e.heads,
+        (config.data.view,) * 3,
+        drop_path_rate=e.drop_path,
+        init_values=e.layer_scale,
+        scale_attn_inner=e.inner_norm,
+    )
 
 
 def of_encoder(net):
@@ -133,13 +120,12 @@ def test_a_foreign_table_of_positions_is_interpolated(encoder):
 
 @pytest.mark.parametrize("name", ["primus-tiny", *SIZES])
 def test_primus_has_the_names_shapes_and_number_of_its_published_parameters(name, primus):
-    make, published = primus
     config = sl.load_config("primus-tiny", {"encoder.preset": name} | ALONE)
     with torch.device("meta"):
-        ours, theirs = ViTEncoder(config).state_dict(), of_encoder(make(config))
+        ours, theirs = ViTEncoder(config).state_dict(), of_encoder(made_by(primus, config))
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
     if name in SIZES:
-        e, known = config.encoder, published[SIZES[name]]
+        e, known = config.encoder, primus._PRIMUS_CONFIGS[SIZES[name]]
         assert (e.blocks, e.heads, e.embed_dim) == (
             known["eva_depth"],
             known["eva_numheads"],
@@ -161,7 +147,7 @@ def test_primus_computes_what_nnunets_computes(name, plain, primus):
     torch.manual_seed(0)
     more = {"encoder.layer_scale": None, "encoder.inner_norm": False} if plain else {}
     config = sl.load_config("primus-tiny", {"encoder.preset": name} | ALONE | more)
-    ours, theirs = ViTEncoder(config).eval(), primus[0](config).eval()
+    ours, theirs = ViTEncoder(config).eval(), made_by(primus, config).eval()
     ours.load_state_dict(of_encoder(theirs))
     with torch.no_grad():
         for weight in ours.state_dict().values():

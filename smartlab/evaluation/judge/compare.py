@@ -15,6 +15,7 @@ import pandas as pd
 from smartlab.core.errors import DataError, UseError, one_of
 from smartlab.evaluation.judge import metrics as scoring
 from smartlab.evaluation.judge import stats
+from smartlab.evaluation.judge.nnunet import dice_table
 from smartlab.evaluation.judge.predictions import Predictions, areas, from_table
 from smartlab.evaluation.judge.result import Estimate, Result
 
@@ -175,6 +176,8 @@ def _read(name: str, source: Source, task: str | None) -> tuple[pd.DataFrame, di
     if isinstance(source, Result):
         return _first_training(source.table), source.facts | {"task": source.task}
     folder = Path(source)
+    if folder.name == "summary.json":
+        return dice_table(folder), {"task": "segment"}
     for place in [folder, *(folder / kind / task for kind in ("evaluation", "finetune") if task)]:
         if (place / "result.json").is_file():  # written last: the result is whole
             facts = json.loads((place / "result.json").read_text(encoding="utf-8"))

@@ -22,6 +22,7 @@ from typing import Any
 import blosc2
 import nibabel as nib
 import numpy as np
+import pandas as pd
 
 import smartlab as sl
 from benchmarks import harness
@@ -56,13 +57,16 @@ class NnUNet:
         few = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "nnUNet_compile": "f", "MPLBACKEND": "Agg"}
         self.env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | folders | few
 
-    def __call__(self, command: str, *words: object, short: tuple[object, ...] = ()) -> str:
+    def __call__(self, command: str, *words: str | Path, short: str = "") -> str:
+        """What it says; words in one string are taken apart, paths are not."""
         print(command, *words, flush=True)
+        apart = [str(part) for word in words for part in ([word] if isinstance(word, Path) else word.split())]
         began = time.perf_counter()
-        line = [str(self.python), str(INSIDE), *map(str, short), command, *map(str, words)]
+        line = [str(self.python), str(INSIDE), *short.split(), command, *apart]
         done = subprocess.run(line, env=self.env, capture_output=True, text=True, check=False)
         self.seconds = round(time.perf_counter() - began, 1)
-        (self.root / f"{command}.log").open("a").write(done.stdout + done.stderr)
+        with (self.root / f"{command}.log").open("a") as log:
+            log.write(done.stdout + done.stderr)
         if done.returncode:
             raise SystemExit(f"{command} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         return done.stdout
@@ -125,40 +129,36 @@ def what_it_sees(nnunet: NnUNet, plans: str, window: tuple[float, float]) -> dic
 
 def train(
     nnunet: NnUNet, plans: str, scratch: bool, args: argparse.Namespace
-) -> tuple[dict[str, Any], dict[str, Path]]:
-    """One training: what nnU-Net said of it, and its two files of Dice."""
-    short = ("--epochs", args.epochs, "--iterations", args.iterations)
-    words = [NUMBER, "3d_fullres", FOLD, "-p", plans, "-tr", TRAINER, "-device", args.device]
-    said = nnunet("nnUNetv2_train_pretrained", *words, *(["--from_scratch"] if scratch else []), short=short)
+) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
+    """One training: what nnU-Net said of it, and its two tables of Dice."""
+    said = nnunet(
+        "nnUNetv2_train_pretrained",
+        f"{NUMBER} 3d_fullres {FOLD} -p {plans} -tr {TRAINER} -device {args.device}",
+        "--from_scratch" if scratch else "",
+        short=f"--epochs {args.epochs} --iterations {args.iterations}",
+    )
     seconds, name = nnunet.seconds, plans + ("__from_scratch" if scratch else "")
     model = nnunet.folder("results") / f"{TRAINER}__{name}__3d_fullres"
     log = "".join(file.read_text() for file in sorted(model.glob(f"fold_{FOLD}/training_log_*.txt")))
-    predicted = model / "test"
-    of_it = ["-d", NUMBER, "-c", "3d_fullres", "-f", FOLD, "-p", name, "-tr", TRAINER, "-device", args.device]
-    places = ["-i", nnunet.folder("raw") / "imagesTs", "-o", predicted]
-    nnunet("nnUNetv2_predict", *places, *of_it, "-npp", 1, "-nps", 1)
-    truth = [nnunet.folder("raw") / "labelsTs", predicted]
-    facts = ["-djfile", predicted / "dataset.json", "-pfile", predicted / "plans.json", "-np", 1]
-    nnunet("nnUNetv2_evaluate_folder", *truth, *facts)
+    of_it = f"-d {NUMBER} -c 3d_fullres -f {FOLD} -p {name} -tr {TRAINER} -device {args.device} -npp 1 -nps 1"
+    raw, test = nnunet.folder("raw"), model / "test"
+    nnunet("nnUNetv2_predict", "-i", raw / "imagesTs", "-o", test, of_it)
+    facts = ("-djfile", test / "dataset.json", "-pfile", test / "plans.json", "-np 1")
+    nnunet("nnUNetv2_evaluate_folder", raw / "labelsTs", test, *facts)
     counted = [json.loads(line.partition(COUNTED)[2]) for line in said.splitlines() if COUNTED in line]
-    lines = [
-        line.split(": ", 1)[-1].replace(str(nnunet.root), "…").strip()
-        for line in log.splitlines()
-        if LINES.search(line)
-    ]
-    files = {
-        "validation": model / f"fold_{FOLD}" / "validation" / "summary.json",
-        "test": predicted / "summary.json",
-    }
-    summaries = {
-        part: json.loads(file.read_text())["foreground_mean"]["Dice"] for part, file in files.items()
-    }
-    return {
+    files = {"validation": model / f"fold_{FOLD}" / "validation", "test": test}
+    dice = {part: dice_table(folder / "summary.json") for part, folder in files.items()}
+    found = {
         "seconds": seconds,
-        "counted": (counted or [None])[0],
-        "log": lines,
-        "mean_dice": summaries,
-    }, files
+        "counted": counted[0] if counted else None,
+        "log": [line.replace(str(nnunet.root), "…") for line in log.splitlines() if LINES.search(line)],
+        "mean_dice": {part: float(table.dice.mean()) for part, table in dice.items()},
+        "dice": {
+            part: table.pivot(index="structure", columns="case", values="dice").to_dict()
+            for part, table in dice.items()
+        },
+    }
+    return found, dice
 
 
 def main() -> None:
@@ -181,43 +181,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/nnunet.json"))
     args = parser.parse_args()
     work = args.work.resolve()
-    run = (
-        args.run
-        or sl.pretrain(
-            sl.load_config("primus-tiny", ENCODER | {"train.steps": args.steps}), out=work / "run"
-        ).path
-    )
-    weights = sl.export(run, "nnunet", work / "encoder.pth")
+    settings = ENCODER | {"train.steps": args.steps}
+    run = args.run or sl.pretrain(sl.load_config("primus-tiny", settings), out=work / "run").path
+    weights = Path(sl.export(run, "nnunet", work / "encoder.pth"))
     nnunet, config = NnUNet(args.python, work), sl.Run(run).config
     raw_data(nnunet.folder("raw"), *args.scans)
-    nnunet("nnUNetv2_extract_fingerprint", "-d", NUMBER, "-np", 1)
-    nnunet("nnUNetv2_plan_experiment", "-d", NUMBER)
-    nnunet(
-        "nnUNetv2_preprocess_like_nnssl",
-        "-d",
-        NUMBER,
-        "-n",
-        "smartlab",
-        "-pc",
-        weights,
-        "-am",
-        "like_pretrained",
-        "-np",
-        1,
-    )
+    nnunet("nnUNetv2_extract_fingerprint", f"-d {NUMBER} -np 1")
+    nnunet("nnUNetv2_plan_experiment", f"-d {NUMBER}")
+    like = "-am like_pretrained -np 1"
+    nnunet("nnUNetv2_preprocess_like_nnssl", f"-d {NUMBER} -n smartlab -pc", weights, like)
     (planned,) = nnunet.folder("preprocessed").glob("ptPlans__smartlab____*___Norm__Z.json")
-    plans = {"standardised": planned.stem, "as in pretraining": fit_plans(planned, weights).stem}
-    nnunet(
-        "nnUNetv2_preprocess",
-        "-d",
-        NUMBER,
-        "-plans_name",
-        plans["as in pretraining"],
-        "-c",
-        "3d_fullres",
-        "-np",
-        1,
-    )
+    fitted = fit_plans(planned, weights).stem
+    nnunet("nnUNetv2_preprocess", f"-d {NUMBER} -plans_name {fitted} -c 3d_fullres -np 1")
     result: dict[str, Any] = {
         "what": "a smoke run: every step of nnU-Net's fine-tuning works with our export; so few iterations judge nothing",
         "encoder": {
@@ -229,25 +204,19 @@ def main() -> None:
         "settings": {"epochs": args.epochs, "iterations": args.iterations, "scans": list(args.scans), **SIZE},
         "plans": {},
     }
-    for name, one in plans.items():
+    for name, one in {"standardised": planned.stem, "as in pretraining": fitted}.items():
         found: dict[str, Any] = {"name": one, "input": what_it_sees(nnunet, one, config.data.window)}
-        files: dict[str, dict[str, Path]] = {}
+        dice: dict[str, dict[str, pd.DataFrame]] = {}
         for start in ("pretrained", "scratch"):
-            found[start], files[start] = train(nnunet, one, start == "scratch", args)
+            found[start], dice[start] = train(nnunet, one, start == "scratch", args)
         for part in ("validation", "test"):
-            tables = {start: dice_table(places[part]) for start, places in files.items()}
+            tables = {start: of_it[part] for start, of_it in dice.items()}
             found[f"compared on {part}"] = sl.compare(tables, "segment").to_dict("records")
         result["plans"][name] = found
         harness.write(clean(result), args.out)
     harness.write(clean(result | {"machine": harness.machine(), "code": code_version()}), args.out)
-    print(
-        json.dumps(
-            {
-                name: {s: one[s]["mean_dice"] for s in ("pretrained", "scratch")}
-                for name, one in result["plans"].items()
-            }
-        )
-    )
+    for name, found in result["plans"].items():
+        print(name, {start: found[start]["mean_dice"] for start in ("pretrained", "scratch")})
 
 
 if __name__ == "__main__":

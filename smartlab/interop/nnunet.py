@@ -20,7 +20,7 @@ from typing import Any
 
 from smartlab.core.errors import DataError, UseError
 from smartlab.core.files import write_text
-from smartlab.models.build import AnyEncoder
+from smartlab.models.encoder import AnyEncoder
 from smartlab.models.vit import ViTEncoder
 from smartlab.training.checkpoint import load_pickled
 

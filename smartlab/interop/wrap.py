@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from smartlab.core.config import DataConfig
 from smartlab.core.errors import UseError, counted, problems_of
+from smartlab.core.settings import DataConfig
 from smartlab.models.encoder import AnyEncoder, Encoded
 
 AXES = ("RL", "AP", "SI")  # of the arrays here, which grow to the first of each

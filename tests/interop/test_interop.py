@@ -12,7 +12,8 @@ from monai.networks.nets.swin_unetr import SwinTransformer
 
 import smartlab as sl
 from smartlab.core.errors import DataError, UseError
-from smartlab.interop.weights import MERGE_ORDERS, export, load_encoder
+from smartlab.interop.swin import MERGE_ORDERS
+from smartlab.interop.weights import export, load_encoder
 from smartlab.models.encoder import Encoder
 from smartlab.models.vit import ViTEncoder
 from smartlab.training.checkpoint import header_of

@@ -24,6 +24,7 @@ from smartlab.data.crops.views import (
     read_crop,
     resampled_crop,
 )
+from smartlab.data.images.grid import Spacing, three
 from smartlab.data.store.store import Store
 
 if TYPE_CHECKING:

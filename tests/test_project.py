@@ -201,6 +201,7 @@ def test_rooms_import_one_way_and_in_no_circle():
         cwd=REPO,
         capture_output=True,
         text=True,
+        encoding="utf-8",
     )
     assert told.returncode == 0, told.stdout[-3000:]
 

@@ -58,7 +58,8 @@ def test_a_lock_ends_with_its_process_however_that_ends(holder, tmp_path):
 
 
 def test_other_processes_of_the_same_run_do_not_lock_each_other_out(holder, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():  # as launchers do
+        monkeypatch.setenv(name, value)
     with only_one(tmp_path / "run"):
         pass
 

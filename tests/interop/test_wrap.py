@@ -170,7 +170,7 @@ def test_images_are_wrapped_as_scans_are():
         (lambda: random_encoder(sl.load_config("tiny")), {}, "not a torch module to wrap"),
         (lambda: "runs/a", {}, "not a torch module to wrap"),
     ],
-    ids=str,
+    ids=range(11),
 )
 def test_what_cannot_be_wrapped_is_told_at_once(module, sees, said):
     with pytest.raises(UseError, match=f"(?s){said}"):

@@ -174,7 +174,7 @@ def test_viewers_show_one_channel_say_which_and_call_nothing_hu(given, run, tmp_
     assert scene.value_name == "MR" and scene.layers[0].note == whole.shown
     shown = np.clip(explorer.view.input[0, 1].numpy() * 4095, 0, 4095)
     assert np.abs(shown - explorer.view.image).max() < 1
-    assert "HU" not in explorer.save_html(tmp_path / "page.html").read_text().partition("<script")[0]
+    assert "HU" not in explorer.save_html(tmp_path / "page.html").read_text("utf-8").partition("<script")[0]
     paths = list(sl.load_manifest(given["data.manifest"]).cases[0].channels.values())
     files = [f"{given['data.root']}/{path}" for path in paths]
     assert sl.explore(files, run, size=32).view.input.shape == (1, 2, 32, 32, 32)

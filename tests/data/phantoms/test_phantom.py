@@ -114,7 +114,7 @@ def test_an_interrupted_cohort_is_completed_not_redone(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "change", "says"),
     [
-        ("brain", {}, "ct or mammo"),
+        ("brain", {}, "one of ct, mammo, mr"),
         ("ct", {"n": 0}, "n=0"),
         ("ct", {"shape": (64, 64, 64)}, "128 mm"),
         ("ct", {"shape": (64, 64)}, "2 numbers"),

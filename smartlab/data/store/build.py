@@ -8,7 +8,7 @@ few at a time. The order of the index is the order of the manifest, never that o
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from smartlab.data.store.current import check_salt, made_from, salt_check, state
 from smartlab.data.store.ingest import files_present, ingest, lost_lesions
 from smartlab.data.store.jobs import Cohort
 from smartlab.data.store.request import ChannelSettings, Failure, FlatSettings, Job, Outcome, Settings
+from smartlab.data.store.rows import CaseRow, ImageRow
 
 TYPICAL_BYTES = 10_000_000  # a chest CT at 2 mm, cropped and compressed; told until some are built
 SPARE_BYTES = 500_000_000  # left free on the disk
@@ -124,7 +125,7 @@ def build_store(
         return build.finish()
 
 
-Task = tuple[int, Job | Failure, dict[str, Any] | None]  # position, what to do, row of an earlier run
+Task = tuple[int, Job | Failure, ImageRow | None]  # position, what to do, row of an earlier run
 
 
 def _work(task: Task) -> tuple[int, Outcome]:
@@ -149,9 +150,9 @@ class _Build:
         self.man, self.out, self.settings, self.salt = man, out, settings, salt()
         self.labels = storable(man.labels, man.cases)
         self.cohort = Cohort(man, root, out, settings, self.salt)
-        self.rows: dict[int, dict[str, Any]] = {}  # position of the image -> its row
+        self.rows: dict[int, ImageRow] = {}  # position of the image -> its row
         self.written = 0  # bytes of their volumes
-        self.stale: dict[str, dict[str, Any]] = {}  # image key -> row that may still hold
+        self.stale: dict[str, ImageRow] = {}  # image key -> row that may still hold
         self.failures: dict[int, tuple[Failure, ...]] = {}
         self.report = StoreReport(str(out), 0, 0, 0, 0, 0, 0, 0, False, 0)
         self.journal = index.Journal(out)
@@ -164,7 +165,7 @@ class _Build:
         header = index.read_header(self.out)
         if header:
             self._check_header(header)
-        rows = index.read_lines(self.out, header, "images") if header else []
+        rows: Sequence[ImageRow] = index.read_lines(self.out, header, "images") if header else []
         self.stale = {row["key"]: row for row in [*rows, *self.journal.read()]}
         self.journal.start(list(self.stale.values()))
         index.clean(self.out, self.stale.values())
@@ -210,7 +211,7 @@ class _Build:
             self.report.built += outcome.built
             self.report.skipped += not outcome.built
 
-    def _keep(self, number: int, row: dict[str, Any]) -> None:
+    def _keep(self, number: int, row: ImageRow) -> None:
         self.rows[number] = row
         self.written += _volume_bytes(row)
 
@@ -276,7 +277,7 @@ class _Build:
         index.clean(self.out, rows)
         return report
 
-    def _case_rows(self) -> tuple[list[dict[str, Any]], list[tuple[int, Failure]]]:
+    def _case_rows(self) -> tuple[list[CaseRow], list[tuple[int, Failure]]]:
         """Rows of the cases that are in the store, and the failures of those that are not."""
         position = {group.key: i for i, group in enumerate(self.cohort.groups)}
         stored = {number: i for i, number in enumerate(sorted(self.rows))}
@@ -290,7 +291,7 @@ class _Build:
                 rows.append(self._case_row(case, key, stored[number], self.rows[number]))
         return rows, lost
 
-    def _case_row(self, case: Case, key: str, image: int, row: dict[str, Any]) -> dict[str, Any]:
+    def _case_row(self, case: Case, key: str, image: int, row: ImageRow) -> CaseRow:
         box = row.get("boxes", {}).get(key)  # measured on the outline, where the manifest says nothing
         return {
             "key": key,
@@ -301,7 +302,7 @@ class _Build:
             "labels": {name: v for name, v in case.labels.items() if name in self.labels},
             "center_mm": row["lesions"].get(key),
             "box_mm": case.lesion.box_mm if case.lesion else box,
-            "diameter_mm": case.lesion.diameter_mm if case.lesion else box and max(box),
+            "diameter_mm": case.lesion.diameter_mm if case.lesion else max(box) if box else None,
         }
 
 
@@ -358,13 +359,11 @@ def _check_request(man: Manifest, root: Path, out: Path, spacing: Spacing, worke
         raise UseError("workers cannot be negative", found=workers, expected="0 or more")
 
 
-def _volume_bytes(row: dict[str, Any]) -> int:
+def _volume_bytes(row: ImageRow) -> int:
     return sum(part["bytes"] for part in index.parts(row))
 
 
-def _fingerprint(
-    settings: Settings | FlatSettings, images: list[dict[str, Any]], cases: list[dict[str, Any]]
-) -> str:
+def _fingerprint(settings: Settings | FlatSettings, images: list[ImageRow], cases: list[CaseRow]) -> str:
     """Hash of what a model can see: voxels, geometry, labels, patients; the same under any salt."""
     patients = {p: i for i, p in enumerate(dict.fromkeys(case["patient"] for case in cases))}
     facts = [

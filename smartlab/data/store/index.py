@@ -23,14 +23,16 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from smartlab.core.errors import DataError, UseError, some
 from smartlab.core.files import LOCK, TEMPORARY, held, write_bytes
 from smartlab.data.store.request import Failure
+from smartlab.data.store.rows import CaseRow, FileRow, ImageRow
 
 HEADER, JOURNAL, FAILURES = "store.json", "journal.jsonl", "failures.csv"
 Row = dict[str, Any]
+R = TypeVar("R")
 
 _OURS = re.compile(
     r"^(\.|\.tmp-\d+\.)?((images|cases)-[0-9a-f]{12}\.jsonl|[0-9a-f]{16,64}-[0-9a-f]{8,64}(\.labels)?\.b2nd)(\.[^/]*)?$"
@@ -58,23 +60,23 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-class Rows(Sequence[Row]):
+class Rows(Sequence[R]):
     """Rows of a JSON-lines file, each parsed when it is first looked at: 10,000 open in milliseconds."""
 
     def __init__(self, data: bytes) -> None:
         self._lines = data.splitlines()
-        self._parsed: dict[int, Row] = {}
+        self._parsed: dict[int, R] = {}
 
     def __len__(self) -> int:
         return len(self._lines)
 
-    def __getitem__(self, number: int) -> Row:  # type: ignore[override]  # one row, never a slice
+    def __getitem__(self, number: int) -> R:  # type: ignore[override]  # one row, never a slice
         if number not in self._parsed:
             self._parsed[number] = json.loads(self._lines[number])
         return self._parsed[number]
 
 
-def read_lines(out: Path, header: Row, part: str) -> Rows:
+def read_lines(out: Path, header: Row, part: str) -> Rows[Any]:
     """The rows of "images" or "cases", compared with the hash that is in the name of their file."""
     path = out / header[part]["file"]
     try:
@@ -99,9 +101,10 @@ def _name_of(part: str, data: bytes) -> str:
     return f"{part}-{hashlib.sha256(data).hexdigest()[:12]}.jsonl"
 
 
-def write_index(out: Path, header: Row, images: Sequence[Row], cases: Sequence[Row]) -> None:
+def write_index(out: Path, header: Row, images: Sequence[ImageRow], cases: Sequence[CaseRow]) -> None:
     """Make these rows the store, at once."""
-    for part, rows in (("images", images), ("cases", cases)):
+    both: tuple[tuple[str, Sequence[Any]], ...] = (("images", images), ("cases", cases))
+    for part, rows in both:
         data = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows).encode()
         file = _name_of(part, data)
         write_bytes(out / file, data)
@@ -118,7 +121,7 @@ def write_failures(out: Path, failures: Iterable[tuple[int, Failure]]) -> None:
     write_bytes(out / FAILURES, text.getvalue().encode())
 
 
-def parts(row: Row) -> list[Row]:
+def parts(row: ImageRow) -> list[FileRow]:
     """What an image has in files of their own: its volume, and its labels where there are any."""
     return [row, row["labels"]] if row["labels"] else [row]
 
@@ -129,28 +132,28 @@ class Journal:
     def __init__(self, out: Path) -> None:
         self.path = out / JOURNAL
 
-    def read(self) -> list[Row]:
+    def read(self) -> list[ImageRow]:
         """What an earlier run finished; a line that is not what was written is left out, and its image built again."""
         lines = self.path.read_bytes().splitlines() if self.path.exists() else []
         return [row for line in lines if (row := _row_of(line))]
 
-    def start(self, rows: list[Row]) -> None:
+    def start(self, rows: list[ImageRow]) -> None:
         """Begin with these rows, and without a line cut short."""
         write_bytes(self.path, b"".join(map(_line_of, rows)))
 
-    def add(self, row: Row) -> None:
+    def add(self, row: ImageRow) -> None:
         with self.path.open("ab") as file:
             file.write(_line_of(row))
             file.flush()
             os.fsync(file.fileno())
 
 
-def _line_of(row: Row) -> bytes:
+def _line_of(row: ImageRow) -> bytes:
     text = json.dumps(row).encode()
     return b"%08x %b\n" % (zlib.crc32(text), text)
 
 
-def _row_of(line: bytes) -> Row | None:
+def _row_of(line: bytes) -> ImageRow | None:
     """The row of a line, None of a damaged one; version 0.1 wrote rows without a checksum."""
     told, _, text = line.partition(b" ")
     try:
@@ -161,7 +164,7 @@ def _row_of(line: bytes) -> Row | None:
         return None
 
 
-def clean(out: Path, rows: Iterable[Row]) -> None:
+def clean(out: Path, rows: Iterable[ImageRow]) -> None:
     """Delete what no row and no index names -> number of volumes removed.
 
     Only files with names of the store's own form: nothing that somebody else put here.

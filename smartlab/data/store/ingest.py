@@ -38,6 +38,7 @@ from smartlab.data.images.resample import (
 )
 from smartlab.data.store import flat, index
 from smartlab.data.store.request import Failure, FlatSettings, Job, Outcome
+from smartlab.data.store.rows import FileRow, ImageRow, LabelRow
 
 # Blocks are what is decompressed, chunks are what is found in one step. 32³ int16 is 64 kB: source and
 # result stay in a 512 kB L2 cache, and a 128³ region on the block grid is 64 whole blocks, none
@@ -55,7 +56,7 @@ CT_CODEC: dict[str, Any] = {"filters": [blosc2.Filter.SHUFFLE, blosc2.Filter.BYT
 LABEL_CODEC: dict[str, Any] = {"filters": [blosc2.Filter.NOFILTER], "clevel": 5}
 
 
-def ingest(job: Job, previous: dict[str, Any] | None = None) -> Outcome:
+def ingest(job: Job, previous: ImageRow | None = None) -> Outcome:
     """Build one image. `previous` is its row from an earlier run: kept when the content is the same."""
     try:
         content = job.content
@@ -74,17 +75,17 @@ def ingest(job: Job, previous: dict[str, Any] | None = None) -> Outcome:
         return Outcome(None, (Failure(job.key, None, _reason(job, error)),))
 
 
-def lost_lesions(row: dict[str, Any]) -> tuple[Failure, ...]:
+def lost_lesions(row: ImageRow) -> tuple[Failure, ...]:
     """Cases of a stored image whose lesion could not be placed on it."""
     reasons = {case: place for case, place in row["lesions"].items() if isinstance(place, str)}
     return tuple(Failure(row["key"], case, reason) for case, reason in reasons.items())
 
 
-def _outcome(row: dict[str, Any], built: bool) -> Outcome:
+def _outcome(row: ImageRow, built: bool) -> Outcome:
     return Outcome(row, lost_lesions(row), built)
 
 
-def _build(job: Job, content: str) -> dict[str, Any]:
+def _build(job: Job, content: str) -> ImageRow:
     volume = _read(job)
     spacing: tuple[float, ...] = tuple(three(job.settings.spacing).tolist())
     shape, affine = target_grid(volume.shape, volume.affine, spacing)
@@ -110,7 +111,7 @@ def _build(job: Job, content: str) -> dict[str, Any]:
     stored = write_array(
         job.out, f"volumes/{name}.b2nd", array, CT_CODEC | ({"clevel": 5} if job.phantom else {})
     )
-    row = {
+    row: ImageRow = {
         "key": job.key,
         **stored,
         "shape": list(array.shape[-3:]),
@@ -124,7 +125,6 @@ def _build(job: Job, content: str) -> dict[str, Any]:
         "source_shape": list(volume.shape),
         "source_spacing": [round(s, 6) for s in volume.spacing],
         "notes": [scrub(note, job.words) for note in notes],
-        "array": hashlib.sha256(array.tobytes()).hexdigest(),
         "content": content,
         "request": job.request,
         "stat": job.stat,
@@ -214,7 +214,7 @@ def _include(
 
 def _write_labels(
     job: Job, name: str, masks: list[Mask], shape: tuple[int, ...], affine: np.ndarray
-) -> dict[str, Any]:
+) -> LabelRow:
     painter = LabelPainter(shape, affine)
     for value, mask, placed in uncovered(masks):
         painter.paint(value, mask, placed)
@@ -222,7 +222,7 @@ def _write_labels(
     stored = write_array(job.out, f"volumes/{name}.labels.b2nd", labels, LABEL_CODEC)
     counts = np.bincount(labels.ravel(), minlength=256)
     voxels = {str(v): int(counts[v]) for v in np.flatnonzero(counts) if v}
-    return {**stored, "voxels": voxels, "array": hashlib.sha256(labels.tobytes()).hexdigest()}
+    return {**stored, "voxels": voxels}
 
 
 def _histogram(array: np.ndarray) -> dict[str, int]:
@@ -238,8 +238,8 @@ def _histogram(array: np.ndarray) -> dict[str, int]:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def write_array(out: Path, file: str, array: np.ndarray, codec: dict[str, Any]) -> dict[str, Any]:
-    """One contiguous blosc2 frame, written whole or not at all -> its file, bytes and checksum."""
+def write_array(out: Path, file: str, array: np.ndarray, codec: dict[str, Any]) -> FileRow:
+    """One contiguous blosc2 frame, written whole or not at all."""
     is_flat, one = array.shape[2:] == (1,), (1,) * (array.ndim - 3)  # every channel in chunks of its own
     frame = blosc2.asarray(
         array,
@@ -250,13 +250,14 @@ def write_array(out: Path, file: str, array: np.ndarray, codec: dict[str, Any]) 
         ),
     ).to_cframe()
     write_bytes(out / file, frame)
-    return {"file": file, "bytes": len(frame), "crc32": zlib.crc32(frame)}
+    voxels = hashlib.sha256(array.tobytes()).hexdigest()
+    return {"file": file, "bytes": len(frame), "crc32": zlib.crc32(frame), "array": voxels}
 
 
 SPLIT = blosc2.SplitMode.ALWAYS_SPLIT  # low and high bytes have their own Huffman codes: 1% smaller
 
 
-def files_present(out: Path, row: dict[str, Any]) -> bool:
+def files_present(out: Path, row: ImageRow) -> bool:
     """Whether the volumes of a row are there, whole (a rename made them, so size is proof enough)."""
     try:
         return all((out / part["file"]).stat().st_size == part["bytes"] for part in index.parts(row))

@@ -19,6 +19,7 @@ from smartlab.data.cohort.case import Lesion
 from smartlab.data.cohort.files import LabelSource
 from smartlab.data.cohort.privacy import hashed
 from smartlab.data.images.readers import TILTS, files_of
+from smartlab.data.store.rows import ImageRow
 
 FORMAT = 1  # raise it when building would store other bytes
 LABELS = 2  # the same of label volumes, which are then built again; 2: a later mask wins all it covers
@@ -140,7 +141,7 @@ class Failure:
 class Outcome:
     """What became of a job: its row, or none and a failure; both when only a lesion failed."""
 
-    row: dict[str, Any] | None
+    row: ImageRow | None
     failures: tuple[Failure, ...] = ()
     built: bool = False  # False for a row that was kept
     disk_full: bool = False

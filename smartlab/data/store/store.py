@@ -22,6 +22,7 @@ import os
 import warnings
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ from smartlab.data.images.grid import Spacing
 from smartlab.data.store import index
 from smartlab.data.store.current import check_salt
 from smartlab.data.store.request import FORMAT
+from smartlab.data.store.rows import CaseRow, FileRow, ImageRow
 
 if TYPE_CHECKING:
     import blosc2
@@ -82,7 +84,7 @@ class Store:
         if not header["complete"]:
             warnings.warn(f"{self.path}: the build was interrupted, some images are missing", stacklevel=3)
         self.header = header
-        self.rows = index.read_lines(self.path, header, "images")
+        self.rows: Sequence[ImageRow] = index.read_lines(self.path, header, "images")
         self._open: OrderedDict[str, blosc2.NDArray] = OrderedDict()
         self._process = os.getpid()
         self._compared = mmap.mmap(
@@ -156,7 +158,7 @@ class Store:
         return pd.DataFrame(list(self.rows), columns=[*columns, "source_shape", "source_spacing", "notes"])
 
     @property
-    def _case_rows(self) -> index.Rows:
+    def _case_rows(self) -> Sequence[CaseRow]:
         return index.read_lines(self.path, self.header, "cases")
 
     @cached_property
@@ -201,7 +203,8 @@ class Store:
         return np.array(self.rows[image]["affine"])
 
     def shape(self, image: int) -> tuple[int, int, int]:
-        return tuple(self.rows[image]["shape"])
+        x, y, z = self.rows[image]["shape"]
+        return x, y, z
 
     def body(self, image: int) -> np.ndarray:
         """Share of body, 0 to 1, in every 32³ block, without opening the volume."""
@@ -218,7 +221,7 @@ class Store:
         labels = self.rows[image]["labels"]
         return None if labels is None else self._handle(labels, 2 * image + 1)
 
-    def _handle(self, row: dict[str, Any], number: int | None = None) -> blosc2.NDArray:
+    def _handle(self, row: FileRow, number: int | None = None) -> blosc2.NDArray:
         import blosc2
 
         if self._process != os.getpid():  # a forked worker opens its own handles
@@ -246,7 +249,7 @@ class Store:
             self._open.popitem(last=False)
         return handle
 
-    def _compare(self, path: Path, row: dict[str, Any], number: int | None) -> None:
+    def _compare(self, path: Path, row: FileRow, number: int | None) -> None:
         """Read a file whole and compare its checksum: once, whichever of this process and its workers opens it first.
 
         2.4 ms for a volume of 6 MB, more than half of what two views take to read: too much for every opening.

@@ -251,7 +251,7 @@ def _write(job: Trainings, image: int, probability: np.ndarray, folder: Path) ->
 def _voxels(store: Store, images: np.ndarray, names: dict[int, str]) -> np.ndarray:
     """Voxels of background and of each structure in some images, from the store's index."""
     total = sum(int(np.prod(store.shape(int(i)))) for i in images)
-    found = [store.rows[int(i)]["labels"]["voxels"] for i in images]
+    found = [labels["voxels"] for i in images if (labels := store.rows[int(i)]["labels"])]
     each = [sum(int(voxels.get(str(value), 0)) for voxels in found) for value in names]
     return np.array([total - sum(each), *each], float)
 

@@ -250,7 +250,8 @@ def _fixed(model: Model) -> str:
     """What no control changes, and why."""
     data, low_high = model.config.data, "{:g} to {:g}".format(*model.config.data.window)
     sides = in_mm(np.multiply(model.stride, data.spacing).tolist())
-    by = "mae.input and encoder.patch" if model.flat else "semantic.stage"
+    vit = "mae.input and encoder.patch" if model.flat else "encoder.patch"
+    by = vit if model.config.encoder.kind == "vit" else "semantic.stage"
     said = [
         f"Units of {model.stride} {'pixels' if model.flat else 'voxels'}, {sides} mm: {by} of the training.",
         "Boxes of block: 2 to 4 units a side.",

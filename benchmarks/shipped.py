@@ -83,6 +83,12 @@ def tensors(file: Path) -> str:
 
 def judge(teacher: Any, config: sl.Config) -> dict[str, Any]:
     """Every task on the held-out patients: value, low, high, n."""
+    images, tasks = judged(teacher, config)
+    return {"held_out_patients": images, "tasks": {name: told(result) for name, result in tasks.items()}}
+
+
+def judged(teacher: Any, config: sl.Config) -> tuple[int, dict[str, Result]]:
+    """How many held-out patients there are, and the result of every task on them."""
     untrained = random_encoder(config)
     man, store = prepare_store(config.data, progress=False)
     cases = store.cases[store.cases.split.isin(["val", "test"])]
@@ -90,13 +96,12 @@ def judge(teacher: Any, config: sl.Config) -> dict[str, Any]:
     both = [organ_features(e, store, man, images=images) for e in (teacher, untrained)]
     keys = [*cases.index[cases.center_mm.notna()]]
     lesions = [lesion_features(e, store, man, pooling="center", cases=keys) for e in (teacher, untrained)]
-    tasks = {
+    return len(images), {
         "organ probe": probe(both[0], "organ", split="cross", beside={"random encoder": both[1]}),
         "clusters": clusters(both[0], beside={"random": both[1]}, embeddings=()),
         "nodule probe": probe(lesions[0], "malignancy", split="cross", beside={"random encoder": lesions[1]}),
         "localize": localize(teacher, store, images=images),
     }
-    return {"held_out_patients": len(images), "tasks": {name: told(result) for name, result in tasks.items()}}
 
 
 def told(result: Result) -> dict[str, list[float]]:

@@ -37,6 +37,7 @@ class DataConfig(Section):
     workers: int = Field(2, ge=0)
     spacing: Length | tuple[Length, Length, Length] = 2.0  # mm, of all axes [smit], or along x, y and z
     modality: Literal["CT", "MR"] = "CT"  # of scans: as the manifest says
+    channels: tuple[str, ...] = ()  # their names in order, where a scan has several: as the manifest says
     window: tuple[float, float] = (-175.0, 250.0)  # HU clipped and scaled to [0, 1] [smit]; lungs: -1000, 400
     region: int = Field(128, gt=0)  # voxels; two views are drawn from one region [smit]
     view: int = Field(96, gt=0)  # voxels per side of a view [smit]

@@ -177,11 +177,13 @@ def check_dimensions(encoder: Any, given: Manifest) -> None:
             fix=f"give a manifest of such, as manifest={'phantom-mammo' if images else 'phantom-ct'}",
         )
     trained, many = encoder.config.data.modality, encoder.in_channels
-    if not images and (trained, many) != (given.modality, max(1, len(given.channels))):
+    known = encoder.config.data.channels
+    other = bool(known and given.channels) and list(known) != list(given.channels)
+    if not images and (other or (trained, many) != (given.modality, max(1, len(given.channels)))):
         raise UseError(
             f"this encoder cannot take {given.name}",
             found=f"{given.modality}, channels {', '.join(given.channels) or 1}",
-            expected=f"{trained}, {many} channel{'s' * (many > 1)}, as in its training",
+            expected=f"{trained}, {', '.join(known) or many} channel{'s' * (many > 1)}, as in its training",
             fix="pretrain one on such data, or give others",
         )
 

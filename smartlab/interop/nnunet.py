@@ -20,6 +20,7 @@ from typing import Any
 
 from smartlab.core.errors import DataError, UseError
 from smartlab.core.files import write_text
+from smartlab.data.images.grid import in_mm
 from smartlab.models.encoder import AnyEncoder
 from smartlab.models.vit import ViTEncoder
 from smartlab.training.checkpoint import load_pickled
@@ -43,6 +44,16 @@ def to_nnunet(encoder: AnyEncoder) -> dict[str, Any]:
         kind = "a vision transformer of images" if images else "a Swin transformer"
         fix = "export with --to monai" + ("" if images else ", or pretrain a Primus: encoder.preset=primus-s")
         raise UseError("nnU-Net fine-tunes Primus encoders", found=kind, fix=fix)
+    if encoder.config.data.modality == "MR":
+        raise UseError(
+            "nnU-Net would clip MR at the window of ours, which is on another scale",
+            found="an encoder of MR",
+            expected="one of CT",
+        )
+    if isinstance(encoder.config.data.spacing, tuple):
+        raise UseError(
+            "nnU-Net's plan is written for one voxel size", found=in_mm(encoder.config.data.spacing) + " mm"
+        )
     if abs(encoder.config.encoder.mlp_ratio - MLP_RATIO) > 1e-6:
         ratio = encoder.config.encoder.mlp_ratio
         raise UseError("nnU-Net builds Primus with encoder.mlp_ratio=8/3 only", found=ratio)

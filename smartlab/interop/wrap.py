@@ -38,7 +38,7 @@ class Preprocessing(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     spacing: _Mm | tuple[_Mm, _Mm, _Mm] = 1.0  # mm; of three axes: in the module's order
-    window: tuple[float, float] = (-1000.0, 400.0)  # HU (or grey) clipped …
+    window: tuple[float, float] = (-1000.0, 400.0)  # HU clipped (of images grey values, 0 to 4095) …
     output: tuple[float, float] = (0.0, 1.0)  # … and scaled to this
     standardise: bool = False  # instead: zero mean and unit spread of what is above the window's floor
     orientation: str = "RAS"  # where the module's axes grow to, as nibabel and MONAI spell it
@@ -47,6 +47,12 @@ class Preprocessing(BaseModel):
     stage: int = -1  # which of the module's maps gives the tokens
     pooling: Literal["cls", "mean", "max"] = "cls"  # the vector: its own, else the mean of the tokens
     dims: Literal[2, 3] = 3  # 2: mammograms, as they lie
+
+    @model_validator(mode="before")
+    @classmethod
+    def _grey(cls, given: Any) -> Any:
+        flat = isinstance(given, Mapping) and given.get("dims") == 2
+        return {"window": (0.0, 4095.0), **given} if flat else given
 
     @model_validator(mode="after")
     def _check(self) -> Preprocessing:

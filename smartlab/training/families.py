@@ -76,7 +76,7 @@ def fitted(config: Config, store: Store) -> Config:
             found=", ".join(store.channels) or "one channel",
             fix=f"leave it out, or set encoder.in_channels={many}",
         )
-    update: dict[str, Any] = {"modality": store.modality}
+    update: dict[str, Any] = {"modality": store.modality, "channels": tuple(store.channels)}
     if store.modality == "MR":
         if "window" not in data.model_fields_set:
             update["window"] = WINDOW

@@ -98,6 +98,7 @@ def test_a_finished_batch_of_a_thousand_is_checked_in_seconds(tmp_path):
             shutil.copytree(real, folder)
             facts = {"key": run.key, "identity": run.identity, "settings": run.settings}
             (folder / "run.json").write_text(json.dumps(record | facts))
+    assert run_batch(path, out, workers=2, progress=False).executed == 0  # it has written what is new of them
     begin = time.process_time()
     report = run_batch(path, out, workers=2, progress=False)
     checked = time.process_time() - begin

@@ -122,6 +122,8 @@ def test_tokens_that_nnunet_has_no_place_for_are_left_behind_with_a_word(tmp_pat
         ("tiny", {}, "Swin transformer.*--to monai, or pretrain a Primus: encoder.preset=primus-s"),
         ("miram-tiny", {}, "vision transformer of images.*--to monai"),
         ("primus-tiny", {"encoder.mlp_ratio": 4.0}, "mlp_ratio=8/3 only .found 4.0"),
+        ("primus-tiny", {"data.modality": "MR", "data.window": [0, 4095]}, "an encoder of MR"),
+        ("primus-tiny", {"data.spacing": [1.0, 1.0, 3.0]}, "one voxel size .found 1×1×3 mm"),
     ],
 )
 def test_what_nnunet_cannot_build_is_refused(preset, settings, words, tmp_path):

@@ -149,7 +149,7 @@ def test_a_vision_transformer_of_monai_keeps_its_cls(pooling):
 
 
 def test_images_are_wrapped_as_scans_are():
-    enc = sl.wrap(nn.Conv2d(3, 6, 8, 8), {"dims": 2, "channels": 3, "window": (0, 4095), "size": 32})
+    enc = sl.wrap(nn.Conv2d(3, 6, 8, 8), {"dims": 2, "channels": 3, "size": 32})
     found = enc.features(np.full((40, 32), 4095.0))
     assert found["grid"] == (5, 4) and found["cls"].shape == (1, 6)
     assert enc.config.flat

@@ -12,7 +12,9 @@ from smartlab.data.crops.views import LesionDataset, ViewDataset
 from smartlab.data.images.readers import read_channels
 from smartlab.data.images.resample import at_spacing
 from smartlab.evaluation.features.baselines import lesion_baselines
+from smartlab.evaluation.features.encoders import identity
 from smartlab.evaluation.features.features import lesion_features
+from smartlab.models.build import make_encoder
 from smartlab.training.families import fitted
 from smartlab.training.views import prepare
 from tests.shared import once, phantoms
@@ -153,7 +155,7 @@ def test_settings_that_do_not_fit_the_data_are_refused(given, tmp_path):
 
 
 def test_an_encoder_of_mr_takes_no_ct_nor_one_channel_of_two(given, run, cohort):
-    with pytest.raises(UseError, match=r"cannot take phantom-ct.*MR, 2 channels"):
+    with pytest.raises(UseError, match=r"cannot take phantom-ct.*MR, t1, t2 channels"):
         sl.evaluate(run, "heads", str(cohort[0]), root=str(cohort[1]), progress=False)
     t1 = sl.load_manifest(given["data.manifest"]).cases[0].image
     image = str(given["data.root"]) + "/" + t1
@@ -164,6 +166,27 @@ def test_an_encoder_of_mr_takes_no_ct_nor_one_channel_of_two(given, run, cohort)
 
 
 # ---- what is seen
+
+
+def test_an_encoder_is_bound_to_the_order_of_its_channels(given, run, mr):
+    assert run.config.data.channels == ("t1", "t2")
+    other = sl.load_manifest(mr[0])
+    for case in other.cases:
+        case.channels = dict(reversed(case.channels.items()))
+    with pytest.raises(UseError, match=r"found MR, channels t2, t1; expected MR, t1, t2 channels"):
+        sl.evaluate(run, "probe", other, root=mr[1], label="malignancy", progress=False)
+
+
+def test_what_there_is_for_mr_changes_no_name_of_ct():
+    """Caches and fine-tunings of before go by it."""
+    encoder = make_encoder(sl.load_config("tiny"))
+    name = identity(encoder)
+    encoder.config = encoder.config.model_copy(
+        update={"data": encoder.config.data.model_copy(update={"modality": "MR"})}
+    )
+    assert identity(encoder) != name
+    about = encoder.config.model_dump(mode="json")["data"]
+    assert {"modality", "channels"} <= set(about)
 
 
 def test_viewers_show_one_channel_say_which_and_call_nothing_hu(given, run, tmp_path):

@@ -126,7 +126,10 @@ class Manifest(BaseModel, extra="forbid", populate_by_name=True):
                 elif problem := self.labels[name].problem(value):
                     yield f"case {case.id!r}, label {name!r}: {problem}"
         owner: dict[str, str] = {}
+        together: dict[str | None, dict[str, str]] = {}
         for case in self.all_cases:
+            if case.channels and together.setdefault(case.image, case.channels) != case.channels:
+                yield f"case {case.id!r} has the first channel of another case, and other images beside it"
             images = {str(PurePosixPath(path)) for path in (case.image, *case.channels.values()) if path}
             for image in sorted({case.series_uid or "", *images} - {""}):
                 if (other := owner.setdefault(image, case.patient)) != case.patient:

@@ -132,7 +132,7 @@ def scan(
     root, out = Path(folder), None if out is None else Path(out)
     _check_request(root, labels, out)
     if modality is not None:
-        one_of("modality", modality, VOLUMES)
+        one_of("unknown modality", modality, VOLUMES)
     if len({name.lower() for name in channels}) < len(channels):
         raise UseError("a channel is named twice", found=", ".join(channels))
     ignore = {root / "manifest.json", root / KEYS, *(Path(p) for p in (labels, out) if p)}

@@ -37,11 +37,12 @@ def augment(
     flip:       mirror each axis with probability one half.
     intensity:  scale by 1 ± intensity around the sample's mean and shift by ± intensity, uniform.
     noise:      standard deviation of Gaussian noise, per sample uniform between 0 and this.
-    channels:   the axis before (D, H, W) holds channels of one scan, and not samples.
+    channels:   of (B, C, D, H, W), C are channels of one scan, and not samples.
     shard:      (rank, world) where x is one rank's share of a batch: draws as for the whole batch.
     """
     if flip:
-        x = mirror(x, draw_mirrors(x[..., :1, :, :, :] if channels else x, generator, shard))
+        one = x[:, :1] if channels and x.dim() == 5 else x
+        x = mirror(x, draw_mirrors(one, generator, shard))
     if intensity > 0:
         scale = 1 + intensity * (2 * _draw(x, generator, shard) - 1)
         shift = intensity * (2 * _draw(x, generator, shard) - 1)

@@ -321,8 +321,14 @@ def settings_for(
     if man.modality == "MG":
         pixel_mm = man.source.parameters.get("pixel_mm")
         flat: Any = 0.2 if spacing is None else spacing
+        if np.ndim(flat):
+            raise UseError(
+                "pixels of mammograms have one size", found=f"spacing={in_mm(flat)}", expected="one number"
+            )
         return FlatSettings(float(flat), crop, labels, grey, pixel_mm)
     mm: Any = 2.0 if spacing is None else np.asarray(spacing, float).tolist()
+    if np.ndim(mm) and len(mm) != 3:
+        raise UseError("a voxel has one size, or three", found=f"spacing={in_mm(mm)}")
     mm = mm[0] if np.ndim(mm) and len({*mm}) == 1 else mm
     if man.modality == "MR" or man.channels:
         return ChannelSettings(mm, crop, labels, tilt, modality=man.modality, channels=man.channels)

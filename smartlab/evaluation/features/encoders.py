@@ -74,13 +74,15 @@ def network_input(crops: Tensor) -> Tensor:
 
 
 def identity(encoder: nn.Module) -> str:
-    """Hash of all weights and the whole configuration, wherever the encoder lies and came from."""
-    digest = hashlib.sha256(
-        json.dumps(
-            encoder.config.model_dump(mode="json"),  # type: ignore[union-attr, operator]
-            sort_keys=True,
-        ).encode()
-    )
+    """Hash of all weights and the whole configuration, wherever the encoder lies and came from.
+
+    What CT has no use for does not count: hashes of before there was MR hold.
+    """
+    about = encoder.config.model_dump(mode="json")  # type: ignore[union-attr, operator]
+    for name, usual in {"modality": "CT", "channels": []}.items():
+        if about["data"].get(name) == usual:
+            del about["data"][name]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, value in sorted(encoder.state_dict().items()):
         array = value.detach().cpu().contiguous()
         digest.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())

@@ -220,7 +220,7 @@ def operations(task: str, encoder: Any, size: int) -> float:
     net: Any = build(encoder, 2, pretrained=False, seed=0) if build else make_encoder(encoder.config)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, torch.no_grad(), FlopCounterMode(display=False) as counted:
-        net.eval()(torch.empty(1, 1, size, size, size))
+        net.eval()(torch.empty(1, encoder.in_channels, size, size, size))
     return float(counted.get_total_flops())
 
 

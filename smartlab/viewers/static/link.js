@@ -118,7 +118,7 @@ function renderSlices({ model, el }) {
       asked = null;
     } else if (message.kind === "update") {
       Object.assign(meta, message.meta); // what a view of the same widget that comes later begins with
-      if (!view) return;
+      if (!view) return void (moving = false);
       if (message.moved) move(message, await unpack(message, buffers));
       else view.replace(await unpack(message, buffers, view.painter.arrays), message.meta);
       loader.begin(message);

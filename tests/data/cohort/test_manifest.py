@@ -261,6 +261,7 @@ def test_channels_come_through_json_and_csv(tmp_path):
         ({"channels": {"t1": "a.nii", "t2": "../b.nii"}}, "below the data root"),
         ({"image": "b.nii"}, "leave `image` out"),
         ({"channels": {"t1": "1a.nii", "t2": "0b.nii"}}, "belongs to two patients"),
+        ({"patient": "p0", "channels": {"t1": "0a.nii", "t2": "1b.nii"}}, "other images beside it"),
     ],
 )
 def test_channels_that_cannot_be_trained_on_are_refused(change, words):

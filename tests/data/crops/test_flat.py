@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pydicom
 import pytest
+import torch
 from PIL import Image
 from pydicom.uid import generate_uid
 
@@ -18,6 +19,7 @@ from smartlab.core.errors import DataError, UseError
 from smartlab.core.settings import DataConfig
 from smartlab.data.cohort.cbis import find_outline
 from smartlab.data.cohort.manifest import Manifest
+from smartlab.data.crops.augment import augment
 from smartlab.data.crops.flat import ImageDataset, cut, lesion_crops
 from smartlab.data.crops.loader import CropLoader
 from smartlab.data.images.mammography import read_mammogram
@@ -406,3 +408,17 @@ def test_moving_the_files_rebuilds_nothing(cohort, tmp_path):
     header.save_as(tmp_path / "raw" / man.cases[0].image)
     report = sl.build_store(man, tmp_path / "raw", tmp_path / "store", spacing=1.0, workers=0, progress=False)
     assert report.built == 1
+
+
+def test_images_of_a_batch_are_mirrored_each_by_itself():
+    """Also where scans of several channels would be mirrored together."""
+    x = torch.rand(16, 1, 24, 24)
+    whole = augment(x, torch.Generator().manual_seed(0), intensity=0, channels=True)
+    assert torch.equal(whole, augment(x, torch.Generator().manual_seed(0), intensity=0))
+    ways = {
+        tuple(axes)
+        for before, after in zip(x, whole, strict=True)
+        for axes in ((), (1,), (2,), (1, 2))
+        if torch.equal(after, before.flip(axes))
+    }
+    assert len(ways) == 4

@@ -1,0 +1,103 @@
+"""A plain vision transformer beside Swin, for the same time on one core: `primus-tiny` and `tiny` on phantoms.
+
+    python -m benchmarks.studies.equal_time --out runs/studies/equal_time --minutes 12
+
+Three arms, each the presets' own settings but for the data: Swin as `tiny` (DAGMaN), `primus-tiny` by masked
+autoencoding with hidden patches left out, and `primus-tiny` by DAGMaN, its masks guided by its own [CLS]. Steps are as
+many as fit: a few are timed first, so that schedules end where the time does. Judged on patients held out, beside
+the same network untrained: linear probe of organs, clusters of organs, attention on lesions, nodules.
+
+Written down before it ran: no prediction which is better. Primary: organ probe, each Primus minus Swin, paired by patient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import smartlab as sl
+from benchmarks.harness import machine
+from benchmarks.shipped import judged, told
+from benchmarks.studies.recipe import spent
+from smartlab.core.places import code_version
+from smartlab.evaluation.judge.result import Result, clean
+
+DATA = {
+    "data.phantom_cases": 120,
+    "data.spacing": 2.0,
+    "data.region": 80,
+    "data.view": 64,
+    "data.window": [-1000, 400],
+    "data.workers": 0,
+    "train.checkpoint_every": 500,
+    "train.picture_every": 10**6,
+}
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "swin, dagman": ("tiny", {}),
+    "primus, mae": ("primus-tiny", {}),
+    "primus, dagman": ("primus-tiny", {"method.preset": "dagman"}),
+}
+RESULTS = Path(__file__).parents[1] / "results" / "equal_time.json"
+TIMED = 12  # steps, after as many that are not
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=12, help="of each pretraining, on one core")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    report: dict[str, Any] = {"what": (__doc__ or "").split("\n\n")[0], "minutes": asked.minutes, "arms": {}}
+    results: dict[str, dict[str, Result]] = {}
+    for arm, (preset, more) in ARMS.items():
+        run = pretrained(arm, preset, DATA | more, asked)
+        role = "teacher" if run.config.teacher.enabled else "student"
+        patients, found = judged(run.encoder(role), run.config)
+        report |= {"held_out_patients": patients}
+        report["arms"][arm] = {
+            "steps": run.step,
+            "training": spent(run.path),
+            "tasks": {name: told(result) for name, result in found.items()},
+        }
+        for name, result in found.items():
+            results.setdefault(name, {})[arm] = result
+    report["compared"] = {
+        task: sl.compare(arms, task).to_dict("records")
+        for task, arms in results.items()
+        if task != "clusters"
+    }
+    report |= {"machine": machine(), "code": code_version()}
+    asked.json.write_text(json.dumps(clean(report), indent=1) + "\n", encoding="utf-8")
+    for arm, one in report["arms"].items():
+        print(
+            arm, one["steps"], *(f"\n  {t} {n}: {v}" for t, f in one["tasks"].items() for n, v in f.items())
+        )
+
+
+def pretrained(arm: str, preset: str, settings: dict[str, Any], asked: argparse.Namespace) -> sl.Run:
+    """A run of as many steps as fit into the time; one that has begun goes on."""
+    out = asked.out / arm.replace(", ", "-")
+    if not (out / "config.yaml").is_file():
+        trial, began = asked.out / "timing", []
+        for steps in (TIMED, 2 * TIMED):
+            shutil.rmtree(trial, ignore_errors=True)
+            start = time.process_time()
+            sl.pretrain(sl.load_config(preset, settings | {"train.steps": steps}), trial, progress=False)
+            began.append(time.process_time() - start)
+        shutil.rmtree(trial)
+        settings = settings | {"train.steps": int(asked.minutes * 60 * TIMED / (began[1] - began[0]))}
+        return sl.pretrain(sl.load_config(preset, settings), out)
+    return sl.pretrain(sl.Run(out).config, out, resume=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -54,7 +54,7 @@ def test_what_was_forked_ends_with_a_server_that_is_killed_and_there_is_a_new_on
 def test_a_script_without_a_main_guard_is_not_run_again(tmp_path):
     code = (
         "from smartlab.batch.forked import end_server, server\nprint('once')\n"
-        "server((), ()).fork('subprocess:call', args=['true']).wait()\nend_server()\n"
+        "server((), ()).fork('subprocess:call', args=['sleep', '1']).wait()\nend_server()\n"
     )
     (tmp_path / "script.py").write_text(code)
     said = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True)

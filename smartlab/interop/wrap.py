@@ -1,6 +1,6 @@
 """Any torch module on the same bench: how it wants its images, and where what it gives belongs.
 
-Every task asks an encoder for the same: of windowed crops (B, 1, X, Y, Z) in [0, 1], axes to the right, to the front
+Every task asks an encoder for the same: of windowed crops (B, C, X, Y, Z) in [0, 1], axes to the right, to the front
 and up, a vector, tokens on a grid and stages (`Encoded`). `Wrapped` turns such crops into what a module was
 trained to see, and its maps back onto the crop. Spacing and window are those that the store, crops and whole
 scans of an evaluation take from an encoder's configuration, so they are right wherever images come from.
@@ -37,13 +37,15 @@ class Preprocessing(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    modality: Literal["CT", "MR"] = "CT"
     spacing: _Mm | tuple[_Mm, _Mm, _Mm] = 1.0  # mm; of three axes: in the module's order
-    window: tuple[float, float] = (-1000.0, 400.0)  # HU clipped (of images grey values, 0 to 4095) …
+    window: tuple[float, float] = (-1000.0, 400.0)  # HU clipped (of images and MR 0 to 4095) …
     output: tuple[float, float] = (0.0, 1.0)  # … and scaled to this
     standardise: bool = False  # instead: zero mean and unit spread of what is above the window's floor
     orientation: str = "RAS"  # where the module's axes grow to, as nibabel and MONAI spell it
     size: int = Field(96, ge=1)  # voxels per side of a crop, at the finest spacing
-    channels: int = Field(1, ge=1)  # the image repeated
+    images: int = Field(1, ge=1)  # of a patient, in the order of the manifest, each a channel …
+    channels: int = Field(1, ge=1)  # … or one, repeated
     stage: int = -1  # which of the module's maps gives the tokens
     pooling: Literal["cls", "mean", "max"] = "cls"  # the vector: its own, else the mean of the tokens
     dims: Literal[2, 3] = 3  # 2: mammograms, as they lie
@@ -51,8 +53,8 @@ class Preprocessing(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _grey(cls, given: Any) -> Any:
-        flat = isinstance(given, Mapping) and given.get("dims") == 2
-        return {"window": (0.0, 4095.0), **given} if flat else given
+        grey = isinstance(given, Mapping) and (given.get("dims") == 2 or given.get("modality") == "MR")
+        return {"window": (0.0, 4095.0), **given} if grey else given
 
     @model_validator(mode="after")
     def _check(self) -> Preprocessing:
@@ -60,8 +62,13 @@ class Preprocessing(BaseModel):
             raise ValueError(f"orientation={self.orientation!r}: one of R L, one of A P, one of S I")
         if self.window[0] >= self.window[1]:
             raise ValueError(f"window={list(self.window)}: the lower bound must be below the upper one")
-        if self.dims == 2 and (isinstance(self.spacing, tuple) or self.orientation != "RAS"):
-            raise ValueError("images have one spacing, and no orientation")
+        if self.modality == "MR" and self.window[0] < 0:
+            raise ValueError(f"window={list(self.window)} is one of HU; MR lies between 0 and 4095")
+        if self.images > 1 and self.channels > 1:
+            raise ValueError(f"{self.images} images are as many channels: leave channels out")
+        scan = (self.modality, isinstance(self.spacing, tuple), self.orientation, self.images)
+        if self.dims == 2 and scan != ("CT", False, "RAS", 1):
+            raise ValueError("images have one spacing, one channel and neither modality nor orientation")
         return self
 
     @property
@@ -115,14 +122,15 @@ class Wrapped(AnyEncoder):
         super().__init__()
         p = preprocessing
         self.network, self.make, self.dims = network, make, p.dims
-        data = DataConfig(spacing=min(p.steps), window=p.window, view=p.size, region=p.size)
+        sees = {"modality": p.modality, "window": p.window, "view": p.size, "region": p.size}
+        data = DataConfig(spacing=min(p.steps), **sees)
         self.config: Any = Seen(network=name, preprocessing=p, data=data)  # type: ignore[assignment]
         self.eval().requires_grad_(False)
         self._measure()
 
     @property
     def in_channels(self) -> int:
-        return 1
+        return self.config.preprocessing.images
 
     @property
     def swin(self) -> Any:
@@ -139,7 +147,7 @@ class Wrapped(AnyEncoder):
         p = self.config.preprocessing
         if next(self.parameters(), None) is None:
             raise UseError("a module without weights has nothing to evaluate", found=self.config.network)
-        noise = torch.rand(1, 1, *[p.size] * p.dims, generator=torch.Generator().manual_seed(0))
+        noise = torch.rand(1, p.images, *[p.size] * p.dims, generator=torch.Generator().manual_seed(0))
         x = self.seen(noise.to(self.device))
         try:
             answer = self.network(x)
@@ -162,14 +170,14 @@ class Wrapped(AnyEncoder):
         self.config = self.config.model_copy(update={"answer": told})
 
     def seen(self, x: Tensor) -> Tensor:
-        """Crops as evaluations have them, (B, 1, X, Y, Z) in [0, 1] -> as the network takes them."""
+        """Crops as evaluations have them, (B, images, X, Y, Z) in [0, 1] -> as the network takes them."""
         p = self.config.preprocessing
         x = _standardised(x) if p.standardise else p.output[0] + (p.output[1] - p.output[0]) * x
         x = x.permute(0, 1, *(2 + axis for axis in p.order)).flip(p.turned)
         shape = [round(n * min(p.steps) / step) for n, step in zip(x.shape[2:], p.steps, strict=True)]
         if shape != list(x.shape[2:]):
             x = F.interpolate(x, shape, mode="trilinear")
-        return x.expand(-1, p.channels, *[-1] * p.dims)
+        return x if p.images > 1 else x.expand(-1, p.channels, *[-1] * p.dims)
 
     def forward(self, x: Tensor) -> Encoded:
         p = self.config.preprocessing
@@ -275,7 +283,7 @@ def _stride(size: int, cells: int) -> int:
 
 
 def _standardised(x: Tensor) -> Tensor:
-    inside, space = x > 0, tuple(range(1, x.dim()))
+    inside, space = x > 0, tuple(range(2, x.dim()))
     count = inside.sum(space, keepdim=True).clamp(min=1)
     mean = (x * inside).sum(space, keepdim=True) / count
     spread = (((x - mean) * inside).square().sum(space, keepdim=True) / count).sqrt()

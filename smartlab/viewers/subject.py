@@ -260,9 +260,7 @@ def _labels(labels: Any, volume: Volume, shape: tuple[int, ...], affine: np.ndar
 
 def _breast(array: np.ndarray, spacing: float) -> np.ndarray:
     """(rows, columns, 1) bool."""
-    found = flat.find_body(array, (spacing, spacing, spacing))
-    whole = found.mask.repeat(found.step[0], 0).repeat(found.step[1], 1)
-    return whole[: array.shape[0], : array.shape[1]]
+    return flat.find_body(array, (spacing, spacing, spacing)).whole(array.shape)
 
 
 def _middle(

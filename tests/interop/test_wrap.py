@@ -20,7 +20,8 @@ from smartlab.evaluation.finetune import segmenter
 from smartlab.interop.wrap import redraw
 from smartlab.viewers.subject import Model
 from tests.conftest import REPO
-from tests.training.conftest import cohort  # noqa: F401 - fixture
+from tests.shared import once, phantoms
+from tests.training.conftest import cohort, places  # noqa: F401 - fixture
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SMALL = {"spacing": 4.0, "window": (-1000, 400), "size": 32}
@@ -148,6 +149,33 @@ def test_a_vision_transformer_of_monai_keeps_its_cls(pooling):
     assert enc.features(np.zeros((5, 9, 5)))["grid"] == (2, 2, 2), "it can take no smaller crop"
 
 
+@pytest.fixture(scope="module")
+def contrasts(tmp_path_factory):
+    """Where six phantom patients in two MR contrasts lie; shared with the tests of training."""
+    make = phantoms("mr", n=6, shape=(80, 80, 80), spacing=4.0)
+    manifest, images, store = places(once(tmp_path_factory, "mr", make))
+    return {"manifest": str(manifest), "root": str(images), "store": sl.open_store(store), "progress": False}
+
+
+def test_what_was_trained_on_several_mr_images_sees_each_as_a_channel(contrasts):
+    sees = {"modality": "MR", "images": 2, "spacing": 4.0, "size": 32}
+    spy = sl.wrap(Spy(), sees | {"orientation": "LPS"})
+    stored = contrasts["store"].array(0)[:, :32, :32, :32]
+    spy.features(stored)
+    wanted = stored[:, ::-1, ::-1].clip(0, 4095) / 4095
+    np.testing.assert_allclose(spy.network.seen[0].numpy(), wanted, atol=1e-5)
+    apart = sl.wrap(Spy(), sees | {"standardise": True})
+    apart.features(stored)
+    for one in apart.network.seen[0]:
+        inside = one[one > one.min() + 1e-6]
+        assert abs(float(inside.mean())) < 0.01, "every image has a scale of its own"
+    result = sl.evaluate(spy, "knn", label="malignancy", split="cross", folds=2, draws=100, **contrasts)
+    assert {"random encoder", "size", "mean intensity"} <= {n.split("/")[0] for n in result.metrics}
+    for other in ({"modality": "CT", "images": 2}, {"modality": "MR", "images": 1}):
+        with pytest.raises(UseError, match="cannot take"):
+            sl.evaluate(sl.wrap(Spy(), {"size": 32, "spacing": 4.0} | other), "knn", **contrasts)
+
+
 def test_images_are_wrapped_as_scans_are():
     enc = sl.wrap(nn.Conv2d(3, 6, 8, 8), {"dims": 2, "channels": 3, "size": 32})
     found = enc.features(np.full((40, 32), 4095.0))
@@ -158,10 +186,13 @@ def test_images_are_wrapped_as_scans_are():
 @pytest.mark.parametrize(
     ("module", "sees", "said"),
     [
-        (Tiny, {"spacng": 2}, r"spacng.*expected some of spacing"),
+        (Tiny, {"spacng": 2}, r"spacng.*expected some of modality, spacing"),
         (Tiny, {"orientation": "RAL"}, "one of R L, one of A P, one of S I"),
         (Tiny, {"window": (1, 0)}, "lower bound"),
         (Tiny, {"dims": 2, "spacing": (1, 1, 2)}, "images have one spacing"),
+        (Tiny, {"dims": 2, "modality": "MR"}, "images have one spacing, .* modality"),
+        (Tiny, {"modality": "MR", "window": (-175, 250)}, "one of HU; MR lies between 0 and 4095"),
+        (Tiny, {"images": 2, "channels": 3}, "2 images are as many channels"),
         (Tiny, {"channels": 2}, r"Tiny cannot take \(1, 2, 96, 96, 96\)"),
         (Tiny, {"size": 32, "stage": 2}, "stage=2.*2 maps"),
         (lambda: Spy(lambda x: x[0, 0, 0]), {"size": 16}, r"cannot read what Spy gives \(found \(16, 16\)"),
@@ -170,7 +201,7 @@ def test_images_are_wrapped_as_scans_are():
         (lambda: random_encoder(sl.load_config("tiny")), {}, "not a torch module to wrap"),
         (lambda: "runs/a", {}, "not a torch module to wrap"),
     ],
-    ids=range(11),
+    ids=range(14),
 )
 def test_what_cannot_be_wrapped_is_told_at_once(module, sees, said):
     with pytest.raises(UseError, match=f"(?s){said}"):

@@ -71,6 +71,17 @@ def test_a_store_of_two_contrasts_holds_each_scan_as_it_is_read(mr):
     assert not np.array_equal(stored[0], stored[1]) and store.verify() == []
 
 
+@pytest.mark.parametrize("kind", ["mr", "cohort", "flat_cohort"])
+def test_a_store_knows_where_the_body_is(kind, request):
+    store = sl.open_store(request.getfixturevalue(kind)[2])
+    body, labels = store.body_mask(0), store.labels(0)
+    assert body.shape == store.shape(0) and body.dtype == bool and 0.2 < body.mean() < 0.95
+    if kind == "flat_cohort":  # nothing is brighter than breast
+        assert store.array(0)[:][body].mean() > 10 * store.array(0)[:][~body].mean()
+    else:
+        assert body[labels[:] > 0].mean() > 0.98 and not body[0, 0].any()
+
+
 def test_views_are_parts_of_all_channels_and_mirrored_together(mr):
     store = sl.open_store(mr[2])
     item = ViewDataset(store, region=48, view=32, labels=True)[0]

@@ -8,6 +8,7 @@ bounding box is used: what lies inside the box but outside the body stays as it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,13 @@ class Body:
     @property
     def found(self) -> bool:
         return bool(self.mask.any())
+
+    def whole(self, shape: Sequence[int]) -> np.ndarray:
+        """The mask at every voxel of the scan."""
+        mask = self.mask
+        for axis, n in enumerate(self.step):
+            mask = mask.repeat(n, axis)
+        return mask[tuple(map(slice, shape))]
 
 
 def find_body(array: np.ndarray, spacing: tuple[float, ...], least: float = DENSE) -> Body:

@@ -35,9 +35,9 @@ from smartlab.core.errors import DataError
 from smartlab.data.cohort.case import Case
 from smartlab.data.cohort.privacy import hashed, salt
 from smartlab.data.images import mr
-from smartlab.data.images.body import BLOCK
-from smartlab.data.images.grid import Spacing
-from smartlab.data.store import index
+from smartlab.data.images.body import BLOCK, find_body
+from smartlab.data.images.grid import Spacing, three
+from smartlab.data.store import flat, index
 from smartlab.data.store.current import check_salt
 from smartlab.data.store.request import FORMAT
 from smartlab.data.store.rows import CaseRow, FileRow, ImageRow
@@ -215,6 +215,13 @@ class Store:
     def array(self, image: int) -> blosc2.NDArray:
         """Handle on the int16 volume, (X, Y, Z) or (C, X, Y, Z); slicing it reads and decompresses only those blocks."""
         return self._handle(self.rows[image], 2 * image)
+
+    def body_mask(self, image: int) -> np.ndarray:
+        """(X, Y, Z) bool: where the body is, of a mammogram the breast."""
+        array, mm = self.array(image)[:], tuple(three(self.spacing).tolist())
+        grey = "grey" in self.header["settings"]
+        find = flat.find_body if grey else mr.find_tissue if self.modality == "MR" else find_body
+        return find(array, mm).whole(self.shape(image))
 
     def labels(self, image: int) -> blosc2.NDArray | None:
         """Handle on the (X, Y, Z) uint8 label volume, or None where the image has none."""

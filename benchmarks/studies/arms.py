@@ -5,7 +5,7 @@
     python -m benchmarks.studies.arms masks --out … --seeds 1 --steps 400 --only random hint
 
 Every arm is a run of its own in --out, and lies in the result once it has been judged. Stopped, the same command goes
-on; results of arms are added to those that are there.
+on; results of arms are added to those that are there, and seeds may run beside each other, in processes of their own.
 
 `masks`: the recipe of `recipe.py` on phantoms, shorter. Masks at random, of the most attended (high), of these but for
 hints at the very top (hint, as published), and an oracle's: all that is organ, then others at random. Losses as in
@@ -113,7 +113,7 @@ def diversity_and_organs(run: sl.Run, asked: argparse.Namespace) -> dict[str, li
 
 STUDIES = {
     "masks": Study(
-        RECIPE | {"train.steps": 1000, "mask.warmup_epochs": 2, "train.picture_every": 10**6},
+        RECIPE | {"train.steps": 600, "mask.warmup_epochs": 2, "train.picture_every": 10**6},
         (
             {
                 "random": RANDOM,
@@ -175,12 +175,11 @@ def main() -> None:
     if asked.study == "noise":
         settings["data.manifest"] = str(real_ct.compose(asked.out / "scans", phantoms=0))
     settings["train.steps"] = asked.steps or settings["train.steps"]
-    report: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {"arms": {}}
     for seed in range(study.seeds) if asked.seeds is None else asked.seeds:
         for second, beside in study.factors[1].items():
             for first, masks in study.factors[0].items():
-                arm, done = f"{first}, {second}", report["arms"].setdefault(f"{first}, {second}", {})
-                if str(seed) in done or (asked.only and first not in asked.only):
+                arm = f"{first}, {second}"
+                if str(seed) in there(path)["arms"].get(arm, {}) or (asked.only and first not in asked.only):
                     continue
                 config = sl.load_config("tiny", settings | masks | beside | {"seed": seed})
                 made = organs_told if first == "oracle" else families.family_of
@@ -188,18 +187,24 @@ def main() -> None:
                     run = sl.pretrain(config, asked.out / f"{first}-{second}-{seed}", resume=True)
                 if not run.finished:
                     raise SystemExit(f"stopped at step {run.step}: run the same command again to go on")
-                done[str(seed)] = {
+                found = {
                     "judged": study.judge(run, asked),
                     "training": spent(run.path),
                     "history": run.history.tail(5).mean(numeric_only=True).to_dict(),
                     "guided": float(run.history.guided.mean()),
                 }
+                report = there(path)  # as it is by now: other seeds may run beside this one
+                report["arms"].setdefault(arm, {})[str(seed)] = found
                 shown = {k: v for k, v in settings.items() if k != "data.manifest"}
                 report |= {"what": (__doc__ or "").split("\n\n")[0], "settings": shown}
                 report |= {"contrasts": contrasts(study, report["arms"])}
                 report |= {"machine": machine(), "code": code_version()}
                 path.write_text(json.dumps(clean(report), indent=1) + "\n", encoding="utf-8")
-                print(arm, seed, done[str(seed)]["judged"][study.primary], flush=True)
+                print(arm, seed, found["judged"][study.primary], flush=True)
+
+
+def there(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {"arms": {}}
 
 
 def contrasts(study: Study, arms: dict[str, Any]) -> dict[str, list[float]]:

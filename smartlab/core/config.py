@@ -210,7 +210,7 @@ def load_config(
 
     >>> cfg = load_config("tiny", {"mask.strategy": "random", "train.steps": 200})
     """
-    name, content = _read(preset)
+    name, content, chosen = _read(preset)
     written, asked = _since_0_1(dict(flatten(content))), dict(flatten(overrides or {}))
     for key in written | asked:
         _check_key(key, name)
@@ -225,9 +225,7 @@ def load_config(
         config = Config.model_validate(_nest(below | written | above | asked))
     except ValidationError as error:
         raise UseError("the configuration is not valid", path=name, found=_explain(error)) from None
-    if (
-        preset in presets() and "data.window" not in asked
-    ):  # a preset's window is for CT, nobody's choice for MR
+    if "data.window" not in chosen | set(asked):  # a preset's window is for CT, nobody's choice for MR
         config.data.model_fields_set.discard("window")
     return config
 
@@ -275,9 +273,10 @@ def known_keys() -> dict[str, Any]:
 
 def _read(
     preset: str | Path | Mapping[str, Any], above: tuple[Path, ...] = ()
-) -> tuple[str, Mapping[str, Any]]:
+) -> tuple[str, Mapping[str, Any], set[str]]:
+    """What it is called, its settings, and which of them no preset of ours wrote."""
     if isinstance(preset, Mapping):
-        return "settings", preset
+        return "settings", preset, set(dict(flatten(preset)))
     path = Path(preset)
     if path in above:
         raise UseError("extends itself", path=path)
@@ -293,9 +292,10 @@ def _read(
     if not isinstance(content, Mapping):
         raise UseError("is not a mapping of settings", path=path, found=type(content).__name__)
     if "extends" in content:  # the settings of another preset, with these on top
-        own = {key: value for key, value in content.items() if key != "extends"}
+        own = dict(flatten({key: value for key, value in content.items() if key != "extends"}))
         try:
-            content = _nest(dict(flatten(_read(content["extends"], (*above, path))[1])) | dict(flatten(own)))
+            _, below, chosen = _read(content["extends"], (*above, path))
+            content = _nest(dict(flatten(below)) | own)
         except TypeError:
             raise UseError(
                 "extends no preset",
@@ -303,7 +303,9 @@ def _read(
                 found=content["extends"],
                 expected="the name or path of another",
             ) from None
-    return str(preset), content
+    else:
+        own, chosen = dict(flatten(content)), set()
+    return str(preset), content, set() if path.parent == PRESET_FOLDER else chosen | set(own)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

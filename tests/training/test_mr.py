@@ -165,6 +165,20 @@ def test_settings_that_do_not_fit_the_data_are_refused(given, tmp_path):
     assert fitted(mine, sl.open_store(given["data.store"])).data.window == (0, 3000)
 
 
+def test_the_window_of_a_preset_is_no_choice_also_where_a_file_extends_it(given, tmp_path):
+    store = sl.open_store(given["data.store"])
+    for number, (text, window) in enumerate(
+        (
+            ("extends: tiny", (0, 4095)),
+            ("extends: 0.yaml", (0, 4095)),
+            ("extends: 0.yaml\ndata.window: [0, 99]", (0, 99)),
+        )
+    ):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text.replace("0.yaml", str(tmp_path / "0.yaml")) + "\ntrain.lr: 1.0e-4\n")
+        assert fitted(sl.load_config(path), store).data.window == window
+
+
 def test_an_encoder_of_mr_takes_no_ct_nor_one_channel_of_two(given, run, cohort):
     with pytest.raises(UseError, match=r"cannot take phantom-ct.*MR, t1, t2 channels"):
         sl.evaluate(run, "heads", str(cohort[0]), root=str(cohort[1]), progress=False)

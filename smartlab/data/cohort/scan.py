@@ -273,7 +273,9 @@ def _joined(scans: list[Found], channels: Sequence[str], report: ScanReport) -> 
             if end := next(
                 (e for e in (f"_{number:04d}", f"_{name}") if place.lower().endswith(e.lower())), None
             ):
-                groups[place[: -len(end)]].setdefault(name, one)
+                kept = groups[place[: -len(end)]].setdefault(name, one)
+                if kept is not one:
+                    report.left.append((one.path, f"a second {name} of one patient, beside {kept.path}"))
                 break
         else:
             report.left.append(

@@ -62,7 +62,7 @@ class Amount:
 
     def of(self, mode: Mode) -> str:
         """The name of a way to start with this much, "full, 25%"; with everything "full"."""
-        share = "" if self.fraction == 1 else f", {100 * self.fraction:g}%"
+        share = "" if self.fraction == 1 else f", {100 * self.fraction:.3g}%"
         return mode + (share if self.shots is None else f", {self.shots} per class")
 
     def folder(self, mode: Mode, draw: int) -> str:
@@ -271,7 +271,7 @@ def _one(
         train = nested(patients, task.y, train, amount.fraction, task.seed)
         if not task.targets[train].any(0).all():
             raise DataError(
-                f"a class cannot be learned from {100 * amount.fraction:g}% of the training patients",
+                f"a class cannot be learned from {100 * amount.fraction:.3g}% of the training patients",
                 found=f"{len(train)} cases",
                 fix="ask for a larger fraction",
             )

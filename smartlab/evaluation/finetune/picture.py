@@ -93,7 +93,7 @@ def dice_by_structure(
 ) -> None:
     """Mean Dice per structure with its interval, for every way to start and share of patients."""
     runs = table[["mode", "fraction"]].drop_duplicates().itertuples(index=False)
-    names = [f"{mode}, {100 * fraction:g}%" for mode, fraction in runs]
+    names = [f"{mode}, {100 * fraction:.3g}%" for mode, fraction in runs]
     for place, name in enumerate(names):
         suffix = f" ({name})" if place else ""
         at = np.arange(len(structures)) + (place - (len(names) - 1) / 2) * 0.6 / len(names)

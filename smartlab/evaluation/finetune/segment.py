@@ -261,7 +261,7 @@ def _estimates(table: pd.DataFrame, modes: Sequence[Mode], largest: float) -> di
     out: dict[str, Estimate] = {}
     means: dict[tuple[str, float], pd.Series] = {}
     for mode, fraction in table[["mode", "fraction"]].drop_duplicates().itertuples(index=False):
-        suffix = "" if (mode, fraction) == (modes[0], largest) else f" ({mode}, {100 * fraction:g}%)"
+        suffix = "" if (mode, fraction) == (modes[0], largest) else f" ({mode}, {100 * fraction:.3g}%)"
         rows = table[(table["mode"] == mode) & (table.fraction == fraction)]
         columns: dict[str, pd.Series] = {}
         for kind in ("dice", "hd95"):

@@ -701,6 +701,14 @@ def test_images_of_one_patient_on_one_grid_are_its_channels(folder, ends):
     assert (store.built, store.failed) == (2, 0)
 
 
+def test_a_second_file_for_a_channel_is_told(folder):
+    for end in ("_0000", "_0001", "_t1"):
+        folder.ct(f"p1{end}.nii.gz", kind=np.float32)
+    report = scan(folder.path, progress=False, modality="MR", channels=["t1", "t2"])
+    assert report.left == [("p1_t1.nii.gz", "a second t1 of one patient, beside p1_0000.nii.gz")]
+    assert len(report.manifest.cases) == 1
+
+
 def test_a_folder_of_mr_series_is_mr(folder):
     for name in ("a", "b"):
         folder.series(name, patient=name, modality="MR", sop_class="1.2.840.10008.5.1.4.1.1.4")

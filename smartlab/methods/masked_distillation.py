@@ -213,7 +213,7 @@ class MaskedDistillation(nn.Module):
         plain = make_mask(first, None, m.ratio, grid, batch=rows, device=x.device, **how)
         if guide is None or guide.attention is None:
             return plain
-        importance = guide.attention if m.importance == "cls" else guide.received
+        importance = guide.importance if m.importance == "cls" else guide.received
         assert importance is not None
         self._inform(importance)
         if not guided:

@@ -33,6 +33,7 @@ class Look(NamedTuple):
 
     rows: Tensor  # (B, heads, N) [CLS] row over the patches, each summing to 1
     strength: Tensor  # (B, heads) log of the mean weight a patch had before that: comparable between windows
+    share: Tensor  # (B, heads) how much of the [CLS] row, over all keys, is on the patches
     received: Tensor | None  # (B, N) attention each patch receives, mean over queries and heads; if asked for
 
 
@@ -40,12 +41,15 @@ def look(q: Tensor, k: Tensor, first: int, received: bool = False) -> Look:
     """q, k (B, heads, first + N, c), [CLS] foremost and the patches from `first` on."""
     with torch.autocast(q.device.type, enabled=False):  # in bf16 nearly uniform attention has many ties
         q, k = q.detach().float() * q.shape[-1] ** -0.5, k.detach().float()
-        logits = (q[:, :, :1] @ k.transpose(-2, -1))[..., 0, first:]
-        rows, strength = logits.softmax(-1), logits.logsumexp(-1) - math.log(logits.shape[-1])
+        every = (q[:, :, :1] @ k.transpose(-2, -1))[..., 0, :]
+        logits = every[..., first:]
+        total = logits.logsumexp(-1)
+        rows, strength = logits.softmax(-1), total - math.log(logits.shape[-1])
+        share = (total - every.logsumexp(-1)).exp()
         if not received:
-            return Look(rows, strength, None)
-        every = (q @ k.transpose(-2, -1)).softmax(-1)[..., first:].mean((1, 2))
-        return Look(rows, strength, every / every.sum(-1, keepdim=True))
+            return Look(rows, strength, share, None)
+        paid = (q @ k.transpose(-2, -1)).softmax(-1)[..., first:].mean((1, 2))
+        return Look(rows, strength, share, paid / paid.sum(-1, keepdim=True))
 
 
 def paths(x: Tensor, rate: float, training: bool) -> Tensor | None:

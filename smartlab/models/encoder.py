@@ -39,10 +39,18 @@ class Encoded(NamedTuple):
     units: Tensor | None = None  # (B, N, C) normalised tokens of the stage, before semantic attention
     pooled: Tensor | None = None  # (B, C_4) mean of the last stage's normalised tokens, if it was asked for
     strength: Tensor | None = None  # (B, heads) log of the mean weight of a unit, see `Look`
+    share: Tensor | None = None  # (B, heads) of the [CLS] row that is on the units
+
+    @property
+    def importance(self) -> Tensor | None:
+        """(B, heads, N) whose mean guides masks: the softmax over all keys, in which a head that looks at [CLS] counts less."""
+        if self.attention is None or self.share is None:
+            return None
+        return self.attention * self.share[..., None]
 
     def rows(self, which: slice) -> Encoded:
         """What concerns these rows of the batch; what is behind the units is there for all, or not, as it was."""
-        names = ("cls", "tokens", "attention", "received", "units", "strength")
+        names = ("cls", "tokens", "attention", "received", "units", "strength", "share")
         kept = {name: getattr(self, name) for name in names}
         return self._replace(**{name: x[which] for name, x in kept.items() if x is not None})
 
@@ -274,8 +282,9 @@ class Encoder(AnyEncoder):
         units = normed(stages[self.stage]).flatten(1, 3)
         if self.semantic is None:
             return Encoded(stages, units.mean(1), units, None, None, grid, units, pooled)
-        cls, outputs, attention, strength, incoming = self.semantic(stages[self.stage], received)
-        return Encoded(stages, cls, outputs, attention, incoming, grid, units, pooled, strength)
+        cls, outputs, *seen = self.semantic(stages[self.stage], received)
+        attention, strength, share, incoming = seen
+        return Encoded(stages, cls, outputs, attention, incoming, grid, units, pooled, strength, share)
 
     def _levels(self, out: Encoded) -> list[Tensor]:
         return [normed(stage.float()) for stage in out.stages]

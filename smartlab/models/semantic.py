@@ -38,6 +38,7 @@ class Semantic(NamedTuple):
     tokens: Tensor  # (B, N, C) patch tokens
     attention: Tensor  # (B, heads, N) and the others, see `Look`
     strength: Tensor
+    share: Tensor
     received: Tensor | None
 
 

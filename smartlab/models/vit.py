@@ -339,8 +339,8 @@ class ViTEncoder(ViT, AnyEncoder):
         if self.semantic is not None:
             cls, tokens, *looked = self.semantic(stages[-1], received)
             seen = Look(*looked)
-        rows, strength, incoming = seen if self.heads else (None, None, None)
-        return Encoded(stages, cls, tokens, rows, incoming, grid, units, pooled, strength)
+        rows, strength, share, incoming = seen if self.heads else (None,) * 4
+        return Encoded(stages, cls, tokens, rows, incoming, grid, units, pooled, strength, share)
 
 
 def start(module: nn.Module) -> None:

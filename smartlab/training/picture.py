@@ -40,7 +40,7 @@ def reconstruction_picture(
     settings = method.config.mask
     by_received = settings.importance == "received"
     looked = looker(x, received=by_received)
-    attention = looked.received if by_received else looked.attention
+    attention = looked.received if by_received else looked.importance
     strategy = settings.strategy
     if strategy.startswith("attention") and (attention is None or not guided):
         strategy = "random"

@@ -37,9 +37,9 @@ class Looking:
         noise = (choice.dropout, choice.draw) if choice.guide == "noisy" else (0.0, 0)
         by_received = choice.importance == "received"
         few = self.model.receives and self.view.input.shape[2] // self.model.stride <= TOGETHER
-        attention, received = self._look(tuple(self.center.tolist()), *noise, by_received or few)
+        attention, received, mean = self._look(tuple(self.center.tolist()), *noise, by_received or few)
         if attention is None or choice.importance == "mean":
-            return attention, received, attention
+            return attention, received, mean
         one = received if by_received else attention[:, int(choice.importance[5:]) - 1]
         return attention, received, one
 

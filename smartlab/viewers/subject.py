@@ -313,10 +313,12 @@ class Model:
     @torch.inference_mode()
     def look(
         self, x: Tensor, dropout: float, draw: int, received: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """[CLS] attention (1, heads, N) and attention received (1, N) of a view, by a teacher that misses `dropout` of it."""
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """[CLS] attention (1, heads, N), attention received (1, N) and the importance (1, heads, N) that guides masks, of a
+        view, by a teacher that misses `dropout` of it."""
         if self.flat:
-            return self.encoder(x).attention, None
+            seen = self.encoder(x)
+            return seen.attention, None, seen.importance
         dropped, kept = None, None
         if dropout:
             dropped = dropped_patches(self.encoder, x, dropout, torch.Generator().manual_seed(draw))
@@ -326,7 +328,7 @@ class Model:
             ):  # of missing units, which are alike, one is computed
                 kept = int((~dropped[:, ::cell, ::cell, ::cell]).sum())
         seen = self.encoder(x, dropped=dropped, received=received, visible=kept, deep=0)
-        return seen.attention, seen.received
+        return seen.attention, seen.received, seen.importance
 
     @torch.inference_mode()
     def rebuild(self, view: View, mask: Tensor) -> np.ndarray:

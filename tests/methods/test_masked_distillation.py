@@ -21,7 +21,7 @@ from smartlab.methods.distillation import (
     sinkhorn,
 )
 from smartlab.methods.masked_distillation import MaskedDistillation
-from smartlab.training.schedules import cosine, momentum
+from smartlab.training.schedules import cosine, learning_rate, momentum
 from smartlab.training.setup import parameter_groups
 from tests.methods.overfit import overfit_one_batch
 
@@ -255,6 +255,55 @@ def test_gitd_pools_the_last_stage_across_views(monkeypatch):
     across = torch.stack([taught[1], taught[0], taught[3], taught[2]]).float()
     expected = (2 - 2 * torch.nn.functional.cosine_similarity(head, across)).mean()
     torch.testing.assert_close(metrics["loss_gitd"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["image", "global"])
+def test_prototypes_of_image_tokens_are_those_of_the_other_view(which):
+    """Cross-entropy with the teacher's softmax, centred and at its own temperature, written out."""
+    net = make(**{"distill.kind": "prototype", "teacher.temperature_start": 0.03})
+    width = net.student.encoder.channels if which == "image" else net.student.encoder.stage_channels[-1]
+    said, taught = torch.randn(2, 4, width)
+    centre = net.centres[which].value.copy_(0.02 * torch.randn(32))
+    before = centre.clone()
+    loss, _ = net.match_images(which, said, taught, START)
+    student, teacher = (getattr(part, f"{which}_head") for part in (net.student, net.teacher))
+    target = ((teacher(taught) - before) / 0.03).softmax(-1)
+    log = (student(said) / net.config.distill.student_temperature).log_softmax(-1)
+    across, same = (-(t * log).sum(-1).mean() for t in (target[[1, 0, 3, 2]], target))
+    torch.testing.assert_close(loss, across, rtol=1e-4, atol=1e-5)
+    assert abs(same - across) > 1e-3 and not torch.equal(centre, before)
+
+
+def test_the_temperature_of_the_teacher_warms_up_by_epochs():
+    net = make(
+        **{"teacher.temperature_start": 0.04, "teacher.temperature": 0.08, "teacher.temperature_epochs": 4}
+    )
+    found = [net.teacher_temperature(Clock(step, 100, 10)) for step in (0, 20, 40, 90)]
+    assert found == pytest.approx([0.04, 0.06, 0.08, 0.08])
+
+
+def test_masks_follow_the_softmax_over_all_keys():
+    """A head that looks at [CLS] itself tells little of the patches, and counts little."""
+    net = make(**{"mask.strategy": "attention_high", "mask.informativeness": 0.0, "mask.ratio": 0.5})
+    x = views().flatten(0, 1)
+    guide, _ = net.look(x, START, torch.Generator().manual_seed(0))
+    units = guide.attention.shape[-1]
+    up = (torch.arange(units) / 8).softmax(0)
+    guide = guide._replace(
+        attention=torch.stack([up, up.flip(0)]).expand(len(x), 2, units),
+        share=torch.tensor([0.4, 0.5]).expand(len(x), 2),
+    )
+    hidden = net.choose(guide, x, START, torch.Generator().manual_seed(0))
+    weight = 0.4 * up + 0.5 * up.flip(0)
+    assert torch.equal(hidden, (weight >= weight.median() + 1e-9).expand_as(hidden))
+
+
+def test_the_rate_warms_up_and_counts_the_batch_only_where_asked():
+    train = TrainConfig(steps=100, warmup=0.1, lr=0.5, lr_end=0.0, lr_times="one")
+    rates = [learning_rate(step, train, 8) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.05 * n for n in range(1, 11)])
+    assert max(rates) == rates[9] and rates[-1] == 0 and all(a > b for a, b in pairwise(rates[10:]))
+    assert learning_rate(9, train.model_copy(update={"lr_times": "batch"}), 8) == 4.0
 
 
 def test_the_guard_compares_with_an_untrained_network_for_a_while():

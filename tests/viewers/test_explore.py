@@ -71,7 +71,7 @@ def test_the_mask_is_that_of_make_mask_with_the_same_seed(explorer, strategy):
     how = {"hint": 0.3, "temperature": 0.5, "hint_from": explorer.model.config.mask.hint_from}
     seen = attention_of(explorer)
     expected = make_mask(
-        strategy, seen.attention, 0.4, (8, 8, 8), generator=torch.Generator().manual_seed(7), **how
+        strategy, seen.importance, 0.4, (8, 8, 8), generator=torch.Generator().manual_seed(7), **how
     )
     assert np.array_equal(explorer.mask.ravel(), expected[0].numpy())
     assert np.array_equal(explorer.viewer.scene.layers[0].mask, explorer.mask)

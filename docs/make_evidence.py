@@ -141,6 +141,32 @@ def of_real_ct(report: dict[str, Any]) -> list[str]:
             one = report[part][score]
             apart = [f"{OTHERS[o]} {interval(report[part][f'{score} minus {o}'])}" for o in others]
             lines.append(f"| {title} | {interval(one)} | {one[3]} | {', '.join(apart)} |")
+    tuned = report["segmentation, phantoms"]
+    for few in (1, 2, 4):
+        one, apart = (tuned[f"{few} labelled: dice{what}"] for what in ("", ": full minus scratch"))
+        title = f"Dice of four organs of held-out phantoms, fine-tuned on {few} labelled scan{'s' * (few > 1)}"
+        lines.append(f"| {title} | {interval(one)} | {one[3]} | from scratch {interval(apart)} |")
+    return lines
+
+
+SAME_TIME = {  # task of equal_time.json -> what it is, its score, what the untrained network is called
+    "organ probe": ("which organ? accuracy", "accuracy", "random encoder"),
+    "clusters": ("organ purity", "features/knn_purity", "random"),
+    "localize": ("attention lift on lesions", "lesion/lift", "random"),
+    "nodule probe": ("nodules, AUC (folds pooled)", "auc", "random encoder"),
+}
+
+
+def of_equal_time(equal: dict[str, Any]) -> list[str]:
+    """Every pretraining of the same time, and what it gains over the same network untrained."""
+    titles = [title for title, _, _ in SAME_TIME.values()]
+    lines = [f"| pretraining | steps | {' | '.join(titles)} |", f"| --- | --- |{' --- |' * len(titles)}"]
+    for arm, one in equal["arms"].items():
+        cells = []
+        for task, (_, score, untrained) in SAME_TIME.items():
+            found = one["tasks"][task]
+            cells.append(f"{interval(found[score])}; {interval(found[f'{score} minus {untrained}'])}")
+        lines.append(f"| {arm} | {one['steps']:,} | {' | '.join(cells)} |")
     return lines
 
 

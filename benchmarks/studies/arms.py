@@ -112,7 +112,7 @@ def diversity_and_organs(run: sl.Run, asked: argparse.Namespace) -> dict[str, li
     last = run.history[run.history.step > 0.8 * run.config.train.steps]
     entropy = {name: [float(last[name].mean())] for name in last if str(name).startswith("reach_")}
     beside = argparse.Namespace(out=asked.out, beside=None)
-    organs = real_ct.real_organs(run, beside, few=(None, *real_ct.FEW))
+    organs = real_ct.real_organs(run, beside, levels=("stage 2",))  # a token is as large as a block
     return {str(name): value for name, value in (entropy | organs | tumours(run, asked)).items()}
 
 

@@ -128,7 +128,9 @@ def copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def real_organs(run: sl.Run, asked: argparse.Namespace, few: tuple[int | None, ...] = (None, *FEW)) -> Found:
+def real_organs(
+    run: sl.Run, asked: argparse.Namespace, levels: tuple[str, ...] = ("stage 2", "tokens")
+) -> Found:
     """The scan with a model's organs, block by block: nothing of it, nor of its source, was trained on."""
     data = Path(os.environ.get("SMARTLAB_REAL_DATA") or "../shared/data")
     masks = {
@@ -153,10 +155,10 @@ def real_organs(run: sl.Run, asked: argparse.Namespace, few: tuple[int | None, .
     codes = np.zeros(256, np.int64)
     codes[list(kinds)] = 1 + np.unique(list(kinds.values()), return_inverse=True)[1]
     found: Found = {}
-    for level in ("stage 2", "tokens"):
+    for level in levels:
         maps = {name: tokens._grid(one, units.LEVELS[level]) for name, one in seen.items()}
         stride = tokens.stride_of(nets["encoder"], units.LEVELS[level])
-        for blocks in few:
+        for blocks in (None, *FEW):
             one = by_block(maps, hu, labels, codes, stride, blocks)
             found |= {
                 f"{level}{f', {blocks} blocks' if blocks else ''}/{name}": value

@@ -20,6 +20,7 @@ README = HERE.parent / "README.md"
 PLACES = {  # name of a block -> the page it stands in
     "components": README,
     "attention": HERE / "TRAINING.md",
+    "primus": HERE / "TRAINING.md",
     "speed": HERE / "SPEED.md",
     "decoders": HERE / "MAMMOGRAPHY.md",
     "scales": HERE / "MAMMOGRAPHY.md",
@@ -699,6 +700,8 @@ def blocks() -> dict[str, str]:
     linear = [growth[k] for k in ("nystrom", "linformer", "performer")]
     at = {r["kind"]: r["seconds"] for r in decoders["rows"] if r["tokens"] == 16384}
     cheap = [at[k] for k in ("nystrom", "linformer", "performer")]
+    primus = load("primus")
+    kinds, memory = primus["step"], primus["memory"]
     seconds = {n: step["step"][n]["seconds"]["median"] for n in ("reference", "ours", "ours sparse")}
     return {
         "scales": f"""*{of_miram(load("miram"))} The two-scale reconstruction has {detail["miram"]["energy"]["value"]:.1f} times the energy of the
@@ -721,6 +724,10 @@ On real nodules, after phantoms only, its linear probe has AUC {nodules["auc"][0
 95% intervals over patients. At the end lesions get {interval(last["lift lesion"])} times their share of attention, labelled organs {interval(last["lift organ"])}.
 A repeat (training on several threads is not repeatable to the last bit) ended with {interval(then["lift lesion"])} and {interval(then["lift organ"])}; its informativeness
 fell back from {last["informativeness of views"][0]:.3f} to {then["informativeness of views"][0]:.3f}. That attention forms, not that it helps.*""",
+        "primus": f"""*`python -m benchmarks.primus`, in turns in one process on two cores ({primus["machine"]["cpu"]}): a step of {primus["preset"]} on two views of {primus["view"]}³ takes
+{kinds["sparse"]["seconds"]["median"]:.2f} s with hidden patches left out and {kinds["dense"]["seconds"]["median"]:.2f} s without, **{kinds["dense / sparse"]["seconds"]["median"]:.1f} times** the views per second, with at most {memory["sparse"]["peak_mb"]:,.0f} MB and
+{memory["dense"]["peak_mb"]:,.0f} MB in memory; SimMIM of the same network {kinds["simmim"]["seconds"]["median"]:.2f} s, the whole `smit` step of Swin {kinds["smit"]["seconds"]["median"]:.2f} s. What that buys in the same
+time: [docs/EVIDENCE.md](EVIDENCE.md).*""",
         "speed": f"""From `benchmarks/results/loader.json` (`benchmarks.loader`; two-core {loader["machine"]["cpu"]} virtual machine, one core used, {loader["volumes"]["count"]} volumes of {"×".join(map(str, loader["volumes"]["shape"]))}
 made from real CT, page cache warm): {ours["views_per_second_median"]} views of 96³ per second from the store, beside {theirs["views_per_second_median"]} from MONAI's PersistentDataset with the
 same crops; {ours["bytes_per_view"] / 1e6:.2f} MB read per view, beside {theirs["bytes_per_view"] / 1e6:.1f} MB. On {loader["real_cases"]["scans"]} real scans the store takes {loader["real_cases"]["share_of_raw"]:.0%} of the raw int16 size of the volumes it holds.

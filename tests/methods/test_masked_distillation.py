@@ -21,6 +21,7 @@ from smartlab.methods.distillation import (
     sinkhorn,
 )
 from smartlab.methods.masked_distillation import MaskedDistillation
+from smartlab.models.encoder import dropped_patches
 from smartlab.training.schedules import cosine, learning_rate, momentum
 from smartlab.training.setup import parameter_groups
 from tests.methods.overfit import overfit_one_batch
@@ -225,6 +226,17 @@ def test_hidden_tokens_are_nothing_and_have_no_parameter():
     assert (seen[upsample(hidden, (4, 4, 4), 4)] == 0).all()
     assert torch.equal(seen, net.student.encoder(x.masked_fill(voxels, 0.3), hidden=hidden).stages[0])
     assert blank.abs().sum() > 0
+
+
+@pytest.mark.parametrize("unit", ["token", "mask_unit"])
+def test_dropped_tokens_are_nothing_too(unit):
+    net, x = make(**{"teacher.dropout_unit": unit}), views().flatten(0, 1)
+    dropped = dropped_patches(net.teacher.encoder, x, 0.7, torch.Generator().manual_seed(0))
+    seen = net.teacher.encoder(x, dropped=dropped)
+    voxels = dropped.repeat_interleave(2, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)[:, None]
+    other = net.teacher.encoder(x.masked_fill(voxels, 0.3), dropped=dropped)
+    assert (seen.stages[0][dropped] == 0).all() and (seen.stages[0][~dropped] != 0).any()
+    assert torch.equal(seen.cls, other.cls) and torch.equal(seen.stages[-1], other.stages[-1])
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 import smartlab as sl
 from smartlab.core.errors import DataError, UseError
 from smartlab.data.cohort.manifest import Source
-from smartlab.training import checkpoint
+from smartlab.models.reach import Reach
+from smartlab.training import checkpoint, pretrain
 from smartlab.training.monitor import COLUMNS, columns, rewind
 from tests.processes import Child
 
@@ -139,6 +140,17 @@ def test_stopping_in_the_middle_of_an_epoch_changes_nothing(preset, more, settin
     monkeypatch.setattr(Engine, "one_step", original)
     assert sl.pretrain(config, tmp_path / "stopped", resume=True, progress=False).finished
     assert_same_run(tmp_path / "whole", tmp_path / "stopped", 8)
+
+
+def test_training_tells_how_far_heads_look_by_mean_and_variance(settings, tmp_path, monkeypatch):
+    told = {f"stage {n}": Reach(n * torch.tensor([1.0, 2.0, 6.0]), torch.ones(3)) for n in (1, 2, 3, 4)}
+    monkeypatch.setattr(pretrain, "reach", lambda *_: (told, None))
+    history = sl.pretrain(
+        sl.load_config("tiny", settings | {"train.steps": 1}), tmp_path, progress=False
+    ).history
+    for n in (1, 2, 3, 4):
+        assert history[f"reach_entropy_{n}"].item() == pytest.approx(3 * n)
+        assert history[f"reach_variance_{n}"].item() == pytest.approx((4 + 1 + 9) / 3 * n**2)
 
 
 def test_a_run_folder_is_complete(settings, tmp_path):

@@ -95,7 +95,7 @@ def judge(run: sl.Run, store: Store, images: list[int]) -> list[dict[str, Any]]:
         for noise in NOISE:
             generator = torch.Generator().manual_seed(image)
             dropped = dropped_patches(teacher, views, noise, generator) if noise else None
-            maps[noise] = teacher(views, dropped=dropped, deep=0).attention.mean(1)
+            maps[noise] = teacher(views, dropped=dropped, deep=0).importance.mean(1)
             for name, value in measured(
                 maps[noise], maps[NOISE[0]], shares, config.mask.ratio, image
             ).items():

@@ -46,6 +46,7 @@ from benchmarks.studies import real_ct
 from benchmarks.studies.recipe import RECIPE, spent
 from smartlab.core.clock import Clock
 from smartlab.core.config import Config
+from smartlab.core.files import write_text
 from smartlab.core.places import code_version
 from smartlab.data.crops.regions import unit_cubes
 from smartlab.data.store.prepare import prepare_store
@@ -228,13 +229,13 @@ def main() -> None:
                     "history": run.history.tail(5).mean(numeric_only=True).to_dict(),
                     "guided": float(run.history.guided.mean()),
                 }
-                report = there(path)  # as it is by now: other seeds may run beside this one
+                report = there(path)  # as it is by now: another seed may run beside this one
                 report["arms"].setdefault(arm, {})[str(seed)] = found
                 shown = {k: v for k, v in settings.items() if k != "data.manifest"}
                 report |= {"what": (__doc__ or "").split("\n\n")[0], "settings": shown}
                 report |= {"contrasts": contrasts(study, report["arms"])}
                 report |= {"machine": machine(), "code": code_version()}
-                path.write_text(json.dumps(clean(report), indent=1) + "\n", encoding="utf-8")
+                write_text(path, json.dumps(clean(report), indent=1) + "\n")
                 print(arm, seed, found["judged"][study.primary], flush=True)
 
 

@@ -138,7 +138,8 @@ class Wrapped(AnyEncoder):
         from monai.networks.nets.swin_unetr import SwinTransformer
 
         p = self.config.preprocessing
-        same = (p.orientation, p.output, p.channels, p.standardise) == ("RAS", (0.0, 1.0), 1, False)
+        sees = (p.orientation, p.output, p.images, p.channels, p.standardise)
+        same = sees == ("RAS", (0.0, 1.0), 1, 1, False)
         return self.network if same and isinstance(self.network, SwinTransformer) else None
 
     @torch.no_grad()

@@ -314,17 +314,18 @@ class MaskedDistillation(nn.Module):
         if seen.attention is None:
             return found
         diversity = head_diversity(seen.attention)
-        a = seen.attention.float()
-        by_received = self.config.mask.importance == "received"  # what masks are guided by
-        if by_received and seen.received is not None:
-            a = seen.received.float()[:, None]
-        found |= {f"lift_{name}": lift(a.mean(1), share) for name, share in shares.items()}
+        rows, importance = seen.attention.float(), seen.importance
+        if self.config.mask.importance == "received" and seen.received is not None:
+            rows = importance = seen.received.float()[:, None]
+        assert importance is not None
+        guides = importance.mean(1)
+        found |= {f"lift_{name}": lift(guides, share) for name, share in shares.items()}
         return found | {
             "head_diversity": diversity["cosine"].mean(),
             "head_divergence": diversity["jensen_shannon"].mean(),
-            "attention_entropy": torch.special.entr(a).sum(-1).mean(),
-            "attention_informativeness": informativeness(a).mean(),
-            "attention_hidden": (a.mean(1) * hidden).sum(-1).mean(),
+            "attention_entropy": torch.special.entr(rows).sum(-1).mean(),
+            "attention_informativeness": informativeness(guides).mean(),
+            "attention_hidden": (guides * hidden).sum(-1).mean(),
         }
 
     def told(self, clock: Clock, momentum: float) -> dict[str, Any]:

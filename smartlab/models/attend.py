@@ -33,7 +33,7 @@ class Look(NamedTuple):
 
     rows: Tensor  # (B, heads, N) [CLS] row over the patches, each summing to 1
     strength: Tensor  # (B, heads) log of the mean weight a patch had before that: comparable between windows
-    share: Tensor  # (B, heads) how much of the [CLS] row, over all keys, is on the patches
+    share: Tensor  # (B, heads) log of how much of the [CLS] row, over all keys, is on the patches
     received: Tensor | None  # (B, N) attention each patch receives, mean over queries and heads; if asked for
 
 
@@ -45,7 +45,7 @@ def look(q: Tensor, k: Tensor, first: int, received: bool = False) -> Look:
         logits = every[..., first:]
         total = logits.logsumexp(-1)
         rows, strength = logits.softmax(-1), total - math.log(logits.shape[-1])
-        share = (total - every.logsumexp(-1)).exp()
+        share = total - every.logsumexp(-1)
         if not received:
             return Look(rows, strength, share, None)
         paid = (q @ k.transpose(-2, -1)).softmax(-1)[..., first:].mean((1, 2))

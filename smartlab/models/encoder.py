@@ -39,14 +39,15 @@ class Encoded(NamedTuple):
     units: Tensor | None = None  # (B, N, C) normalised tokens of the stage, before semantic attention
     pooled: Tensor | None = None  # (B, C_4) mean of the last stage's normalised tokens, if it was asked for
     strength: Tensor | None = None  # (B, heads) log of the mean weight of a unit, see `Look`
-    share: Tensor | None = None  # (B, heads) of the [CLS] row that is on the units
+    share: Tensor | None = None  # (B, heads) log of how much of the [CLS] row is on the units
 
     @property
     def importance(self) -> Tensor | None:
-        """(B, heads, N) whose mean guides masks: the softmax over all keys, in which a head that looks at [CLS] counts less."""
+        """(B, heads, N) whose mean guides masks: the softmax over all keys, where heads that look at [CLS] or registers
+        count less; times what makes that mean sum to 1."""
         if self.attention is None or self.share is None:
             return None
-        return self.attention * self.share[..., None]
+        return self.attention * (self.share.softmax(-1) * self.share.shape[-1])[..., None]
 
     def rows(self, which: slice) -> Encoded:
         """What concerns these rows of the batch; what is behind the units is there for all, or not, as it was."""

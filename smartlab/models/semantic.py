@@ -3,8 +3,9 @@
 A Swin transformer has no [CLS] token and hence no global attention map. Here one learned token and
 a position embedding join the semantic tokens (one per mask unit), `blocks` pre-norm transformer
 blocks follow, and from the last block we keep A, the [CLS] row of the softmax over the patch tokens,
-renormalised per head. `kind="full"`: all tokens attend. `kind="class"`: only [CLS] attends, the
-patches stay as they are (class attention: Touvron et al., "Going deeper with image transformers").
+renormalised per head, and how much of the row that was: both together guide masks (`Encoded.importance`).
+`kind="full"`: all tokens attend. `kind="class"`: only [CLS] attends, the patches stay as they are (class
+attention: Touvron et al., "Going deeper with image transformers").
 
 `similarity="dot"` is the usual scaled product, whose logits start so small that attention starts, and
 for long stays, uniform. `"cosine"` compares directions and learns a scale per head (Liu et al., "Swin

@@ -102,7 +102,7 @@ class Explorer(Looking, Pictured):
 
     @property
     def attention(self) -> np.ndarray | None:
-        """(heads, d, h, w), each summing to 1; of received attention the same for every head."""
+        """(heads, d, h, w), whose mean sums to 1; of received attention the same for every head."""
         return self.seen(self.choice)
 
     @property

@@ -61,8 +61,11 @@ class Looking:
         return units.unflatten(-1, self.model.units(self.view))[0].numpy()
 
     def seen(self, choice: Choice) -> np.ndarray | None:
-        """Attention by a choice, (heads, d, h, w), each summing to 1; of received attention the same for every head."""
-        attention, received, _ = self.look(choice)
+        """Attention by a choice, (heads, d, h, w), whose mean guides masks or of which one head does; of received attention
+        the same for every head."""
+        attention, received, one = self.look(choice)
+        if choice.importance == "mean":
+            attention = one
         if attention is not None and received is not None and choice.importance == "received":
             attention = received[:, None].expand_as(attention)
         return None if attention is None else self.on_grid(attention)

@@ -184,7 +184,7 @@ def test_one_call_of_the_teacher_gives_masks_and_targets(guide, monkeypatch):
     assert len(passes) == 1 and len(hidden) == 1
     assert len(passes[0].attention) == (8 if guide == "clean" else 4)
     assert len(passes[0].stages[-1]) == 4
-    importance, mask = passes[0].attention.mean(1)[:4], hidden[0]
+    importance, mask = passes[0].importance.mean(1)[:4], hidden[0]
     for row, chosen in zip(importance, mask, strict=True):
         assert row[chosen].min() >= row[~chosen].max(), "the student's mask is the teacher's top attention"
 
@@ -303,10 +303,11 @@ def test_masks_follow_the_softmax_over_all_keys():
     up = (torch.arange(units) / 8).softmax(0)
     guide = guide._replace(
         attention=torch.stack([up, up.flip(0)]).expand(len(x), 2, units),
-        share=torch.tensor([0.4, 0.5]).expand(len(x), 2),
+        share=torch.tensor([0.4, 0.5]).log().expand(len(x), 2),
     )
     hidden = net.choose(guide, x, START, torch.Generator().manual_seed(0))
     weight = 0.4 * up + 0.5 * up.flip(0)
+    torch.testing.assert_close(guide.importance.mean(1)[0], weight / weight.sum())
     assert torch.equal(hidden, (weight >= weight.median() + 1e-9).expand_as(hidden))
 
 
@@ -379,7 +380,7 @@ def test_guided_masks_wait_until_attention_means_something():
 
     def share_hidden(teacher, clock):
         mask = net.choose(teacher, views().flatten(0, 1), clock, torch.Generator().manual_seed(3))
-        top = teacher.attention.mean(1).topk(int(mask[0].sum()), -1).indices
+        top = teacher.importance.mean(1).topk(int(mask[0].sum()), -1).indices
         return mask.gather(1, top).float().mean()
 
     for _ in range(10):
@@ -606,8 +607,8 @@ def test_the_masks_of_a_vision_transformer_follow_the_last_blocks_own_cls(monkey
         net.student.encoder, "forward", lambda *a, **k: hidden.append(k["hidden"]) or encode(*a, **k)
     )
     step(net)
-    importance = net.teacher.encoder(views().flatten(0, 1)).attention.mean(1)
+    importance = net.teacher.encoder(views().flatten(0, 1)).importance.mean(1)
     for row, chosen in zip(importance, hidden[0], strict=True):
         assert row[chosen].min() >= row[~chosen].max()
     taught = net.look(views().flatten(0, 1), START, torch.Generator().manual_seed(0))[1]
-    assert not torch.allclose(taught.attention.mean(1), importance), "what teaches has missed most patches"
+    assert not torch.allclose(taught.importance.mean(1), importance), "what teaches has missed most patches"

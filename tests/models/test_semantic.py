@@ -43,7 +43,7 @@ def test_the_reported_attention_is_what_the_block_pays():
     torch.testing.assert_close(seen.cls, moved[:, 0])
     patches = weights[:, :, 0, 2:]
     torch.testing.assert_close(seen.attention, patches / patches.sum(-1, keepdim=True))
-    torch.testing.assert_close(seen.attention * seen.share[..., None], patches)
+    torch.testing.assert_close(seen.attention * seen.share.exp()[..., None], patches)
 
 
 def test_attention_that_picks_masks_stays_in_fp32_under_autocast():

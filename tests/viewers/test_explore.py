@@ -94,7 +94,7 @@ def test_the_noisy_teacher_misses_what_the_seed_says(explorer):
     x = explorer.view.input
     dropped = dropped_patches(explorer.model.encoder, x, 0.6, torch.Generator().manual_seed(5))
     with torch.no_grad():
-        noisy = explorer.model.encoder(x, dropped=dropped).attention[0].unflatten(-1, (8, 8, 8))
+        noisy = explorer.model.encoder(x, dropped=dropped).importance[0].unflatten(-1, (8, 8, 8))
     np.testing.assert_allclose(explorer.attention, noisy, rtol=1e-5)
     assert np.abs(explorer.attention - clean).max() > 1e-4
     assert explorer.set(guide="clean").attention is not None and np.array_equal(explorer.attention, clean)

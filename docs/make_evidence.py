@@ -163,13 +163,16 @@ SAME_TIME = {  # task of equal_time.json -> what it is, its score, what the untr
 def of_equal_time(equal: dict[str, Any]) -> list[str]:
     """Every pretraining of the same time, and what it gains over the same network untrained."""
     titles = [title for title, _, _ in SAME_TIME.values()]
-    lines = [f"| pretraining | steps | {' | '.join(titles)} |", f"| --- | --- |{' --- |' * len(titles)}"]
+    lines = [
+        f"| pretraining | minutes | steps | {' | '.join(titles)} |",
+        f"| --- | --- | --- |{' --- |' * len(titles)}",
+    ]
     for arm, one in equal["arms"].items():
         cells = []
         for task, (_, score, untrained) in SAME_TIME.items():
             found = one["tasks"][task]
             cells.append(f"{interval(found[score])}; {interval(found[f'{score} minus {untrained}'])}")
-        lines.append(f"| {arm} | {one['steps']:,} | {' | '.join(cells)} |")
+        lines.append(f"| {arm} | {one['cpu_minutes']:.1f} | {one['steps']:,} | {' | '.join(cells)} |")
     return lines
 
 
@@ -726,8 +729,8 @@ A repeat (training on several threads is not repeatable to the last bit) ended w
 fell back from {last["informativeness of views"][0]:.3f} to {then["informativeness of views"][0]:.3f}. That attention forms, not that it helps.*""",
         "primus": f"""*`python -m benchmarks.primus`, in turns in one process on two cores ({primus["machine"]["cpu"]}): a step of {primus["preset"]} on two views of {primus["view"]}³ takes
 {kinds["sparse"]["seconds"]["median"]:.2f} s with hidden patches left out and {kinds["dense"]["seconds"]["median"]:.2f} s without, **{kinds["dense / sparse"]["seconds"]["median"]:.1f} times** the views per second, with at most {memory["sparse"]["peak_mb"]:,.0f} MB and
-{memory["dense"]["peak_mb"]:,.0f} MB in memory; SimMIM of the same network {kinds["simmim"]["seconds"]["median"]:.2f} s, the whole `smit` step of Swin {kinds["smit"]["seconds"]["median"]:.2f} s. What that buys in the same
-time: [docs/EVIDENCE.md](EVIDENCE.md).*""",
+{memory["dense"]["peak_mb"]:,.0f} MB in memory; SimMIM of the same network {kinds["simmim"]["seconds"]["median"]:.2f} s, the whole `smit` step of Swin {kinds["smit"]["seconds"]["median"]:.2f} s. What a Primus learns in the time of a
+Swin: [docs/EVIDENCE.md](EVIDENCE.md).*""",
         "speed": f"""From `benchmarks/results/loader.json` (`benchmarks.loader`; two-core {loader["machine"]["cpu"]} virtual machine, one core used, {loader["volumes"]["count"]} volumes of {"×".join(map(str, loader["volumes"]["shape"]))}
 made from real CT, page cache warm): {ours["views_per_second_median"]} views of 96³ per second from the store, beside {theirs["views_per_second_median"]} from MONAI's PersistentDataset with the
 same crops; {ours["bytes_per_view"] / 1e6:.2f} MB read per view, beside {theirs["bytes_per_view"] / 1e6:.1f} MB. On {loader["real_cases"]["scans"]} real scans the store takes {loader["real_cases"]["share_of_raw"]:.0%} of the raw int16 size of the volumes it holds.

@@ -37,6 +37,7 @@ from smartlab.data.cohort.privacy import hashed, salt
 from smartlab.data.images import mr
 from smartlab.data.images.body import BLOCK, find_body
 from smartlab.data.images.grid import Spacing, three
+from smartlab.data.images.readers import Volume
 from smartlab.data.store import flat, index
 from smartlab.data.store.current import check_salt
 from smartlab.data.store.request import FORMAT
@@ -144,6 +145,10 @@ class Store:
         """What a picture shows of a scan, black to white: soft tissue, of MR what lies between the percentiles."""
         return mr.WINDOW if self.modality == "MR" else plots.WINDOWS["soft tissue"]
 
+    def shown(self, array: Any) -> Any:
+        """What pictures show of a volume or crop: of several channels the first."""
+        return array[(0,) * len(self.leading)]
+
     @property
     def label_names(self) -> dict[int, str]:
         """Value in the label volumes -> name; 0 is background."""
@@ -215,6 +220,10 @@ class Store:
     def array(self, image: int) -> blosc2.NDArray:
         """Handle on the int16 volume, (X, Y, Z) or (C, X, Y, Z); slicing it reads and decompresses only those blocks."""
         return self._handle(self.rows[image], 2 * image)
+
+    def volume(self, image: int) -> Volume:
+        """The scan as it is stored, with its place in space, for who looks at it."""
+        return Volume(self.array(image)[:], self.affine(image), self.modality)
 
     def body_mask(self, image: int) -> np.ndarray:
         """(X, Y, Z) bool: where the body is, of a mammogram the breast."""

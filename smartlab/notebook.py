@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from smartlab.core.config import Config
     from smartlab.data.cohort.manifest import Manifest
+    from smartlab.data.images.grid import Spacing
     from smartlab.data.store.store import Store
     from smartlab.evaluation.judge.result import Estimate
     from smartlab.models.encoder import AnyEncoder
@@ -174,13 +175,20 @@ def described(data: str, root: str = "") -> Manifest:
 
 
 def open_cohort(
-    data: str, root: str = "", *, patients: int = 12, workers: int = 2, progress: bool = True
+    data: str,
+    root: str = "",
+    *,
+    patients: int = 12,
+    spacing: Spacing = SPACING,
+    workers: int = 2,
+    progress: bool = True,
 ) -> Cohort:
     """Manifest, store and image folder, making what is missing; all notebooks share it through the cache.
 
     data: a folder of scans, a manifest.json or its folder, or a shipped name, as `--data` takes them;
     root: folder of the images, if elsewhere.
     patients: of a phantom; a real cohort is taken whole.
+    spacing: mm, as in the training of the encoder that is to see it.
 
     >>> cohort, store, root = open_cohort("phantom-ct")
     """
@@ -195,12 +203,12 @@ def open_cohort(
     config = DataConfig(
         manifest=data,
         root=None if place is None else str(place),
-        spacing=SPACING,
+        spacing=spacing,
         phantom_cases=patients,
         workers=workers,
     )
     located = locate_images(config, progress, None if drawn else found)
-    finished = read_header(store_place(*located, SPACING)) is not None
+    finished = read_header(store_place(*located, spacing)) is not None
     made, store = prepare_store(config, progress and not finished, located)
     return Cohort(made, store, located[1])
 

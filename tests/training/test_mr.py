@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import papermill
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from smartlab.evaluation.features.features import lesion_features
 from smartlab.models.build import make_encoder
 from smartlab.training.families import fitted
 from smartlab.training.views import prepare
+from tests.conftest import REPO
 from tests.shared import once, phantoms
 from tests.training.conftest import SMALL, places
 
@@ -268,3 +270,15 @@ def test_anisotropic_voxels_go_through_store_crops_features_and_viewer(cohort, t
     assert explorer.viewer.scene.spacing == pytest.approx(mm)
     with pytest.raises(UseError, match="another spacing"):
         sl.pretrain(sl.load_config("tiny", THREE | where), tmp_path / "other", progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", ["01_data", "03_masks_and_attention", "05_organ_clusters", "07_localize"])
+def test_an_ordered_notebook_shows_mr_of_several_channels(stem, mr, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("SMARTLAB_CACHE", str(tmp_path / "cache"))
+    given = {"data": str(mr[0]), "root": str(mr[1]), "workers": 0, "out": str(tmp_path / "out")}
+    given |= {"spacing": 4.0, "region": 48, "view": 32} if stem == "01_data" else {"encoder": str(run.path)}
+    notebook = REPO / "notebooks" / f"{stem}.ipynb"
+    papermill.execute_notebook(notebook, tmp_path / "done.ipynb", given, progress_bar=False, cwd=tmp_path)
+    assert "4095 HU" not in (tmp_path / "done.ipynb").read_text(encoding="utf-8")
+    assert len([*(tmp_path / "out" / "figures").glob("*.png")]) >= 2

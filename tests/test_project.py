@@ -178,7 +178,7 @@ def test_every_function_that_contributing_names_exists():
         "smartlab/models/build.py": ["make_encoder"],
         "smartlab/evaluation/task.py": ["Task", "PLACES"],
         "smartlab/data/cohort/compose.py": ["BUILDERS"],
-        "smartlab/cli/app.py": ["EVALUATE"],
+        "smartlab/cli/judge.py": ["EVALUATE"],
     }.items():
         assert place in said
         for name in names:

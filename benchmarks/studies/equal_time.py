@@ -5,8 +5,8 @@
 Three arms, each the presets' own settings but for the data: Swin as `tiny` (DAGMaN), `primus-tiny` by masked
 autoencoding with hidden patches left out, and `primus-tiny` by DAGMaN, its masks guided by its own [CLS]. Steps are as
 many as fit into the time of the processor: a few are timed first, so that schedules end where the time does; what
-a training took in the end stands in the result. Judged on patients held out, beside
-the same network untrained: linear probe of organs, clusters of organs, attention on lesions, nodules.
+a training took in the end stands in the result. Judged on patients held out, beside the same
+network untrained: linear probe of organs, clusters of organs, attention on lesions, nodules.
 
 Written down before it ran: no prediction which is better. Primary: organ probe, each Primus minus Swin, paired by patient.
 """

@@ -283,8 +283,7 @@ class Encoder(AnyEncoder):
         units = normed(stages[self.stage]).flatten(1, 3)
         if self.semantic is None:
             return Encoded(stages, units.mean(1), units, None, None, grid, units, pooled)
-        cls, outputs, *seen = self.semantic(stages[self.stage], received)
-        attention, strength, share, incoming = seen
+        cls, outputs, attention, strength, share, incoming = self.semantic(stages[self.stage], received)
         return Encoded(stages, cls, outputs, attention, incoming, grid, units, pooled, strength, share)
 
     def _levels(self, out: Encoded) -> list[Tensor]:

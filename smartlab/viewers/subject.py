@@ -22,10 +22,8 @@ from smartlab.core.errors import DataError, UseError
 from smartlab.core.places import default_encoder
 from smartlab.data.crops.augment import window
 from smartlab.data.crops.regions import BODY, is_lesion, unit_shares
-from smartlab.data.images.body import find_body
 from smartlab.data.images.grid import AIR, Spacing, three
 from smartlab.data.images.mammography import Mammogram, read_mammogram
-from smartlab.data.images.mr import find_tissue
 from smartlab.data.images.readers import Volume, read_channels, read_labels, read_volume
 from smartlab.data.images.resample import LabelPainter, at_spacing, to_hounsfield
 from smartlab.data.store import flat
@@ -217,7 +215,7 @@ def _stored(store: Store, case: int | str) -> tuple[Volume, Any, dict[int, str],
         )
     row: Any = table.loc[case]
     image, is_flat = int(row.image), store.shape(int(row.image))[2] == 1
-    volume = Volume(store.array(image)[:], store.affine(image), "MG" if is_flat else store.modality)
+    volume = store.volume(image)
     stored, names = store.labels(image), store.label_names
     labels = None if stored is None else stored[:]
     center, box = (value if isinstance(value, list) else None for value in (row.center_mm, row.box_mm))
@@ -274,7 +272,7 @@ def _middle(
     step = np.ones(3)
     if body is None:
         mm = tuple(three(spacing).tolist())
-        found = find_tissue(array, mm) if modality == "MR" else find_body(array, mm)
+        found = flat.FIND[modality](array, mm)
         body, step = found.mask, np.array(found.step)
     return step * ndimage.center_of_mass(body) if body.any() else np.array(array.shape) / 2
 

@@ -7,6 +7,7 @@ right is mirrored; its affine says so, so that positions stay those of the file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from smartlab.data.cohort.cbis import find_outline
 from smartlab.data.images import body as bodies
 from smartlab.data.images.grey import COARSE_MM, find_breast, wall_on_right
 from smartlab.data.images.mammography import Mammogram, only, read_mammogram
+from smartlab.data.images.mr import find_tissue
 from smartlab.data.images.readers import Volume
 
 if TYPE_CHECKING:
@@ -64,6 +66,10 @@ def as_volume(image: Mammogram, spacing: tuple[float, float], thickness: float) 
 def find_body(array: np.ndarray, spacing: tuple[float, ...]) -> bodies.Body:
     """The breast, as `body.find_body` finds the body in a CT."""
     return find_breast(array[:, :, 0], max(1, round(COARSE_MM / spacing[0])))
+
+
+# how the body is found, by modality
+FIND: dict[str, Callable[..., bodies.Body]] = {"CT": bodies.find_body, "MG": find_body, "MR": find_tissue}
 
 
 @dataclass

@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ from smartlab.core.errors import DataError
 from smartlab.core.files import write_bytes
 from smartlab.data.cohort.files import values_in
 from smartlab.data.cohort.privacy import hashed, identifying_words, scrub
-from smartlab.data.images.body import BLOCK, Body, body_box, find_body, occupancy
+from smartlab.data.images.body import BLOCK, body_box, occupancy
 from smartlab.data.images.grid import three
-from smartlab.data.images.mr import find_tissue
 from smartlab.data.images.readers import Volume, read_channels, read_volume
 from smartlab.data.images.resample import (
     LabelPainter,
@@ -92,7 +91,7 @@ def _build(job: Job, content: str) -> ImageRow:
     array = over_channels(
         lambda one: to_hounsfield(resample(one, volume.affine, shape, affine), one), volume.array
     )
-    body = FIND[volume.modality](array, spacing)
+    body = flat.FIND[volume.modality](array, spacing)
     start, stop = body_box(body, shape, spacing) if job.settings.crop_body else (np.zeros(3, int), shape)
 
     lesions = _place(job, volume)
@@ -145,9 +144,6 @@ def _read(job: Job) -> Volume:
     if job.channels:
         return read_channels([job.path, *job.channels], **how)
     return read_volume(job.path, series=job.series, files=job.files, **how)
-
-
-FIND: dict[str, Callable[..., Body]] = {"CT": find_body, "MG": flat.find_body, "MR": find_tissue}
 
 
 # ---- labels and lesions --------------------------------------------------------------------------

@@ -35,11 +35,12 @@ from smartlab.core.errors import DataError
 from smartlab.data.cohort.case import Case
 from smartlab.data.cohort.privacy import hashed, salt
 from smartlab.data.images import mr
-from smartlab.data.images.body import BLOCK, find_body
+from smartlab.data.images.body import BLOCK
 from smartlab.data.images.grid import Spacing, three
 from smartlab.data.images.readers import Volume
-from smartlab.data.store import flat, index
+from smartlab.data.store import index
 from smartlab.data.store.current import check_salt
+from smartlab.data.store.flat import FIND
 from smartlab.data.store.request import FORMAT
 from smartlab.data.store.rows import CaseRow, FileRow, ImageRow
 
@@ -223,14 +224,13 @@ class Store:
 
     def volume(self, image: int) -> Volume:
         """The scan as it is stored, with its place in space, for who looks at it."""
-        return Volume(self.array(image)[:], self.affine(image), self.modality)
+        modality = "MG" if "grey" in self.header["settings"] else self.modality
+        return Volume(self.array(image)[:], self.affine(image), modality)
 
     def body_mask(self, image: int) -> np.ndarray:
         """(X, Y, Z) bool: where the body is, of a mammogram the breast."""
-        array, mm = self.array(image)[:], tuple(three(self.spacing).tolist())
-        grey = "grey" in self.header["settings"]
-        find = flat.find_body if grey else mr.find_tissue if self.modality == "MR" else find_body
-        return find(array, mm).whole(self.shape(image))
+        volume = self.volume(image)
+        return FIND[volume.modality](volume.array, tuple(three(self.spacing).tolist())).whole(volume.shape)
 
     def labels(self, image: int) -> blosc2.NDArray | None:
         """Handle on the (X, Y, Z) uint8 label volume, or None where the image has none."""
